@@ -1,0 +1,41 @@
+"""Medusa: language models that answer faster, with the same words.
+
+import medusa
+
+model = medusa.load("smollm2-135m")
+for chunk in model.stream("Why is the sky blue?"):
+    print(chunk.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from medusa.errors import MedusaError, UsageError
+
+if TYPE_CHECKING:
+    from medusa.generation import Chunk, Completion, LanguageModel, Stats, load
+    from medusa.hf_generate import custom_generate
+
+__version__ = "0.1.0"
+__all__ = [
+    "Chunk",
+    "Completion",
+    "LanguageModel",
+    "MedusaError",
+    "Stats",
+    "UsageError",
+    "custom_generate",
+    "load",
+]
+
+_HOMES = {"custom_generate": "medusa.hf_generate"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads the rest on first use: `import medusa` and `medusa --help` must not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'medusa' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES.get(name, "medusa.generation")), name)

@@ -1,0 +1,454 @@
+"""A conversation at the terminal: reads turns, streams answers, keeps the history.
+
+No option parsing here. Answers go to stdout and the rest to stderr, so a piped conversation (one turn a
+line) leaves the answers alone on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from medusa.errors import MedusaError, UsageError
+
+if TYPE_CHECKING:
+    from medusa.generation import Chunk, LanguageModel, Stats
+
+HELP = """\
+/reset         forget the conversation (the system prompt stays)
+/regen         answer the last question again
+/save FILE     write the conversation as JSON
+/load FILE     continue a saved conversation
+/system TEXT   set the system prompt; without TEXT, show it
+/stats         how fast the answers were
+/help          this list
+/exit          leave (so does Ctrl-D)
+//TEXT         say something that begins with a slash
+Ctrl-C stops an answer; what was said so far stays in the conversation."""
+
+_DIM, _RESET = "\x1b[2m", "\x1b[0m"
+_DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+# --- what the other commands share with the chat ------------------------------------------------------------
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """A terminal gets colour, a pipe does not; NO_COLOR and FORCE_COLOR, when not empty, decide otherwise."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def notice(text: str) -> None:
+    """Print a line beside the answers: dim, on stderr."""
+    if wants_colour(sys.stderr):
+        text = f"{_DIM}{text}{_RESET}"
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Printer:
+    """Writes chunks to stdout as they come; `show_drafts` colours accepted drafts by their source."""
+
+    show_drafts: bool = False
+
+    def __call__(self, chunk: Chunk) -> None:
+        out = sys.stdout
+        pieces = [(chunk.text, "model")]
+        if self.show_drafts and wants_colour(out):
+            pieces = list(chunk.spans)
+        for text, source in pieces:
+            if out.isatty():
+                text = _CONTROL.sub("", text)  # a model must not be able to drive the terminal
+            colour = _DRAFT_COLOURS.get(source) if text else None
+            out.write(f"{colour}{text}{_RESET}" if colour else text)
+        out.flush()
+
+    def legend(self) -> None:
+        """One line that says what the colours mean, if drafts are shown."""
+        if not self.show_drafts:
+            return
+        if not wants_colour(sys.stdout):
+            notice("--show-drafts needs a terminal; FORCE_COLOR=1 colours a pipe too.")
+            return
+        parts = [("heads", "green: drafted by the heads"), ("ngram", "cyan: drafted by n-gram lookup")]
+        if wants_colour(sys.stderr):
+            parts = [(source, f"{_DRAFT_COLOURS[source]}{text}{_RESET}") for source, text in parts]
+        print(
+            ", ".join([*(text for _, text in parts), "plain: decided by the model"]),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a stream gave, even when it was stopped half-way."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stats: Stats | None  # None when stopped before the first chunk
+    finish_reason: str  # "stop", "length" or "interrupted"
+
+
+def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Answer:
+    """Show each chunk as it comes; return them as one answer. Ctrl-C ends the answer, not the program."""
+    texts: list[str] = []
+    token_ids: list[int] = []
+    stats, finish_reason = None, None
+    try:
+        for chunk in chunks:
+            texts.append(chunk.text)
+            token_ids.extend(chunk.token_ids)
+            stats, finish_reason = chunk.stats, chunk.finish_reason
+            show(chunk)
+    except KeyboardInterrupt:
+        finish_reason = None
+    finally:
+        # An abandoned generator would hold the engine's slot until it is collected.
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            close()
+    return Answer("".join(texts), tuple(token_ids), stats, finish_reason or "interrupted")
+
+
+def stats_line(stats: Stats) -> str:
+    """Say in one line how a decoding went: tokens, steps, speed, time to the first token."""
+    return (
+        f"{_count(stats.new_tokens, 'token')} in {_count(stats.steps, 'step')} = "
+        f"{stats.tokens_per_step:.1f} tokens per step, {short_number(stats.tokens_per_second)} tokens/s, "
+        f"first token after {stats.ttft_seconds:.1f} s"
+    )
+
+
+def short_number(value: float) -> str:
+    """Two digits or more: 41.23 -> "41", 4.123 -> "4.1"."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's MemoryError, or torch's (on the CPU a plain RuntimeError with a message of the allocator)."""
+    if isinstance(error, MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
+
+
+OUT_OF_MEMORY = "not enough memory; take a smaller --model, a shorter prompt or fewer --max-new-tokens"
+
+
+# --- history ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. `interrupted` marks an answer that Ctrl-C cut short."""
+
+    role: str  # "user" or "assistant"; the system prompt is kept beside the history
+    content: str
+    interrupted: bool = False
+
+
+def save_history(path: Path, system: str | None, history: Iterable[Message]) -> None:
+    """Write a conversation as JSON; the file is complete or untouched. Raises OSError."""
+    messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
+    for message in history:
+        marked = {"interrupted": True} if message.interrupted else {}
+        messages.append({"role": message.role, "content": message.content, **marked})
+    # Through symbolic links, so that the rename replaces the file and not the link to it.
+    path = Path(os.path.realpath(path))
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"messages": messages}, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink()
+        raise
+
+
+def load_history(path: Path) -> tuple[str | None, list[Message]]:
+    """Read what `save_history` wrote: (system prompt, history). Raises OSError; UsageError when malformed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is not a saved conversation: it is not JSON") from None
+    items = content.get("messages") if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise UsageError(f'{path} is not a saved conversation: it has no list of "messages"')
+    messages = [_read_message(path, item) for item in items]
+    system = messages.pop(0).content if messages and messages[0].role == "system" else None
+    turns = [message.role for message in messages]
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise UsageError(f"{path} is not a saved conversation: questions and answers must alternate")
+    return system, messages
+
+
+def _read_message(path: Path, item: object) -> Message:
+    if isinstance(item, dict):
+        role, content, interrupted = item.get("role"), item.get("content"), item.get("interrupted", False)
+        if (
+            isinstance(role, str)
+            and role in ("system", "user", "assistant")
+            and isinstance(content, str)
+            and _is_text(content)
+            and isinstance(interrupted, bool)
+        ):
+            return Message(role, content, interrupted)
+    raise UsageError(f"{path} is not a saved conversation: a message needs a role and a content")
+
+
+def _is_text(text: str) -> bool:
+    """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
+    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# --- the loop -----------------------------------------------------------------------------------------------
+
+
+class Chat:
+    """A conversation with one model. `settings` are keyword arguments of `LanguageModel.stream`."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        system: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        show_drafts: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.system = system
+        self.history: list[Message] = []  # user and assistant in turn
+        self.settings = dict(settings or {})
+        self.printer = Printer(show_drafts)
+        self.answered: list[Stats] = []  # one entry an answer, since the start or the last /reset
+        self.failed = False  # an answer or a command went wrong
+        self._attempt = 0  # how often the last question was asked again
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/regen": self._regen,
+            "/save": self._save,
+            "/load": self._load,
+            "/stats": self._stats,
+            "/system": self._system,
+            "/help": lambda _: notice(HELP),
+        }
+
+    def run(self) -> int:
+        """Read turns until /exit, the end of the input or two Ctrl-C; return the exit code.
+
+        At a terminal that is 0; a piped conversation in which a turn failed gives 1. Raises UsageError when
+        the piped text is not UTF-8.
+        """
+        interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        if interactive:
+            _enable_line_editing()
+            notice(f"Chat with {self.lm.name}. /help lists the commands, Ctrl-D leaves.")
+            self.printer.legend()
+        leaving = False
+        while True:
+            try:
+                line = input("> " if interactive else "")
+            except EOFError:
+                if interactive:
+                    print()
+                break
+            except KeyboardInterrupt:
+                if leaving:
+                    notice("")
+                    break
+                notice("\nPress Ctrl-C again or Ctrl-D to leave.")
+                leaving = True
+                continue
+            except UnicodeDecodeError:
+                raise UsageError("the input is not UTF-8 text") from None
+            leaving = False
+            try:
+                if not self.handle(line):
+                    break
+            except KeyboardInterrupt:  # outside an answer: a command, or between two chunks' output
+                notice("\nInterrupted.")
+        return 1 if self.failed and not interactive else 0
+
+    def handle(self, line: str) -> bool:
+        """Do what one line asks: a command or a turn. False when it asks to leave."""
+        line = line.strip()
+        if not line:
+            return True
+        if line.startswith("//"):
+            self.say(line[1:])
+        elif line.startswith("/"):
+            name, _, argument = line.partition(" ")
+            if name == "/exit":
+                return False
+            if name in self._commands:
+                self._commands[name](argument.strip())
+            else:
+                self._fail(f"there is no command {name}; /help lists them")
+        else:
+            self.say(line)
+        return True
+
+    def say(self, text: str) -> None:
+        """Put one user turn to the model and stream the answer; a turn that cannot be answered is dropped."""
+        if not _is_text(text):
+            self._fail("the input is not UTF-8 text")
+            return
+        self.history.append(Message("user", text))
+        answer = None
+        try:
+            answer = self._answer()
+        finally:
+            if answer is None:
+                self.history.pop()
+        if answer is not None:
+            self.history.append(answer)
+            self._attempt = 0
+
+    def messages(self) -> list[dict[str, str]]:
+        """Return the conversation as the chat template takes it."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return system + [{"role": message.role, "content": message.content} for message in self.history]
+
+    def _answer(self, **changed: Any) -> Message | None:
+        """Stream an answer to the history; None, after saying why, when there is nothing to keep."""
+        shown = False
+
+        def show(chunk: Chunk) -> None:
+            nonlocal shown
+            shown = shown or bool(chunk.text)
+            self.printer(chunk)
+
+        try:
+            answer = collect(self.lm.stream(self.messages(), **{**self.settings, **changed}), show)
+        except (MedusaError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, MedusaError) and not is_out_of_memory(error):
+                raise
+            if shown:
+                print(flush=True)
+            self._fail(str(error) if isinstance(error, MedusaError) else OUT_OF_MEMORY)
+            return None
+        print(flush=True)
+        interrupted = answer.finish_reason == "interrupted"
+        if interrupted and not answer.text:
+            notice("Interrupted before the answer began; the conversation is as it was.")
+            return None
+        if answer.stats is not None:
+            self.answered.append(answer.stats)
+        if interrupted:
+            notice("Interrupted; what was said so far stays in the conversation.")
+        elif answer.finish_reason == "length":
+            notice("The answer reached its limit of tokens (--max-new-tokens).")
+        return Message("assistant", answer.text, interrupted)
+
+    def _fail(self, message: str) -> None:
+        self.failed = True
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+
+    # commands: each takes the text after its name
+
+    def _reset(self, _: str) -> None:
+        self.history.clear()
+        self.answered.clear()
+        notice("The conversation is empty.")
+
+    def _regen(self, _: str) -> None:
+        if not self.history:
+            self._fail("there is no answer to give again yet")
+            return
+        changed = {}
+        if not self.settings.get("temperature"):
+            notice("At temperature 0 the answer stays the same; start with --temperature 0.8 for another.")
+        elif self.settings.get("seed") is not None:
+            # The same seed would give the same answer; counting up keeps the session reproducible.
+            changed["seed"] = self.settings["seed"] + self._attempt + 1
+        before = self.history.pop()
+        answer = None
+        try:
+            answer = self._answer(**changed)
+        finally:
+            self.history.append(answer or before)
+        self._attempt += answer is not None
+
+    def _save(self, name: str) -> None:
+        if not name:
+            self._fail("/save needs the name of a file")
+            return
+        path = _path(name)
+        try:
+            save_history(path, self.system, self.history)
+        except OSError as error:
+            self._fail(f"cannot write {path}: {error.strerror}")
+            return
+        notice(f"Saved {_count(len(self.history) // 2, 'turn')} to {path}.")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            self._fail("/load needs the name of a file")
+            return
+        path = _path(name)
+        try:
+            system, history = load_history(path)
+        except OSError as error:
+            self._fail(f"cannot read {path}: {error.strerror}")
+            return
+        except UsageError as error:
+            self._fail(str(error))
+            return
+        self.system, self.history, self._attempt = system, history, 0
+        notice(f"Loaded {_count(len(history) // 2, 'turn')} from {path}.")
+
+    def _system(self, text: str) -> None:
+        if not _is_text(text):
+            self._fail("the input is not UTF-8 text")
+            return
+        if text:
+            self.system = text
+        notice(f"System prompt: {self.system}" if self.system is not None else "There is no system prompt.")
+
+    def _stats(self, _: str) -> None:
+        if not self.answered:
+            notice("No answers yet.")
+            return
+        notice(f"Last answer: {stats_line(self.answered[-1])}")
+        tokens = sum(stats.new_tokens for stats in self.answered)
+        steps = sum(stats.steps for stats in self.answered)
+        seconds = sum(stats.decode_seconds for stats in self.answered)
+        if len(self.answered) > 1 and steps and seconds:
+            notice(
+                f"All {len(self.answered)} answers: {tokens} tokens in {steps} steps = {tokens / steps:.1f} "
+                f"tokens per step, {short_number(tokens / seconds)} tokens/s"
+            )
+
+
+def _path(name: str) -> Path:
+    """The file a user named; ~ is their home where it can be found."""
+    path = Path(name.replace("\0", ""))  # no system call takes a zero byte
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user
+        return path
+
+
+def _enable_line_editing() -> None:
+    """Arrow keys and recall of earlier lines in `input()`, where the platform has readline."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return

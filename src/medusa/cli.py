@@ -1,0 +1,477 @@
+"""The command line: parses, calls a function you could call yourself, prints.
+
+Heavy imports (torch, transformers) happen when a command needs them, so `medusa --help` stays fast.
+Exit codes: 0 done, 1 something outside the call is wrong, 2 a wrong argument, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_type_hints
+
+import typer
+from typer.core import TyperGroup
+
+from medusa.chat import (
+    OUT_OF_MEMORY,
+    Answer,
+    Chat,
+    Printer,
+    collect,
+    is_out_of_memory,
+    notice,
+    stats_line,
+    wants_colour,
+)
+from medusa.errors import MedusaError, UsageError
+
+if TYPE_CHECKING:
+    from medusa.generation import Chunk, LanguageModel, Stats
+
+DEMO_PROMPTS = (
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain how it works.",
+    "List five tips for a good night's sleep, with one sentence on each.",
+)
+WARM_UP_TOKENS = 16
+
+
+# --- options that commands share: a dataclass parameter of a command becomes one option per field -----------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What to load: the keyword arguments of `medusa.load`."""
+
+    model: Annotated[
+        str, typer.Option(help="Short name, Hub id or directory of a model.", rich_help_panel="Engine")
+    ] = "smollm2-135m"
+    heads: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|PATH|none",
+            help="Medusa heads; auto takes the ones shipped for the model.",
+            rich_help_panel="Engine",
+        ),
+    ] = "auto"
+    drafter: Annotated[
+        Literal["union", "heads", "ngram", "none"],
+        typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
+    ] = "union"
+    backend: Annotated[
+        Literal["auto", "transformers", "native"],
+        typer.Option(help="What runs the model; auto takes the fastest.", rich_help_panel="Engine"),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"],
+        typer.Option(help="Number format of the weights.", rich_help_panel="Engine"),
+    ] = "bfloat16"
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, cuda, cuda:1, ...; auto spreads the model.", rich_help_panel="Engine"),
+    ] = "cpu"
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel="Engine")
+    ] = None
+    nodes: Annotated[
+        int,
+        typer.Option(help="Tokens verified in one step (size of the draft tree).", rich_help_panel="Engine"),
+    ] = 12
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Use torch.compile: slow start, faster steps.", rich_help_panel="Engine"),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to decode: keyword arguments of `LanguageModel.stream`."""
+
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens in one answer.", rich_help_panel="Sampling")
+    ] = 256
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel="Sampling")] = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(help="Sample from the likeliest tokens of this total.", rich_help_panel="Sampling"),
+    ] = 1.0
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the likeliest K tokens; 0 is all.", rich_help_panel="Sampling")
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(help="Drop tokens below this share of the likeliest one.", rich_help_panel="Sampling"),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, used tokens become less likely.", rich_help_panel="Sampling")
+    ] = 1.0
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed gives the same text.", show_default="random", rich_help_panel="Sampling"),
+    ] = None
+    acceptance: Annotated[
+        Literal["exact", "typical"],
+        typer.Option(help="exact keeps the model's distribution; typical is faster.", rich_help_panel="Sampling"),
+    ] = "exact"
+    epsilon: Annotated[float, typer.Option(help="Threshold of typical acceptance.", rich_help_panel="Sampling")] = 0.09
+    delta: Annotated[float, typer.Option(help="Entropy factor of typical acceptance.", rich_help_panel="Sampling")] = (
+        0.3
+    )
+
+    def checked(self) -> dict[str, Any]:
+        """Return them as arguments of `stream`. Raises UsageError now, before seconds go into loading."""
+        from medusa.decoding.sampling import Sampling
+
+        arguments = dataclasses.asdict(self)
+        Sampling(**{name: value for name, value in arguments.items() if name != "max_new_tokens"})
+        return arguments
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Show Typer a command's dataclass parameters as options, one per field; call it with the dataclasses."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function).parameters.values():
+        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        group = groups.get(parameter.name)
+        if group is None:
+            parameters.append(keyword(parameter.name, default=parameter.default, annotation=hints[parameter.name]))
+        else:
+            types = get_type_hints(group, include_extras=True)
+            parameters.extend(
+                keyword(field.name, default=field.default, annotation=types[field.name])
+                for field in dataclasses.fields(group)
+            )
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+        function(**values)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that were drafted.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
+
+
+# --- the application ----------------------------------------------------------------------------------------
+
+
+class _Commands(TyperGroup):
+    """Turns the errors a user can cause into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise _fail(str(error), 2) from None
+        except MedusaError as error:
+            raise _fail(str(error), 1) from None
+        except BrokenPipeError:
+            raise  # `| head` went away: Typer ends quietly
+        except OSError as error:
+            raise _fail(str(error), 1) from None
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise _fail(OUT_OF_MEMORY, 1) from None
+            raise
+
+
+def _fail(message: str, code: int) -> typer.Exit:
+    print(f"Error: {' '.join(message.split())}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import medusa
+
+        print(f"medusa {medusa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _medusa(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Medusa: faster text from language models, with heads that draft and a model that verifies."""
+
+
+def _load(engine: EngineOptions) -> LanguageModel:
+    import medusa
+
+    progress = sys.stderr.isatty()
+    if progress:
+        notice(f"Loading {engine.model} ...")
+    return medusa.load(**dataclasses.asdict(engine), progress=progress)
+
+
+@app.command()
+@with_options
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - reads it from the input.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file (UTF-8).")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End where this text appears; may be repeated.", show_default=False),
+    ] = None,
+    show_drafts: ShowDrafts = False,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Answer one prompt."""
+    text = _read_prompt(prompt, prompt_file, raw)
+    settings = sampling.checked()
+    for end in stop or ():
+        _check_text(end, "the text after --stop")
+    lm = _load(engine)
+    printer = Printer(show_drafts)
+    answer = collect(lm.stream(text, raw=raw, stop=stop or [], **settings), _no_show if as_json else printer)
+    if as_json:
+        print(json.dumps(_as_json(answer)), flush=True)
+    else:
+        print(flush=True)
+        if answer.stats is not None:
+            notice(stats_line(answer.stats) + (", interrupted" if answer.finish_reason == "interrupted" else ""))
+        printer.legend()
+    if answer.finish_reason == "interrupted":
+        raise typer.Exit(130)
+
+
+@app.command()
+@with_options
+def chat(
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", show_default=False)] = None,
+    show_drafts: ShowDrafts = False,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Talk with the model; piped input is one turn a line."""
+    settings = sampling.checked()
+    if system is not None:
+        _check_text(system, "the system prompt")
+    lm = _load(engine)
+    raise typer.Exit(Chat(lm, system=system, settings=settings, show_drafts=show_drafts).run())
+
+
+@app.command()
+@with_options
+def info(as_json: AsJson = False, *, engine: EngineOptions) -> None:
+    """Show what would run: the model, its heads, the backend and why."""
+    facts = _load(engine).describe()
+    if as_json:
+        print(json.dumps(facts, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _flatten(facts):
+        table.add_row(Text(name), Text(value))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+@with_options
+def demo(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="A prompt of your own instead of the three built in.", show_default=False),
+    ] = None,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Decode with Medusa and plainly, on the same engine, and compare."""
+    if engine.drafter == "none":
+        raise UsageError("the demo compares a drafter with none; leave out --drafter none")
+    prompts = DEMO_PROMPTS if prompt is None else (_read_prompt(prompt, None, raw=False),)
+    if sampling.seed is None:  # plain sampling can only repeat the text when both use one seed
+        sampling = dataclasses.replace(sampling, seed=0)
+    settings = sampling.checked()
+    fast = _load(engine)
+    plain = fast.with_drafter("none")
+    for lm in (fast, plain):
+        lm.generate(prompts[0], **{**settings, "max_new_tokens": WARM_UP_TOKENS})
+    printer = Printer(show_drafts=wants_colour(sys.stdout))
+    print(f"> {prompts[0]}", flush=True)
+    runs: list[tuple[Answer, Answer]] = []
+    for number, text in enumerate(prompts, 1):
+        # Interleaved, so that a machine that slows down or speeds up treats both alike.
+        drafted = collect(fast.stream(text, **settings), printer if number == 1 else _no_show)
+        if number == 1:
+            print(flush=True)
+            printer.legend()
+        if drafted.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+        notice(f"measuring {number} of {len(prompts)} ...")
+        plainly = collect(plain.stream(text, **settings), _no_show)
+        if plainly.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+        runs.append((drafted, plainly))
+    print(_comparison(runs), flush=True)
+
+
+def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:
+    """One line that compares answers decoded with drafts and without, and says whether they are the same."""
+    tokens, steps, seconds = _totals([drafted.stats for drafted, _ in runs])
+    plain_tokens, _, plain_seconds = _totals([plain.stats for _, plain in runs])
+    if min(tokens, steps, seconds, plain_tokens, plain_seconds) <= 0:
+        return "Too few tokens to compare; ask for more with --max-new-tokens."
+    speed, plain_speed = tokens / seconds, plain_tokens / plain_seconds
+    ratio = speed / plain_speed
+    differing = sum(drafted.token_ids != plain.token_ids for drafted, plain in runs)
+    return (
+        f"Medusa: {tokens / steps:.2f} tokens per step, {speed:.1f} tokens/s; "
+        f"plain: {plain_speed:.1f} tokens/s; "
+        + (f"{ratio:.2f}x faster, " if ratio >= 1 else f"{1 / ratio:.2f}x slower, ")
+        + (f"output differs in {differing} of {len(runs)}." if differing else "output identical.")
+    )
+
+
+def _totals(stats: Sequence[Stats | None]) -> tuple[int, int, float]:
+    """(tokens, steps, seconds) of several answers together."""
+    known = [one for one in stats if one is not None]
+    return (
+        sum(one.new_tokens for one in known),
+        sum(one.steps for one in known),
+        sum(one.decode_seconds for one in known),
+    )
+
+
+def _read_prompt(prompt: str | None, prompt_file: str | None, raw: bool) -> str:
+    """Return the prompt from the argument, a file or the input; raises UsageError when there is none.
+
+    The newline that ends a file or a pipe is dropped, unless `raw` asks for the text as it is.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise UsageError("give a PROMPT or a --prompt-file, not both")
+    if prompt is None and prompt_file is None:
+        if sys.stdin.isatty():
+            raise UsageError('there is no prompt; try: medusa generate "Why is the sky blue?" (or --prompt-file FILE)')
+        prompt = "-"
+    if prompt_file is not None and prompt_file != "-":
+        try:
+            text = _decode(Path(prompt_file).read_bytes(), f"the prompt file {prompt_file}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot read the prompt file {prompt_file}: {reason}") from None
+    elif prompt == "-" or prompt_file == "-":
+        text = _decode(sys.stdin.buffer.read(), "the input")
+    else:
+        assert prompt is not None
+        text = prompt
+        _check_text(text, "the prompt")
+        raw = True  # nothing to drop
+    if not raw:
+        text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _decode(data: bytes, what: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} is not UTF-8 text") from None
+
+
+def _check_text(text: str, what: str) -> None:
+    """Arguments that are not UTF-8 arrive with lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{what} is not UTF-8 text") from None
+
+
+def _as_json(answer: Answer) -> dict[str, object]:
+    """The line that `generate --json` prints."""
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "num_new_tokens": len(answer.token_ids),
+        "steps": stats.steps if stats else 0,
+        "tokens_per_step": round(stats.tokens_per_step, 3) if stats else 0.0,
+        "decode_seconds": round(stats.decode_seconds, 4) if stats else 0.0,
+        "tokens_per_second": round(stats.tokens_per_second, 2) if stats else 0.0,
+        "ttft_seconds": round(stats.ttft_seconds, 4) if stats else None,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def _flatten(facts: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of a table: {"heads": {"kind": "shared"}} -> [("heads kind", "shared")]."""
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        label = f"{prefix}{name}".replace("_", " ")
+        if isinstance(value, dict):
+            rows.extend(_flatten(value, f"{label} "))
+        else:
+            rows.append((label, "none" if value is None else str(value)))
+    return rows
+
+
+def _no_show(_: Chunk) -> None:
+    """Print nothing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `medusa` command; always ends with SystemExit."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller (`medusa ... >&-`)
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        _reconfigure(stream, errors="replace")  # a terminal that lacks a character shows ? instead
+    if not sys.stdin.isatty():
+        _reconfigure(sys.stdin, encoding="utf-8", errors="strict")
+    app(args=arguments, prog_name="medusa")
+
+
+def _reconfigure(stream: TextIO, **settings: str) -> None:
+    """Change how a stream encodes, where it can (a replaced sys.stdout may be anything)."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(**settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Draft, verify, accept, keep: the decoding loop and its parts, free of any model."""

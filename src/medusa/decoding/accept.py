@@ -1,0 +1,101 @@
+"""Acceptance: which path of a verified draft is kept, and which token comes after it.
+
+Each rule walks from the root by parent pointers and looks at the logits of the nodes it reaches, no others. A rule
+returns the accepted nodes (the root first) and the next root token.
+
+- `greedy`: descend while a child holds the argmax. The output is that of plain greedy decoding.
+- `exact`: descend while a child holds the token that plain sampling would draw at that position with this seed. The
+  output is that of plain sampling, token for token, whatever was drafted.
+- `typical` (https://arxiv.org/abs/2401.10774, section 2.3.1): accept what is likely enough. Lossy, and faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medusa.decoding.sampling import Sampling, candidates, penalise, sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.decoding.draft import Draft, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """`path`: accepted nodes from the root on, the root included. `next_token`: the root of the next draft."""
+
+    path: tuple[int, ...]
+    next_token: int
+
+
+def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
+    """Applies the rule that `row.sampling` asks for to logits [N, V] of `draft`."""
+    sampling = row.sampling
+    seen = set(row.tokens) if sampling.repetition_penalty != 1 else None
+
+    def node_logits(node: int) -> Tensor:
+        if seen is None:
+            return logits[node]
+        path = {draft.tokens[i] for i in draft.path(node)}  # a node is penalised for its own path, not its siblings'
+        return penalise(logits[node].float(), seen | path, sampling.repetition_penalty)
+
+    if not sampling.greedy and sampling.acceptance == "typical":
+        return _typical(node_logits, draft, sampling)
+    if sampling.greedy:
+        if seen is None:
+            best: list[int] = logits.argmax(dim=-1).tolist()  # all nodes at once: one wait for the device
+            return _descend(best.__getitem__, draft)
+        return _descend(lambda node: int(node_logits(node).argmax()), draft)
+    depths = draft.topology.depths
+    # The root is the token at position len - 1; what follows a node at depth d is the token at position len + d.
+    return _descend(lambda node: sample(node_logits(node), sampling, len(row.tokens) + int(depths[node])), draft)
+
+
+def first_token(logits: Tensor, tokens: list[int], sampling: Sampling) -> int:
+    """The token after the prompt `tokens`, from its last logits [V]: there is no draft yet."""
+    if sampling.repetition_penalty != 1:
+        logits = penalise(logits.float(), set(tokens), sampling.repetition_penalty)
+    if sampling.greedy or sampling.acceptance == "typical":
+        return int(logits.argmax())
+    return sample(logits, sampling, len(tokens))
+
+
+def _descend(choose: Callable[[int], int], draft: Draft) -> Accepted:
+    """Follows the chosen token from node to node until the draft does not hold it."""
+    path = [0]
+    while True:
+        token = choose(path[-1])
+        child = draft.child(path[-1], token)
+        if child is None:
+            return Accepted(tuple(path), token)
+        path.append(child)
+
+
+def _typical(node_logits: Callable[[int], Tensor], draft: Draft, sampling: Sampling) -> Accepted:
+    """Child x of an accepted node v is accepted when p(x) > min(epsilon, delta * exp(-H(p))), p the model's
+    distribution at v after temperature and filters, H its entropy in nats. The longest accepted path wins, then the
+    one of greater probability; the token after it is the argmax."""
+    import torch
+
+    children: dict[int, list[int]] = {}
+    for node, parent in enumerate(draft.parents[1:], start=1):
+        children.setdefault(parent, []).append(node)
+    accepted = {0: (0, 0.0)}  # node -> (depth, log-probability of its path)
+    for node in range(len(draft)):  # parents come first
+        if node not in accepted or node not in children:
+            continue
+        ids, scores = candidates(node_logits(node), sampling)
+        log_p = torch.log_softmax(scores, dim=-1)
+        p = log_p.exp()
+        entropy = -(p * log_p).nan_to_num(0.0).sum()
+        threshold = torch.clamp(sampling.delta * torch.exp(-entropy), max=sampling.epsilon).item()
+        depth, total = accepted[node]
+        for child in children[node]:
+            at = (ids == draft.tokens[child]).nonzero()
+            if len(at) and p[at[0]].item() > threshold:
+                accepted[child] = (depth + 1, total + log_p[at[0]].item())
+    last = max(accepted, key=lambda node: (*accepted[node], -node))
+    return Accepted(draft.path(last), int(node_logits(last).argmax()))

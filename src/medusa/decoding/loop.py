@@ -1,0 +1,156 @@
+"""The decoding loop: draft, verify, accept, keep.
+
+One `Decoder` serves one text or many: `step` takes any rows that are running, verifies all their drafts in one forward
+pass, and each row keeps its own number of tokens. Plain decoding is the same loop with a drafter that proposes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medusa.decoding.accept import accept, first_token
+from medusa.decoding.draft import MODEL, Drafter, Row
+from medusa.decoding.sampling import Sampling
+from medusa.errors import UsageError
+from medusa.models.backend import Backend
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass gave one row.
+
+    `sources[i]` says who proposed `tokens[i]`: a drafter, or "model" for the token that the model itself decided
+    (always the last one, unless an earlier token ended the text). `drafted` is the number of nodes verified.
+    """
+
+    tokens: tuple[int, ...]
+    sources: tuple[str, ...]
+    drafted: int
+    finish_reason: FinishReason | None
+
+
+class Decoder:
+    """Runs rows of text on a backend.
+
+    Args:
+        backend: where the model runs. The decoder is its only user.
+        drafter: who proposes.
+        nodes: the most nodes of a tree, the root included; 1 is plain decoding.
+    """
+
+    def __init__(self, backend: Backend, drafter: Drafter, nodes: int) -> None:
+        if nodes < 1:
+            raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
+        self.backend = backend
+        self.drafter = drafter
+        self.nodes = nodes
+
+    def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+        """Raises UsageError for an empty prompt, one that leaves no room in the context, or max_new_tokens < 1."""
+        if max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+        if not prompt:
+            raise UsageError("the prompt is empty: give at least one token")
+        if len(prompt) >= self.backend.max_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, which leaves no room in the context of "
+                f"{self.backend.max_length}: shorten it"
+            )
+
+    def start(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> tuple[Row, Step]:
+        """Prefills a free slot. The step holds the first token, which the prompt's last logits decide.
+
+        Raises:
+            UsageError: see `check`.
+        """
+        self.check(prompt, max_new_tokens)
+        sampling = sampling.seeded()
+        logits, features = self.backend.prefill(slot, prompt)
+        row = Row(
+            slot=slot,
+            tokens=list(prompt),
+            prompt_tokens=len(prompt),
+            max_new_tokens=min(max_new_tokens, self.backend.max_length - len(prompt)),
+            eos_token_ids=frozenset(eos_token_ids),
+            sampling=sampling,
+            features=features,
+        )
+        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,), drafted=1)
+
+    def step(self, rows: Sequence[Row]) -> list[Step]:
+        """One forward pass for all of `rows`, none of which may be finished."""
+        # draft
+        drafts = self.drafter.propose(rows, self.nodes)
+        # A path of d drafted nodes yields d + 1 tokens: what the row has no room for is not verified.
+        drafts = [
+            draft.pruned(nodes=self.nodes, depth=row.max_new_tokens - row.new_tokens - 1)
+            for draft, row in zip(drafts, rows, strict=True)
+        ]
+        # verify
+        slots = [row.slot for row in rows]
+        logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
+        # accept
+        accepted = [
+            accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
+        ]
+        # keep
+        self.backend.keep(slots, [choice.path for choice in accepted])
+        steps = []
+        for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
+            row.features = features[b, choice.path[-1]]
+            tokens = (*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)
+            sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)
+            steps.append(self._extend(row, tokens, sources, len(draft)))
+        return steps
+
+    def finish(self, row: Row) -> None:
+        """Gives the slot of a row back, finished or not."""
+        self.backend.release(row.slot)
+
+    def _extend(self, row: Row, tokens: tuple[int, ...], sources: tuple[str, ...], drafted: int) -> Step:
+        """Adds tokens to a row, up to the first that ends it."""
+        tokens = tokens[: row.max_new_tokens - row.new_tokens]
+        reason: FinishReason | None = None
+        for i, token in enumerate(tokens):
+            if token in row.eos_token_ids:
+                tokens, reason = tokens[: i + 1], "stop"
+                break
+        row.tokens.extend(tokens)
+        if reason is None and row.new_tokens >= row.max_new_tokens:
+            reason = "length"
+        row.finish_reason = reason
+        return Step(tokens, sources[: len(tokens)], drafted, reason)
+
+
+def decode(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int] = (),
+    slot: int = 0,
+) -> Iterator[Step]:
+    """Decodes one text, step by step; the slot is free again when the iterator ends or is closed."""
+    row, step = decoder.start(
+        slot, prompt, sampling or Sampling(), max_new_tokens=max_new_tokens, eos_token_ids=eos_token_ids
+    )
+    try:
+        yield step
+        while row.finish_reason is None:
+            (step,) = decoder.step([row])
+            yield step
+    finally:
+        decoder.finish(row)

@@ -1,0 +1,387 @@
+"""Text in, chunks of text out: the chat template before the loop, the detokeniser and stop strings after it."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.loop import Decoder, FinishReason, decode
+from medusa.decoding.sampling import Sampling
+from medusa.errors import MedusaError, UsageError
+from medusa.text import Detokenizer, StopStrings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from medusa.models.backend import Backend
+    from medusa.models.heads import Heads
+
+DRAFTERS = ("union", "heads", "ngram", "none")
+BACKENDS = ("auto", "transformers", "native")
+DTYPES = ("float32", "bfloat16", "int8")
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Running counts of one text. The first token comes from the prefill, all others from steps."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0  # forward passes after the prefill
+    ttft_seconds: float = 0.0  # from the call to the first token
+    decode_seconds: float = 0.0  # in the steps; waiting for whoever reads the stream is not counted
+
+    @property
+    def tokens_per_step(self) -> float:
+        """1.0 is plain decoding; 0.0 where no step was needed."""
+        return (self.new_tokens - 1) / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, without the prefill; 0.0 where no step was needed."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step added.
+
+    `spans` are pieces of text with their source, which join to `text`: "model" for what the model decided itself, the
+    name of a drafter for an accepted draft. `text` never ends in half a character, so it may lag behind `token_ids`.
+    """
+
+    text: str
+    spans: tuple[tuple[str, str], ...]
+    token_ids: tuple[int, ...]
+    stats: Stats
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer. `token_ids` include the end-of-text token if the model wrote one; `text` does not."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    stats: Stats
+    finish_reason: FinishReason
+
+
+class LanguageModel:
+    """A loaded model with its tokenizer, heads and drafter; made by `medusa.load`. Serves one caller at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        backend: Backend,
+        *,
+        heads: Heads | None = None,
+        drafter: str = "union",
+        nodes: int = 12,
+        eos_token_ids: Sequence[int] = (),
+        facts: Mapping[str, object] | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.heads = heads
+        self.nodes = nodes
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.drafter = make_drafter(drafter, heads)
+        self._decoder = Decoder(backend, self.drafter, nodes)
+        self._facts = dict(facts or {})
+
+    def with_drafter(self, drafter: str, *, nodes: int | None = None) -> LanguageModel:
+        """The same engine with another drafter; the two must not generate at the same time."""
+        other = copy.copy(self)
+        other.nodes = nodes or self.nodes
+        other.drafter = make_drafter(drafter, self.heads)
+        other._decoder = Decoder(self.backend, other.drafter, other.nodes)
+        return other
+
+    def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        A string is one user turn of the chat template, or plain text where `raw` is set or the tokenizer has no
+        template. A sequence of messages with `role` and `content` always needs the template.
+        """
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UsageError("the prompt is empty: write something to answer")
+            if raw or not self.tokenizer.chat_template:
+                return list(self.tokenizer(prompt)["input_ids"])
+            prompt = [{"role": "user", "content": prompt}]
+        if not prompt:
+            raise UsageError("the conversation is empty: give at least one message")
+        if raw:
+            raise UsageError("raw text must be a string, not a list of messages")
+        if not self.tokenizer.chat_template:
+            raise UsageError(f"{self.name} has no chat template: give a plain string")
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UsageError(f"the chat template of {self.name} refuses these messages: {error}") from None
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        raw: bool = False,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        acceptance: Literal["exact", "typical"] = "exact",
+        epsilon: float = 0.09,
+        delta: float = 0.3,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Iterator[Chunk]:
+        """Answers a prompt, one chunk for each step. Bad arguments raise UsageError here, not at the first chunk.
+
+        Args:
+            prompt: a user's turn, or messages with `role` and `content`.
+            raw: skip the chat template.
+            max_new_tokens: the exact limit.
+            temperature: 0 is greedy; above, sampling with `top_k`, `top_p`, `min_p` and `seed`.
+            acceptance: "exact" gives what plain decoding gives; "typical" is faster and lossy (temperature > 0 only).
+            stop: strings that end the text; they are not part of it.
+            ignore_eos: go on after the end-of-text token.
+        """
+        sampling = Sampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            acceptance=acceptance,
+            epsilon=epsilon,
+            delta=delta,
+        )
+        stops = StopStrings(stop)
+        ids = self.encode(prompt, raw=raw)
+        self._decoder.check(ids, max_new_tokens)
+        return self._stream(ids, sampling, stops, max_new_tokens, () if ignore_eos else self.eos_token_ids)
+
+    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Completion:
+        """The whole answer; takes the options of `stream`."""
+        pieces: list[str] = []
+        token_ids: list[int] = []
+        for chunk in self.stream(prompt, **options):
+            pieces.append(chunk.text)
+            token_ids.extend(chunk.token_ids)
+        assert chunk.finish_reason is not None
+        return Completion("".join(pieces), tuple(token_ids), chunk.stats, chunk.finish_reason)
+
+    def describe(self) -> dict[str, object]:
+        """What is loaded, for people and for bug reports."""
+        import torch
+        import transformers
+
+        import medusa
+
+        heads: dict[str, object] | None = None
+        if self.heads is not None:
+            config = self.heads.config
+            heads = {
+                "kind": config.kind,
+                "levels": config.num_heads,
+                "parameters": self.heads.num_parameters(),
+                "draft_vocabulary": self.heads.lm_head_rows,
+                "feature_layers": list(config.feature_layers),
+                "tree_nodes": len(config.tree) + 1 if config.tree else 0,
+            }
+        return {
+            "model": self.name,
+            **self._facts,
+            "hidden_size": self.backend.hidden_size,
+            "layers": self.backend.num_layers,
+            "vocabulary": self.backend.vocab_size,
+            "context": self.backend.max_length,
+            "slots": self.backend.num_slots,
+            "heads": heads,
+            "drafter": self.drafter.name,
+            "nodes": self.nodes,
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "medusa": medusa.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _stream(
+        self, ids: list[int], sampling: Sampling, stops: StopStrings, max_new_tokens: int, eos: Sequence[int]
+    ) -> Iterator[Chunk]:
+        stats = Stats(prompt_tokens=len(ids))
+        detokenizer = Detokenizer(self.tokenizer)
+        started = time.perf_counter()
+        steps = decode(self._decoder, ids, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos)
+        try:
+            for step in steps:
+                spans: list[tuple[str, str]] = []
+                taken = 0
+                source = ""
+                for token, source in zip(step.tokens, step.sources, strict=True):
+                    spans += stops.push(detokenizer.push(token), source)
+                    taken += 1
+                    if stops.hit:
+                        break
+                reason = "stop" if stops.hit else step.finish_reason
+                if reason is not None:
+                    spans += stops.push(detokenizer.flush(), source)
+                    reason = "stop" if stops.hit else reason
+                    spans += stops.flush()
+                seconds = time.perf_counter() - started
+                if stats.new_tokens == 0:
+                    stats = replace(stats, ttft_seconds=seconds, new_tokens=taken)
+                else:
+                    stats = replace(
+                        stats,
+                        new_tokens=stats.new_tokens + taken,
+                        steps=stats.steps + 1,
+                        decode_seconds=stats.decode_seconds + seconds,
+                    )
+                text = "".join(piece for piece, _ in spans)
+                yield Chunk(text, tuple(spans), step.tokens[:taken], stats, reason)
+                if reason is not None:
+                    return
+                started = time.perf_counter()
+        finally:
+            steps.close()  # type: ignore[attr-defined]
+
+
+def make_drafter(name: str, heads: Heads | None) -> Drafter:
+    """The drafter called `name`. Without heads, union is the n-gram drafter alone."""
+    from medusa.decoding.heads_drafter import HeadsDrafter
+
+    if name == "none":
+        return NoDrafter()
+    if name == "ngram":
+        return NgramDrafter()
+    if name == "heads":
+        if heads is None:
+            raise UsageError("the drafter heads needs heads: give --heads NAME or PATH, or use --drafter ngram")
+        return HeadsDrafter(heads)
+    if name == "union":
+        return NgramDrafter() if heads is None else UnionDrafter(HeadsDrafter(heads), NgramDrafter())
+    raise UsageError(f"unknown drafter {name}: use one of {', '.join(DRAFTERS)}")
+
+
+def load(
+    model: str = "smollm2-135m",
+    *,
+    heads: str = "auto",
+    drafter: str = "union",
+    backend: str = "auto",
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+    nodes: int = 12,
+    threads: int | None = None,
+    compile: bool = False,
+    num_slots: int = 1,
+    max_length: int | None = None,
+    progress: bool = True,
+) -> LanguageModel:
+    """Loads a model, its heads and a backend.
+
+    Args:
+        model: a Hugging Face id, a local directory, a GGUF file, or a short name.
+        heads: "auto" (those shipped for this model, if any), "none", a name, or a directory.
+        drafter: union, heads, ngram or none (plain decoding).
+        backend: auto, transformers or native.
+        dtype: float32, bfloat16, or int8 (weights only).
+        device: a torch device, or "auto" to spread a large model over all devices.
+        nodes: the most nodes of a tree; the root counts.
+        threads: CPU threads; None leaves torch's choice.
+        compile: compile the verify step (slow first steps, faster later ones).
+        num_slots: how many texts can be decoded at once.
+        max_length: positions per slot; None is the model's context.
+
+    Raises:
+        UsageError: a bad argument. MedusaError: a model or heads that cannot be used.
+    """
+    for name, value, known in (
+        ("drafter", drafter, DRAFTERS),
+        ("backend", backend, BACKENDS),
+        ("dtype", dtype, DTYPES),
+    ):
+        if value not in known:
+            raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    if nodes < 1:
+        raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
+    if backend == "native":
+        raise MedusaError("the native backend is not installed: use --backend transformers")
+
+    import torch
+
+    from medusa.models import zoo
+    from medusa.models.heads import load_heads, read_config, vocabulary_hash
+    from medusa.models.int8 import quantise
+    from medusa.models.transformers_backend import TransformersBackend
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = zoo.resolve(model, progress=progress)
+    heads_path = zoo.find_heads(heads, source)
+    if drafter == "heads" and heads_path is None:
+        raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
+    feature_layers = read_config(heads_path).feature_layers if heads_path else ()
+    tokenizer = zoo.load_tokenizer(source)
+    network = zoo.load_model(source, dtype=torch.float32 if dtype == "float32" else torch.bfloat16, device=device)
+    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    if dtype == "int8":
+        quantise(network)
+    engine = TransformersBackend(
+        network, num_slots=num_slots, max_length=max_length, feature_layers=feature_layers, compile=compile
+    )
+    loaded = None
+    if heads_path is not None:
+        loaded = load_heads(
+            heads_path,
+            engine.base_weights(),
+            vocab_hash=vocabulary_hash(tokenizer.get_vocab()),
+            num_layers=engine.num_layers,
+            dtype=network.dtype,
+        )
+    facts = {
+        "architecture": type(network).__name__,
+        "location": source.location,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "dtype": dtype,
+        "device": str(network.device),
+        "backend": engine.name,
+        "heads_path": str(heads_path) if heads_path else None,
+    }
+    return LanguageModel(
+        model,
+        tokenizer,
+        engine,
+        heads=loaded,
+        drafter=drafter,
+        nodes=nodes,
+        eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        facts=facts,
+    )

@@ -1,0 +1,74 @@
+"""The protocol between decoding and what runs the model.
+
+A backend has numbered slots, each with a KV cache and a length of its own, so one text, a batch and a server all use
+the same four calls:
+
+    logits, features = backend.prefill(slot, prompt)        # the prompt enters the cache
+    logits, features = backend.verify([slot], [draft])      # one pass over the tree; the cache holds N rows more
+    backend.keep([slot], [path])                            # the accepted rows stay, the others are dropped
+    backend.release(slot)
+
+Tensors come back on the device that computed them. V is the vocabulary, H the hidden size, F the number of hidden
+states that the heads read (1 unless they ask for middle layers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.models.heads import BaseWeights
+    from medusa.models.topology import Parents
+
+
+class TokenTree(Protocol):
+    """What a backend needs of a draft: N tokens and their parents, the root (parent -1) first."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+
+    @property
+    def parents(self) -> Parents: ...
+
+
+class Backend(Protocol):
+    """One loaded model. Not thread-safe: one thread owns it."""
+
+    name: str
+    num_slots: int
+    max_length: int  # positions a slot can hold; a draft may not reach past it
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Fills an empty slot. Returns logits [V] and features [F*H] of the last token.
+
+        Raises UsageError when the prompt is empty or longer than `max_length`.
+        """
+        ...
+
+    def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
+        """Runs B trees in one forward pass, each after the text of its slot; every node sees that text and its
+        ancestors. Returns logits [B, N, V] and features [B, N, F*H], N the largest tree; rows past the end of a
+        smaller tree mean nothing. The lengths of the slots do not change."""
+        ...
+
+    def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        """After `verify` of the same slots: the nodes of each path (from the root on) join the text of the slot."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Empties a slot."""
+        ...
+
+    def length(self, slot: int) -> int:
+        """How many tokens a slot holds."""
+        ...
+
+    def base_weights(self) -> BaseWeights:
+        """The embeddings and LM head that heads borrow."""
+        ...

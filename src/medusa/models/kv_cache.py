@@ -1,0 +1,134 @@
+"""The KV cache of the transformers backend: slots in preallocated buffers, written in place.
+
+transformers' own caches either copy everything at each step or assume that all rows of a batch have one length. Here
+each row of a forward pass names its slot and its length; rows are written where they belong and read as a view.
+The cache grows by doubling up to `max_length`, so a long context costs memory only when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+FIRST_CAPACITY = 1024
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, each [slots, KV heads, capacity, head size]."""
+
+    def __init__(self, cache: SlotCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys = self._allocate(key_states)
+        self.values = self._allocate(value_states)
+        self.is_initialized = True
+
+    def _allocate(self, states: Tensor) -> Tensor:
+        _, heads, _, size = states.shape
+        return states.new_zeros(self.cache.num_slots, heads, self.cache.capacity, size)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes [B, KV heads, N, head size] at the cache's cursor and returns all rows up to the used length."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        cursor = self.cache.cursor
+        return cursor.write(self.keys, key_states), cursor.write(self.values, value_states)
+
+    def grow(self) -> None:
+        """Moves to buffers of the cache's new capacity."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (self._grown(old) for old in (self.keys, self.values))
+
+    def _grown(self, old: Tensor) -> Tensor:
+        new = self._allocate(old)
+        new[:, :, : old.shape[2]] = old
+        return new
+
+    def move(self, slot: int, source: Tensor, target: int) -> None:
+        """Copies the rows `source` of a slot to `target` and the places after it."""
+        for rows in (self.keys, self.values):
+            if rows is not None:
+                rows[slot, :, target : target + len(source)] = rows[slot, :, source.to(rows.device)]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.cursor.used, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.cursor.longest
+
+    def get_max_length(self) -> int:
+        return self.cache.max_length
+
+
+class Cursor:
+    """Where one forward pass writes: row b puts its N tokens into slot `slots[b]` at `lengths[b]`.
+
+    `used` is how many places attention sees, the same for all rows; the mask hides what a row has not filled.
+    """
+
+    def __init__(self, slots: Sequence[int], lengths: Sequence[int], tokens: int, used: int) -> None:
+        self.slots, self.lengths, self.tokens, self.used = tuple(slots), tuple(lengths), tokens, used
+        self.longest = max(lengths)
+        first, count = self.slots[0], len(self.slots)
+        self.consecutive = self.slots == tuple(range(first, first + count))
+        self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        """Stores [B, heads, N, size] and returns a view or copy [B, heads, used, size]."""
+        if len(self.slots) == 1:
+            start = self.lengths[0]
+            buffer[self.slots[0], :, start : start + self.tokens] = states[0]
+        else:
+            rows, places = self._index(buffer.device)
+            buffer[rows, :, places] = states.transpose(1, 2)  # [B, N, heads, size]
+        if self.consecutive:
+            return buffer[self.slots[0] : self.slots[-1] + 1, :, : self.used]
+        return buffer[self._index(buffer.device)[0][:, 0], :, : self.used]
+
+    def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._places:
+            rows = torch.tensor(self.slots, device=device).unsqueeze(1)  # [B, 1]
+            starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
+            self._places[device] = rows, starts + torch.arange(self.tokens, device=device)  # [B, N]
+        return self._places[device]
+
+
+class SlotCache(Cache):
+    """One cache for all slots of a model; `cursor` is set before each forward pass."""
+
+    def __init__(self, num_layers: int, num_slots: int, max_length: int) -> None:
+        self.num_slots = num_slots
+        self.max_length = max_length
+        self.capacity = min(FIRST_CAPACITY, max_length)
+        self.cursor = Cursor([0], [0], 0, 0)
+        self._slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._slot_layers))
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` places in every slot."""
+        if length <= self.capacity:
+            return
+        while self.capacity < length:
+            self.capacity *= 2
+        self.capacity = min(self.capacity, max(length, self.max_length))
+        for layer in self._slot_layers:
+            layer.grow()
+
+    def keep(self, slot: int, start: int, path: Sequence[int]) -> None:
+        """Of the rows written at `start`, those in `path` (rising) move to the front."""
+        stay = 0
+        while stay < len(path) and path[stay] == stay:
+            stay += 1
+        if stay < len(path):
+            source = torch.tensor(path[stay:]) + start
+            for layer in self._slot_layers:
+                layer.move(slot, source, start + stay)

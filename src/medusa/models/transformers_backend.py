@@ -1,0 +1,296 @@
+"""Any decoder-only Hugging Face model as a `Backend`, unmodified: tree attention by mask and position ids.
+
+What makes it work on a model that knows nothing of trees:
+
+- a 4-D additive mask, which transformers passes through as it is; one for each kind of layer (full, sliding window);
+- explicit position ids, length + depth, so that siblings share a position;
+- a cache of our own (`kv_cache.py`), to which rows of different lengths are written in place.
+
+At load a self-check compares the logits of a small tree with those of its paths run alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medusa.errors import MedusaError, UsageError
+from medusa.models.backend import TokenTree
+from medusa.models.heads import BaseWeights
+from medusa.models.kv_cache import Cursor, SlotCache
+from medusa.models.topology import topology
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFILL_CHUNK = 512
+BUCKET = 64  # attention runs over the used length, rounded up to this
+SLACK = 256  # places beyond max_length for the nodes of a tree: the most nodes a draft may have
+DEFAULT_MAX_LENGTH = 32768
+
+_RECURRENT = (
+    "mamba",
+    "rwkv",
+    "jamba",
+    "recurrent_gemma",
+    "falcon_h1",
+    "xlstm",
+    "bamba",
+    "zamba",
+    "granitemoehybrid",
+)
+_ALIBI = ("bloom", "mpt")
+
+
+class SelfCheckError(MedusaError):
+    """Tree attention and sequential decoding disagree: the model does not honour masks and positions."""
+
+
+class TransformersBackend:
+    """Runs `model` with `num_slots` slots.
+
+    Args:
+        model: a causal language model in eval mode. It is not changed, but for its attention implementation where
+            that cannot take a mask (flash attention).
+        max_length: positions per slot; None takes the model's context (at most 32,768).
+        feature_layers: hidden states that the heads read beside the final one (see HeadsConfig).
+        compile: compile each decoder layer for `verify` with torch.compile.
+
+    Raises:
+        MedusaError: the architecture cannot decode trees, or the self-check fails.
+    """
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        num_slots: int = 1,
+        max_length: int | None = None,
+        feature_layers: Sequence[int] = (),
+        compile: bool = False,
+        self_check: bool = True,
+    ) -> None:
+        if num_slots < 1:
+            raise UsageError("num_slots must be at least 1")
+        config = model.config.get_text_config()
+        _refuse_unsupported(model, config)
+        self.model = model
+        self.num_slots = num_slots
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        lm_head = model.get_output_embeddings()
+        self.vocab_size: int = lm_head.weight.shape[0]
+        context = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
+        if max_length is not None and not 1 <= max_length <= context:
+            raise UsageError(f"max_length must be from 1 to the model's context of {context}, not {max_length}")
+        self.max_length: int = max_length or min(context, DEFAULT_MAX_LENGTH)
+        if any(not 1 <= i < self.num_layers for i in feature_layers):
+            raise UsageError(f"feature_layers must be from 1 to {self.num_layers - 1}")
+        self.feature_layers = tuple(feature_layers)
+        self._masks = _MaskMaker(config, model.dtype)
+        self._lm_head = lm_head
+        self._embedding: Tensor = cast(Tensor, model.get_input_embeddings().weight)
+        self._device = self._embedding.device
+        self._cache = SlotCache(self.num_layers, num_slots, self.max_length + SLACK)
+        self._lengths = [0] * num_slots
+        self._keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):
+            model.set_attn_implementation("sdpa")  # flash and flex attention take no custom mask
+        self._compiled = False
+        if self_check:
+            check_tree_attention(self)
+        if compile:
+            self._compile()
+
+    # --- the protocol -------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if not token_ids:
+            raise UsageError("the prompt is empty: it needs at least one token")
+        if len(token_ids) > self.max_length:
+            raise UsageError(
+                f"the prompt has {len(token_ids)} tokens, but the context holds {self.max_length}: shorten it"
+            )
+        self._lengths[slot] = 0
+        for start in range(0, len(token_ids), PREFILL_CHUNK):
+            chunk = token_ids[start : start + PREFILL_CHUNK]
+            count = len(chunk)
+            tokens = torch.tensor([chunk])
+            depths = np.arange(count)[None]
+            visible = np.tril(np.ones((1, count, count), dtype=np.bool_))
+            logits, features = self._forward([slot], tokens, depths, visible, last_only=True)
+            self._lengths[slot] += count
+        return logits[0, -1], features[0, -1]
+
+    @torch.inference_mode()
+    def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
+        size = max(len(draft.tokens) for draft in drafts)
+        if size > SLACK:
+            raise UsageError(f"a draft may have at most {SLACK} nodes, not {size}")
+        tokens = torch.zeros(len(drafts), size, dtype=torch.int64)
+        depths = np.zeros((len(drafts), size), dtype=np.int64)
+        visible = np.broadcast_to(np.eye(size, dtype=np.bool_), (len(drafts), size, size)).copy()
+        for b, draft in enumerate(drafts):
+            shape, n = topology(draft.parents), len(draft.tokens)
+            if self._lengths[slots[b]] + int(shape.depths.max()) >= self.max_length:
+                raise UsageError(f"the draft reaches past the context of {self.max_length} tokens")
+            tokens[b, :n] = torch.tensor(draft.tokens)
+            depths[b, :n] = shape.depths
+            visible[b, :n, :n] = shape.mask
+        return self._forward(slots, tokens, depths, visible)
+
+    def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        for slot, path in zip(slots, paths, strict=True):
+            self._cache.keep(slot, self._lengths[slot], path)
+            self._lengths[slot] += len(path)
+
+    def release(self, slot: int) -> None:
+        self._lengths[slot] = 0
+
+    def length(self, slot: int) -> int:
+        return self._lengths[slot]
+
+    def base_weights(self) -> BaseWeights:
+        return BaseWeights(self._embedding, self._lm_head.weight)
+
+    # --- one forward pass -----------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        slots: Sequence[int],
+        tokens: Tensor,  # [B, N]
+        depths: np.ndarray,  # [B, N]
+        visible: np.ndarray,  # [B, N, N]
+        last_only: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and features [B, N, ...] of N new tokens per row, or of the last one only."""
+        lengths = [self._lengths[slot] for slot in slots]
+        count = tokens.shape[1]
+        self._cache.reserve(max(lengths) + count)
+        used = min(-(-(max(lengths) + count) // BUCKET) * BUCKET, self._cache.capacity)
+        self._cache.cursor = Cursor(slots, lengths, count, used)
+        positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
+        options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
+        with _capture_input(self._lm_head) as captured:
+            out = self.model(
+                input_ids=tokens.to(self._device),
+                attention_mask=self._masks.make(lengths, depths, visible, used, self._device),
+                position_ids=positions.to(self._device),
+                past_key_values=self._cache,
+                use_cache=True,
+                output_hidden_states=bool(self.feature_layers),
+                **options,
+            )
+        final = captured[0]
+        if not self.feature_layers:
+            return out.logits, final
+        rows = final.shape[1]
+        middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
+        return out.logits, torch.cat([*middle, final], dim=-1)
+
+    def _compile(self) -> None:
+        raise NotImplementedError
+
+
+class _MaskMaker:
+    """Additive masks [B, 1, N, used], one for each kind of attention the model mixes."""
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.window: int | None = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds:
+            kinds = {"sliding_attention"} if self.window else {"full_attention"}
+        if "sliding_attention" not in kinds:
+            self.window = None
+        self.kinds = kinds
+
+    def make(
+        self, lengths: Sequence[int], depths: np.ndarray, visible: np.ndarray, used: int, device: torch.device
+    ) -> Tensor | dict[str, Tensor]:
+        batch, count, _ = visible.shape
+        allowed = np.zeros((batch, count, used), dtype=np.bool_)
+        for b, length in enumerate(lengths):
+            allowed[b, :, :length] = True
+            allowed[b, :, length : length + count] = visible[b]
+        masks = {"full_attention": allowed}
+        if self.window is not None:
+            places = np.broadcast_to(np.arange(used), (batch, used)).copy()  # position of the token at each place
+            queries = np.asarray(lengths)[:, None] + depths  # [B, N]
+            for b, length in enumerate(lengths):
+                places[b, length : length + count] = queries[b]
+            masks["sliding_attention"] = allowed & (queries[:, :, None] - places[:, None, :] < self.window)
+        made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:
+        mask = torch.zeros(allowed.shape, dtype=self.dtype)
+        mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(self.dtype).min)
+        return mask.unsqueeze(1).to(device)
+
+
+@contextlib.contextmanager
+def _capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture."""
+    captured: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
+    name = getattr(config, "model_type", type(model).__name__)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise MedusaError(f"{name} is an encoder-decoder model: Medusa needs a decoder-only causal language model")
+    if name in _ALIBI or getattr(config, "alibi", False):
+        raise MedusaError(f"{name} uses ALiBi, whose biases follow the place in the cache: a tree cannot be verified")
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if name.startswith(_RECURRENT) or getattr(model, "_is_stateful", False) or any("linear" in k for k in kinds):
+        raise MedusaError(f"{name} has recurrent layers, whose state cannot branch: a tree cannot be verified")
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise MedusaError(f"{name} has attention layers of a kind not supported yet: {', '.join(sorted(other))}")
+    if model.get_output_embeddings() is None:
+        raise MedusaError(f"{name} has no LM head: load it as a causal language model")
+
+
+class _Probe(NamedTuple):
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+
+def check_tree_attention(backend: TransformersBackend) -> None:
+    """Compares a small tree in one pass with each of its paths run alone, without cache, by the model itself.
+
+    Raises:
+        SelfCheckError: they differ by more than rounding, so decoding would not be lossless.
+    """
+    vocab = backend.vocab_size
+    prompt = [(7 * i + 3) % vocab for i in range(6)]
+    draft = _Probe(tuple((11 * i + 5) % vocab for i in range(6)), (-1, 0, 0, 1, 1, 4))
+    backend.prefill(0, prompt)
+    logits, _ = backend.verify([0], [draft])
+    worst = 0.0
+    for path in ((0, 2), (0, 1, 3), (0, 1, 4, 5)):
+        ids = torch.tensor([[*prompt, *(draft.tokens[i] for i in path)]], device=backend._device)
+        with torch.inference_mode():
+            alone = backend.model(input_ids=ids, use_cache=False).logits[0, len(prompt) :].float()
+        tree = logits[0, list(path)].float().to(alone.device)
+        worst = max(worst, float((tree - alone).abs().max() / alone.std().clamp_min(1e-6)))
+    backend.release(0)
+    limit = 1e-2 if backend.model.dtype == torch.float32 else 0.5
+    if not worst < limit:
+        raise SelfCheckError(
+            f"{type(backend.model).__name__} does not honour tree attention (logits differ by {worst:.2g} standard "
+            "deviations): it cannot be decoded losslessly with Medusa"
+        )

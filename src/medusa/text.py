@@ -1,0 +1,107 @@
+"""From tokens to text, piece by piece: the incremental detokeniser and the search for stop strings.
+
+Both hold back what is not certain yet: half a character, or what may turn out to be the start of a stop string.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from medusa.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are no character, or not yet one
+LONGEST_HOLD = 32  # tokens; a character needs at most four, so beyond this the bytes are garbage and are printed
+
+
+class Detokenizer:
+    """Turns token ids into text one at a time. The pieces join to what decoding all ids at once gives.
+
+    A token is decoded together with the tokens before it, because spaces and characters may span tokens; special
+    tokens give no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # a window: [context already printed | not yet printed]
+        self._context = 0  # how many ids of the window are context
+        self._printed = ""  # text of the window that is out already
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        self._ids.append(token_id)
+        text = self._decode()
+        if text.endswith(REPLACEMENT) and len(self._ids) - self._context < LONGEST_HOLD:
+            return self._emit(text.rstrip(REPLACEMENT))
+        piece = self._emit(text)
+        # All is out: what was new becomes the context of what follows.
+        self._ids = self._ids[self._context :]
+        self._context = len(self._ids)
+        self._printed = self._decode()
+        return piece
+
+    def flush(self) -> str:
+        """What is still held back when the text ends."""
+        return self._emit(self._decode())
+
+    def _emit(self, text: str) -> str:
+        piece = text[len(self._printed) :]
+        if piece:
+            self._printed = text
+        return piece
+
+    def _decode(self) -> str:
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class StopStrings:
+    """Passes text through until one of `stops` appears, across any borders of the pieces; pieces keep their source."""
+
+    def __init__(self, stops: str | Sequence[str] = ()) -> None:
+        self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if any(not isinstance(stop, str) or not stop for stop in self.stops):
+            raise UsageError("a stop string must have at least one character")
+        self.hit = False
+        self._held: deque[tuple[str, str]] = deque()
+
+    def push(self, text: str, source: str) -> list[tuple[str, str]]:
+        """Adds a piece and returns the pieces that are certain. After `hit` nothing more comes out; the stop string
+        itself is not part of the text."""
+        if self.hit or not text:
+            return []
+        self._held.append((text, source))
+        held = "".join(piece for piece, _ in self._held)
+        found = [at for stop in self.stops if (at := held.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            return self._take(min(found))
+        return self._take(len(held) - self._possible_start(held))
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What was held back, when the text ends without a stop string."""
+        return [] if self.hit else self._take(sum(len(piece) for piece, _ in self._held))
+
+    def _possible_start(self, held: str) -> int:
+        """Length of the longest end of `held` that begins a stop string."""
+        longest = max((len(stop) for stop in self.stops), default=1) - 1
+        for size in range(min(longest, len(held)), 0, -1):
+            if any(stop.startswith(held[-size:]) for stop in self.stops):
+                return size
+        return 0
+
+    def _take(self, size: int) -> list[tuple[str, str]]:
+        taken = []
+        while size > 0:
+            text, source = self._held.popleft()
+            if len(text) > size:
+                self._held.appendleft((text[size:], source))
+                text = text[:size]
+            taken.append((text, source))
+            size -= len(text)
+        return taken

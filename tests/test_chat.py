@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,7 @@ import pytest
 
 from medusa.chat import Chat, Message, Printer, collect, load_history, save_history, stats_line
 from medusa.errors import MedusaError, UsageError
-
-
-@dataclass(frozen=True)
-class Stats:
-    prompt_tokens: int = 5
-    new_tokens: int = 1
-    steps: int = 1
-    decode_seconds: float = 0.1
-    ttft_seconds: float = 0.2
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.new_tokens / self.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.new_tokens / self.decode_seconds
-
-
-@dataclass(frozen=True)
-class Chunk:
-    text: str
-    spans: tuple[tuple[str, str], ...]
-    token_ids: tuple[int, ...]
-    stats: Stats
-    finish_reason: str | None = None
+from medusa.generation import Chunk, Stats
 
 
 class StubModel:
@@ -59,7 +33,7 @@ class StubModel:
                 if not isinstance(item, str):
                     raise item
                 reason = "stop" if number == len(script) else None
-                stats = Stats(new_tokens=2 * number, steps=number)
+                stats = Stats(5, 2 * number + 1, number, 0.2, 0.1)
                 yield Chunk(item, ((item, "model"),), (number, number), stats, reason)
         finally:
             self.closed += 1
@@ -235,7 +209,7 @@ def test_stats_give_the_last_answer_and_all(monkeypatch: pytest.MonkeyPatch) -> 
     _, _, err = run(monkeypatch, Chat(StubModel(["a"], ["a", "b"])), "/stats", "1", "2", "/stats")
     assert err.splitlines() == [
         "No answers yet.",
-        "Last answer: 4 tokens in 2 steps = 2.0 tokens per step, 40 tokens/s, first token after 0.2 s",
+        "Last answer: 5 tokens in 2 steps = 2.0 tokens per step, 40 tokens/s, first token after 0.2 s",
         "All 2 answers: 6 tokens in 3 steps = 2.0 tokens per step, 30 tokens/s",
     ]
 
@@ -351,7 +325,7 @@ def test_an_empty_conversation_is_a_conversation(tmp_path: Path) -> None:
     assert load_history(path) == ("S", [])
 
 
-DRAFTED = Chunk("a b c", (("a ", "model"), ("b ", "heads"), ("c", "ngram")), (1, 2, 3), Stats())
+DRAFTED = Chunk("a b c", (("a ", "model"), ("b ", "heads"), ("c", "ngram")), (1, 2, 3), Stats(), None)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +356,7 @@ def test_drafts_are_coloured_only_where_asked_and_seen(
 
 
 def test_stats_line_reads_as_a_sentence() -> None:
-    assert stats_line(Stats(new_tokens=128, steps=51, decode_seconds=3.1)) == (
+    assert stats_line(Stats(5, 128, 51, ttft_seconds=0.2, decode_seconds=3.1)) == (
         "128 tokens in 51 steps = 2.5 tokens per step, 41 tokens/s, first token after 0.2 s"
     )
-    assert stats_line(Stats(decode_seconds=0.5)).startswith("1 token in 1 step = 1.0 tokens per step, 2.0 tokens/s")
+    assert stats_line(Stats(5, 1, 0, ttft_seconds=0.2)).startswith("1 token in 0 steps = 0.0 tokens per step")

@@ -427,7 +427,7 @@ class Chat:
             notice("No answers yet.")
             return
         notice(f"Last answer: {stats_line(self.answered[-1])}")
-        tokens = sum(stats.new_tokens for stats in self.answered)
+        tokens = sum(stats.decoded_tokens for stats in self.answered)
         steps = sum(stats.steps for stats in self.answered)
         seconds = sum(stats.decode_seconds for stats in self.answered)
         if len(self.answered) > 1 and steps and seconds:

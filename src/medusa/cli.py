@@ -66,6 +66,10 @@ class EngineOptions:
         Literal["union", "heads", "ngram", "none"],
         typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
     ] = "union"
+    tree: Annotated[
+        Literal["dynamic", "static"],
+        typer.Option(help="Draft tree of the heads: grown at each step, or fixed.", rich_help_panel="Engine"),
+    ] = "dynamic"
     backend: Annotated[
         Literal["auto", "transformers", "native"],
         typer.Option(help="What runs the model; auto takes the fastest.", rich_help_panel="Engine"),
@@ -167,6 +171,10 @@ ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the toke
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
 
 
+# UsageError of the click that Typer uses, its own or the package: Typer exports only this subclass.
+_BAD_CALL: Any = typer.BadParameter.__mro__[1]
+
+
 # --- the application ----------------------------------------------------------------------------------------
 
 
@@ -180,6 +188,9 @@ class _Commands(TyperGroup):
             raise _fail(str(error), 2) from None
         except MedusaError as error:
             raise _fail(str(error), 1) from None
+        except _BAD_CALL as error:  # an unknown option or value, which Typer would draw a box around
+            message = error.format_message().replace("Value error, ", "").rstrip(".")
+            raise _fail(f"{message}; see medusa {ctx.invoked_subcommand or ''} --help", 2) from None
         except BrokenPipeError:
             raise  # `| head` went away: Typer ends quietly
         except OSError as error:
@@ -365,10 +376,10 @@ def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:
 
 
 def _totals(stats: Sequence[Stats | None]) -> tuple[int, int, float]:
-    """(tokens, steps, seconds) of several answers together."""
+    """(tokens from steps, steps, seconds) of several answers together."""
     known = [one for one in stats if one is not None]
     return (
-        sum(one.new_tokens for one in known),
+        sum(one.decoded_tokens for one in known),
         sum(one.steps for one in known),
         sum(one.decode_seconds for one in known),
     )

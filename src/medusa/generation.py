@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.loop import Decoder, FinishReason, decode
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.tree import Tree
 from medusa.errors import MedusaError, UsageError
 from medusa.text import Detokenizer, StopStrings
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DRAFTERS = ("union", "heads", "ngram", "none")
 BACKENDS = ("auto", "transformers", "native")
+TREES = ("dynamic", "static")
 DTYPES = ("float32", "bfloat16", "int8")
 
 Message = Mapping[str, str]
@@ -39,14 +41,19 @@ class Stats:
     decode_seconds: float = 0.0  # in the steps; waiting for whoever reads the stream is not counted
 
     @property
+    def decoded_tokens(self) -> int:
+        """Tokens that came from steps: all but the first."""
+        return max(0, self.new_tokens - 1)
+
+    @property
     def tokens_per_step(self) -> float:
         """1.0 is plain decoding; 0.0 where no step was needed."""
-        return (self.new_tokens - 1) / self.steps if self.steps else 0.0
+        return self.decoded_tokens / self.steps if self.steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:
         """Of decoding, without the prefill; 0.0 where no step was needed."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.steps else 0.0
+        return self.decoded_tokens / self.decode_seconds if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,7 @@ class LanguageModel:
         *,
         heads: Heads | None = None,
         drafter: str = "union",
+        tree: str = "dynamic",
         nodes: int = 12,
         eos_token_ids: Sequence[int] = (),
         facts: Mapping[str, object] | None = None,
@@ -93,17 +101,19 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.backend = backend
         self.heads = heads
+        self.tree = tree
         self.nodes = nodes
         self.eos_token_ids = tuple(eos_token_ids)
-        self.drafter = make_drafter(drafter, heads)
+        self.drafter = make_drafter(drafter, heads, tree)
         self._decoder = Decoder(backend, self.drafter, nodes)
         self._facts = dict(facts or {})
 
-    def with_drafter(self, drafter: str, *, nodes: int | None = None) -> LanguageModel:
+    def with_drafter(self, drafter: str, *, tree: str | None = None, nodes: int | None = None) -> LanguageModel:
         """The same engine with another drafter; the two must not generate at the same time."""
         other = copy.copy(self)
+        other.tree = tree or self.tree
         other.nodes = nodes or self.nodes
-        other.drafter = make_drafter(drafter, self.heads)
+        other.drafter = make_drafter(drafter, self.heads, other.tree)
         other._decoder = Decoder(self.backend, other.drafter, other.nodes)
         return other
 
@@ -218,6 +228,7 @@ class LanguageModel:
             "slots": self.backend.num_slots,
             "heads": heads,
             "drafter": self.drafter.name,
+            "tree": self.tree,
             "nodes": self.nodes,
             "threads": torch.get_num_threads(),
             "versions": {
@@ -269,21 +280,29 @@ class LanguageModel:
             steps.close()  # type: ignore[attr-defined]
 
 
-def make_drafter(name: str, heads: Heads | None) -> Drafter:
-    """The drafter called `name`. Without heads, union is the n-gram drafter alone."""
+def make_drafter(name: str, heads: Heads | None, tree: str = "dynamic") -> Drafter:
+    """The drafter called `name`. Without heads, union is the n-gram drafter alone.
+
+    Raises:
+        UsageError: an unknown drafter or tree, heads wanted but not there, or a static tree that the heads lack.
+    """
     from medusa.decoding.heads_drafter import HeadsDrafter
 
+    if tree not in TREES:
+        raise UsageError(f"unknown tree {tree}: use one of {', '.join(TREES)}")
     if name == "none":
         return NoDrafter()
-    if name == "ngram":
+    if name == "ngram" or (name == "union" and heads is None):
         return NgramDrafter()
-    if name == "heads":
-        if heads is None:
-            raise UsageError("the drafter heads needs heads: give --heads NAME or PATH, or use --drafter ngram")
-        return HeadsDrafter(heads)
-    if name == "union":
-        return NgramDrafter() if heads is None else UnionDrafter(HeadsDrafter(heads), NgramDrafter())
-    raise UsageError(f"unknown drafter {name}: use one of {', '.join(DRAFTERS)}")
+    if name not in DRAFTERS:
+        raise UsageError(f"unknown drafter {name}: use one of {', '.join(DRAFTERS)}")
+    if heads is None:
+        raise UsageError("the drafter heads needs heads: give --heads NAME or PATH, or use --drafter ngram")
+    if tree == "static" and not heads.config.tree:
+        raise UsageError("these heads come without a static tree: use --tree dynamic")
+    fixed = Tree.from_paths(dict(heads.config.tree)) if tree == "static" else None
+    drafter = HeadsDrafter(heads, fixed)
+    return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
 
 
 def load(
@@ -291,6 +310,7 @@ def load(
     *,
     heads: str = "auto",
     drafter: str = "union",
+    tree: str = "dynamic",
     backend: str = "auto",
     dtype: str = "bfloat16",
     device: str = "cpu",
@@ -307,6 +327,7 @@ def load(
         model: a Hugging Face id, a local directory, a GGUF file, or a short name.
         heads: "auto" (those shipped for this model, if any), "none", a name, or a directory.
         drafter: union, heads, ngram or none (plain decoding).
+        tree: of the heads: dynamic (grown anew at each step) or static (the fixed one saved with the heads).
         backend: auto, transformers or native.
         dtype: float32, bfloat16, or int8 (weights only).
         device: a torch device, or "auto" to spread a large model over all devices.
@@ -321,6 +342,7 @@ def load(
     """
     for name, value, known in (
         ("drafter", drafter, DRAFTERS),
+        ("tree", tree, TREES),
         ("backend", backend, BACKENDS),
         ("dtype", dtype, DTYPES),
     ):
@@ -381,6 +403,7 @@ def load(
         engine,
         heads=loaded,
         drafter=drafter,
+        tree=tree,
         nodes=nodes,
         eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         facts=facts,

@@ -167,18 +167,16 @@ class NgramMemory:
     start: int = 0  # where the last chain began
     chain: tuple[int, ...] = ()
     order: int = 0  # n of the n-gram that gave the last chain
-    right: dict[tuple[int, bool], float] = field(default_factory=dict)
-    tried: dict[tuple[int, bool], float] = field(default_factory=dict)
+    right: dict[tuple[int, int], float] = field(default_factory=dict)  # (n, place in the chain) -> decayed count
+    tried: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
-# How often a copied token is right: (n of the n-gram, whether it is the first of its chain).
+# How often a copied token is right where those before it were: for the n of the n-gram, by place in the chain (the
+# last value goes for all later places). Measured on 250 greedy answers of smollm2-135m.
 NGRAM_PRIOR = {
-    (3, True): 0.50,
-    (3, False): 0.80,
-    (2, True): 0.35,
-    (2, False): 0.65,
-    (1, True): 0.12,
-    (1, False): 0.40,
+    3: (0.70, 0.76, 0.80, 0.84),
+    2: (0.49, 0.55, 0.65, 0.76),
+    1: (0.19, 0.50, 0.60, 0.73),
 }
 
 
@@ -221,24 +219,32 @@ class NgramDrafter:
         for i in range(length):
             chain.append(tokens[at + i] if at + i < len(tokens) else chain[at + i - len(tokens)])
         memory.start, memory.chain, memory.order = len(tokens), tuple(chain), n
-        first, later = self._estimate(memory, n, True), self._estimate(memory, n, False)
+        sure, probabilities = 1.0, [1.0]
+        for i in range(length):
+            sure *= self._estimate(memory, n, i)
+            probabilities.append(sure)
         return Draft(
             (tokens[-1], *chain),
             tuple(range(-1, length)),
-            (1.0, *(first * later**i for i in range(length))),
+            tuple(probabilities),
             (MODEL, *(self.name for _ in chain)),
         )
 
     def _learn(self, memory: NgramMemory, tokens: Sequence[int]) -> None:
         """Compares the last chain with what the text became, whether or not its nodes were in the tree."""
         for i, (guess, token) in enumerate(zip(memory.chain, tokens[memory.start :], strict=False)):
-            key = (memory.order, i == 0)
+            key = _cell(memory.order, i)
             memory.tried[key] = 0.98 * memory.tried.get(key, 0.0) + 1.0
             memory.right[key] = 0.98 * memory.right.get(key, 0.0) + (guess == token)
             if guess != token:
                 break
         memory.chain = ()
 
-    def _estimate(self, memory: NgramMemory, n: int, first: bool) -> float:
-        right = memory.right.get((n, first), 0.0) + self.weight * NGRAM_PRIOR[n, first]
-        return min(0.99, right / (memory.tried.get((n, first), 0.0) + self.weight))
+    def _estimate(self, memory: NgramMemory, n: int, place: int) -> float:
+        key = _cell(n, place)
+        right = memory.right.get(key, 0.0) + self.weight * NGRAM_PRIOR[n][key[1]]
+        return right / (memory.tried.get(key, 0.0) + self.weight)
+
+
+def _cell(n: int, place: int) -> tuple[int, int]:
+    return n, min(place, len(NGRAM_PRIOR[n]) - 1)

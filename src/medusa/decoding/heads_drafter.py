@@ -30,6 +30,10 @@ class HeadsDrafter:
     def __init__(self, heads: Heads, tree: Tree | None = None) -> None:
         if tree is not None and tree.depth > heads.config.num_heads:
             raise UsageError(f"the tree is {tree.depth} levels deep, but there are {heads.config.num_heads} heads")
+        if tree is not None and tree.widest_rank > heads.lm_head_rows:
+            raise UsageError(
+                f"the tree asks for the best {tree.widest_rank} guesses of a head, but there are {heads.lm_head_rows}"
+            )
         self.heads = heads
         self.tree = tree
 
@@ -54,7 +58,7 @@ class HeadsDrafter:
             place = {node: i for i, node in enumerate(levels[k - 1])}
             of = [place[tree.parents[node]] for node in levels[k]]
             ranks = [tree.ranks[node] for node in levels[k]]
-            top = logits.topk(min(max(ranks) + 1, logits.shape[-1]), dim=-1).indices  # [B, M or 1, R]
+            top = logits.topk(max(ranks) + 1, dim=-1).indices  # [B, M or 1, R]
             tokens = self.heads.to_token_ids(top.expand(-1, len(levels[k - 1]), -1)[:, of, ranks])
             parents = torch.tensor([of], device=roots.device).expand(len(roots), -1)
             drafted.append(tokens)

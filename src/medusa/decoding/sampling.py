@@ -94,8 +94,9 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     for count in sorted({min(1024, limit), limit}):
         best, ids = torch.topk(scores, count)
         mass = torch.exp(best - total)
-        keep = mass.cumsum(-1) - mass < sampling.top_p  # the mass of all better tokens
-        keep &= mass >= sampling.min_p * mass[0]
+        keep = mass >= sampling.min_p * mass[0]
+        if sampling.top_p < 1:  # a sum in single precision reaches 1 before its last terms
+            keep &= mass.cumsum(-1) - mass < sampling.top_p  # the mass of all better tokens
         keep[0] = True
         if not bool(keep[-1]):  # what is dropped stays dropped further down
             break
@@ -109,7 +110,7 @@ def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
     see the same noise, whatever they drafted. Philox is counter-based: no state is carried from token to token.
     """
     raw = np.random.Philox(key=np.array([seed, position], dtype=np.uint64)).random_raw(size)
-    uniform = ((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, in (0, 1), both ends excluded
     return -np.log(-np.log(uniform))  # type: ignore[no-any-return]
 
 

@@ -73,32 +73,43 @@ class Cursor:
     """Where one forward pass writes: row b puts its N tokens into slot `slots[b]` at `lengths[b]`.
 
     `used` is how many places attention sees, the same for all rows; the mask hides what a row has not filled.
+    `static` writes by index tensors alone, so that a compiled layer holds no number that changes from step to step.
     """
 
-    def __init__(self, slots: Sequence[int], lengths: Sequence[int], tokens: int, used: int) -> None:
-        self.slots, self.lengths, self.tokens, self.used = tuple(slots), tuple(lengths), tokens, used
+    def __init__(
+        self, slots: Sequence[int], lengths: Sequence[int], tokens: int, used: int, *, static: bool = False
+    ) -> None:
+        self.slots, self.lengths, self.tokens, self.used, self.static = (
+            tuple(slots),
+            tuple(lengths),
+            tokens,
+            used,
+            static,
+        )
         self.longest = max(lengths)
-        first, count = self.slots[0], len(self.slots)
-        self.consecutive = self.slots == tuple(range(first, first + count))
+        first = 0 if static else self.slots[0]
+        self.view = slice(first, first + len(self.slots))  # the slots, where they lie side by side
+        self.consecutive = self.slots == tuple(range(self.view.start, self.view.stop))
         self._places: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def write(self, buffer: Tensor, states: Tensor) -> Tensor:
         """Stores [B, heads, N, size] and returns a view or copy [B, heads, used, size]."""
-        if len(self.slots) == 1:
+        if len(self.slots) == 1 and not self.static:
             start = self.lengths[0]
             buffer[self.slots[0], :, start : start + self.tokens] = states[0]
         else:
-            rows, places = self._index(buffer.device)
+            rows, places = self.index(buffer.device)
             buffer[rows, :, places] = states.transpose(1, 2)  # [B, N, heads, size]
         if self.consecutive:
-            return buffer[self.slots[0] : self.slots[-1] + 1, :, : self.used]
-        return buffer[self._index(buffer.device)[0][:, 0], :, : self.used]
+            return buffer[self.view, :, : self.used]
+        return buffer[self.index(buffer.device)[0][:, 0], :, : self.used]
 
-    def _index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Slot [B, 1] and place [B, N] of each new token."""
         if device not in self._places:
-            rows = torch.tensor(self.slots, device=device).unsqueeze(1)  # [B, 1]
+            rows = torch.tensor(self.slots, device=device).unsqueeze(1)
             starts = torch.tensor(self.lengths, device=device).unsqueeze(1)
-            self._places[device] = rows, starts + torch.arange(self.tokens, device=device)  # [B, N]
+            self._places[device] = rows, starts + torch.arange(self.tokens, device=device)
         return self._places[device]
 
 
@@ -110,8 +121,8 @@ class SlotCache(Cache):
         self.max_length = max_length
         self.capacity = min(FIRST_CAPACITY, max_length)
         self.cursor = Cursor([0], [0], 0, 0)
-        self._slot_layers = [SlotLayer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self._slot_layers))
+        self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slot_layers))
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` places in every slot."""
@@ -120,7 +131,7 @@ class SlotCache(Cache):
         while self.capacity < length:
             self.capacity *= 2
         self.capacity = min(self.capacity, max(length, self.max_length))
-        for layer in self._slot_layers:
+        for layer in self.slot_layers:
             layer.grow()
 
     def keep(self, slot: int, start: int, path: Sequence[int]) -> None:
@@ -130,5 +141,5 @@ class SlotCache(Cache):
             stay += 1
         if stay < len(path):
             source = torch.tensor(path[stay:]) + start
-            for layer in self._slot_layers:
+            for layer in self.slot_layers:
                 layer.move(slot, source, start + stay)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
 from medusa.models.backend import TokenTree
+from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
 from medusa.models.kv_cache import Cursor, SlotCache
 from medusa.models.topology import topology
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK = 512
 BUCKET = 64  # attention runs over the used length, rounded up to this
+COMPILED_NODES = 4  # compiled trees have a multiple of this many nodes
 SLACK = 256  # places beyond max_length for the nodes of a tree: the most nodes a draft may have
 DEFAULT_MAX_LENGTH = 32768
 
@@ -104,11 +106,11 @@ class TransformersBackend:
         self._keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):
             model.set_attn_implementation("sdpa")  # flash and flex attention take no custom mask
-        self._compiled = False
+        self._compiled = compile
         if self_check:
             check_tree_attention(self)
         if compile:
-            self._compile()
+            compile_layers(model, self._cache)
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -136,6 +138,8 @@ class TransformersBackend:
         size = max(len(draft.tokens) for draft in drafts)
         if size > SLACK:
             raise UsageError(f"a draft may have at most {SLACK} nodes, not {size}")
+        if self._compiled and size > 1:  # few shapes, so few graphs: nodes in excess see only themselves
+            size = -(-size // COMPILED_NODES) * COMPILED_NODES
         tokens = torch.zeros(len(drafts), size, dtype=torch.int64)
         depths = np.zeros((len(drafts), size), dtype=np.int64)
         visible = np.broadcast_to(np.eye(size, dtype=np.bool_), (len(drafts), size, size)).copy()
@@ -160,6 +164,10 @@ class TransformersBackend:
         return self._lengths[slot]
 
     def base_weights(self) -> BaseWeights:
+        if self._embedding.is_meta or self._lm_head.weight.is_meta:
+            raise MedusaError(
+                "heads need the embeddings and LM head in memory, but they are offloaded: use --heads none"
+            )
         return BaseWeights(self._embedding, self._lm_head.weight)
 
     # --- one forward pass -----------------------------------------------------------------------------------------
@@ -175,9 +183,12 @@ class TransformersBackend:
         """Logits and features [B, N, ...] of N new tokens per row, or of the last one only."""
         lengths = [self._lengths[slot] for slot in slots]
         count = tokens.shape[1]
-        self._cache.reserve(max(lengths) + count)
-        used = min(-(-(max(lengths) + count) // BUCKET) * BUCKET, self._cache.capacity)
-        self._cache.cursor = Cursor(slots, lengths, count, used)
+        needed = max(lengths) + count
+        self._cache.reserve(needed)
+        static = self._compiled and not last_only
+        bucket = 1 << max(8, (needed - 1).bit_length()) if static else -(-needed // BUCKET) * BUCKET
+        used = min(bucket, self._cache.capacity)
+        self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
         options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
         with _capture_input(self._lm_head) as captured:
@@ -196,9 +207,6 @@ class TransformersBackend:
         rows = final.shape[1]
         middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
         return out.logits, torch.cat([*middle, final], dim=-1)
-
-    def _compile(self) -> None:
-        raise NotImplementedError
 
 
 class _MaskMaker:

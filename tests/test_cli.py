@@ -153,8 +153,9 @@ def test_options_reach_load_and_stream(run: Run, model: StubModel) -> None:
 
 
 def test_the_options_have_the_defaults_of_the_library(run: Run, model: StubModel) -> None:
-    from medusa import generation
     import inspect
+
+    from medusa import generation
 
     run("generate", "hi")
     for given, function in (

@@ -17,6 +17,7 @@ from medusa.errors import MedusaError, UsageError
 from medusa.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from medusa.models.backend import Backend
@@ -112,7 +113,7 @@ class LanguageModel:
         """The same engine with another drafter; the two must not generate at the same time."""
         other = copy.copy(self)
         other.tree = tree or self.tree
-        other.nodes = nodes or self.nodes
+        other.nodes = self.nodes if nodes is None else nodes
         other.drafter = make_drafter(drafter, self.heads, other.tree)
         other._decoder = Decoder(self.backend, other.drafter, other.nodes)
         return other
@@ -252,7 +253,8 @@ class LanguageModel:
                 taken = 0
                 source = ""
                 for token, source in zip(step.tokens, step.sources, strict=True):
-                    spans += stops.push(detokenizer.push(token), source)
+                    if token not in eos:  # some tokenizers give the end-of-text token a text
+                        spans += stops.push(detokenizer.push(token), source)
                     taken += 1
                     if stops.hit:
                         break
@@ -303,6 +305,14 @@ def make_drafter(name: str, heads: Heads | None, tree: str = "dynamic") -> Draft
     fixed = Tree.from_paths(dict(heads.config.tree)) if tree == "static" else None
     drafter = HeadsDrafter(heads, fixed)
     return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
+
+
+def _heads_dtype(model_dtype: torch.dtype, device: str) -> torch.dtype:
+    """Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one."""
+    import torch
+
+    fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else model_dtype
 
 
 def load(
@@ -374,6 +384,7 @@ def load(
     eos = network.generation_config.eos_token_id if network.generation_config is not None else None
     if eos is None:
         eos = tokenizer.eos_token_id
+    parameters = sum(p.numel() for p in network.parameters())
     if dtype == "int8":
         quantise(network)
     engine = TransformersBackend(
@@ -386,15 +397,16 @@ def load(
             engine.base_weights(),
             vocab_hash=vocabulary_hash(tokenizer.get_vocab()),
             num_layers=engine.num_layers,
-            dtype=network.dtype,
+            dtype=_heads_dtype(network.dtype, device),
         )
     facts = {
         "architecture": type(network).__name__,
         "location": source.location,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": parameters,
         "dtype": dtype,
         "device": str(network.device),
         "backend": engine.name,
+        "backend_reason": "asked for" if backend == engine.name else "the only one installed",
         "heads_path": str(heads_path) if heads_path else None,
     }
     return LanguageModel(

@@ -38,10 +38,23 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
     "top_h": (None,),
+    "min_new_tokens": (None, 0),  # before min_length, which generate derives from it
     "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
+    "max_time": (None,),
+    "exponential_decay_length_penalty": (None,),
     "watermarking_config": (None,),
     "return_dict_in_generate": (None, False),
+}
+# What `generate` makes of the settings that are supported. Anything else in its lists is the caller's own.
+_KNOWN_STEPS = {
+    "EosTokenCriteria",
+    "LogitNormalization",
+    "MaxLengthCriteria",
+    "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor",
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
 }
 
 
@@ -75,6 +88,9 @@ def custom_generate(
         for name, off in _UNSUPPORTED.items():
             if getattr(generation_config, name, None) not in off:
                 raise UsageError(f"Medusa decoding does not support {name}: leave it out of generate")
+        for step in (*(inputs.get("logits_processor") or ()), *(inputs.get("stopping_criteria") or ())):
+            if type(step).__name__ not in _KNOWN_STEPS:
+                raise UsageError(f"Medusa decoding does not support {type(step).__name__}: leave it out of generate")
         layers = read_config(heads).feature_layers if heads else ()
         backend = TransformersBackend(model, feature_layers=layers)
         loaded = load_heads(heads, backend.base_weights(), dtype=model.dtype) if heads else None

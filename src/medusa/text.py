@@ -27,26 +27,41 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         self._ids: list[int] = []  # a window: [context already printed | not yet printed]
         self._context = 0  # how many ids of the window are context
         self._printed = ""  # text of the window that is out already
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
+        if token_id in self._special:  # not into the window: as context it would hide the space before a word
+            return ""
         self._ids.append(token_id)
-        text = self._decode()
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._context < LONGEST_HOLD:
-            return self._emit(text.rstrip(REPLACEMENT))
-        piece = self._emit(text)
-        # All is out: what was new becomes the context of what follows.
+        text, out = self._decode(self._ids), len(self._ids)
+        if text.endswith(REPLACEMENT):
+            if len(self._ids) - self._context < LONGEST_HOLD:
+                return self._emit(text.rstrip(REPLACEMENT))
+            out = self._border(text)
+        piece = self._emit(text if out == len(self._ids) else self._decode(self._ids[:out]))
+        # What was new becomes the context of what follows.
         self._ids = self._ids[self._context :]
-        self._context = len(self._ids)
-        self._printed = self._decode()
+        self._context = out - self._context
+        self._printed = self._decode(self._ids[: self._context])
         return piece
 
     def flush(self) -> str:
         """What is still held back when the text ends."""
-        return self._emit(self._decode())
+        return self._emit(self._decode(self._ids))
+
+    def _border(self, text: str) -> int:
+        """How many ids of a window full of garbage can go out. Its end may still be the start of a character, of at
+        most three tokens: the border is where the two sides decode on their own to what they do together."""
+        size = len(self._ids)
+        for out in range(size - 1, size - 4, -1):
+            if self._decode(self._ids[:out]) + self._decode(self._ids[out:]) == text:
+                return out
+        return size
 
     def _emit(self, text: str) -> str:
         piece = text[len(self._printed) :]
@@ -54,8 +69,8 @@ class Detokenizer:
             self._printed = text
         return piece
 
-    def _decode(self) -> str:
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
 

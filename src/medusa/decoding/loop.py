@@ -73,9 +73,11 @@ class Decoder:
         """Prefills a free slot. The step holds the first token, which the prompt's last logits decide.
 
         Raises:
-            UsageError: see `check`.
+            UsageError: see `check`; or the slot is not free.
         """
         self.check(prompt, max_new_tokens)
+        if self.backend.length(slot):
+            raise UsageError(f"slot {slot} is in use: finish or close what is being decoded there first")
         sampling = sampling.seeded()
         logits, features = self.backend.prefill(slot, prompt)
         row = Row(

@@ -263,28 +263,36 @@ def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
 
 
 def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all."""
+    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all.
+
+    Heads that are there already are replaced, with all that lies beside them.
+
+    Raises:
+        UsageError: `directory` holds something else, which replacing it would delete.
+    """
     directory = Path(directory)
+    exists = directory.exists()
+    if exists and not (directory / WEIGHTS_FILE).is_file() and (directory.is_file() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    new, old = scratch / "new", scratch / "old"
     try:
+        new.mkdir()
         tensors = {
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
             for name, tensor in heads.state_dict().items()
         }
-        save_file(tensors, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         config = json.dumps({"format": FORMAT, **asdict(heads.config)}, indent=1)
-        (scratch / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-        if directory.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{directory.name}-old-", dir=directory.parent))
-            directory.replace(old / "heads")
-            scratch.replace(directory)
-            shutil.rmtree(old)
-        else:
-            scratch.replace(directory)
+        (new / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        if exists:
+            directory.replace(old)
+        new.replace(directory)
     finally:
+        if old.exists() and not directory.exists():  # interrupted between the two
+            old.replace(directory)
         shutil.rmtree(scratch, ignore_errors=True)
-    directory.chmod(0o755)
 
 
 def read_config(directory: str | Path) -> HeadsConfig:

@@ -1,0 +1,491 @@
+"""`LanguageModel` and `load` on a tiny model that writes ASCII and soon repeats itself, so that drafts are accepted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+import medusa
+from medusa.errors import MedusaError, UsageError
+from medusa.generation import Chunk, LanguageModel
+from medusa.models.heads import Heads, HeadsConfig, save_heads, vocabulary_hash
+from medusa.models.transformers_backend import TransformersBackend
+from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
+
+PROMPT = "Why?"
+END = 2  # <|end|>
+
+
+@cache
+def writer() -> PreTrainedModel:
+    """Without attention what it says depends on the last token, so it falls into a loop; it prefers printable ASCII."""
+    model = make_model("llama", vocab_size=TOKENIZER_VOCAB)
+    printable = set(byte_ids(bytes(range(32, 127))))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        head = model.get_output_embeddings().weight
+        head[[i for i in range(TOKENIZER_VOCAB) if i not in printable]] = 0
+    return model
+
+
+def random_heads(model: PreTrainedModel, **changes: Any) -> Heads:
+    backend = TransformersBackend(model)
+    config = HeadsConfig(hidden_size=backend.hidden_size, vocab_size=backend.vocab_size, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = Heads(config, backend.base_weights())
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.requires_grad_(False)
+    return heads
+
+
+def make(*, heads: bool = False, **options: Any) -> LanguageModel:
+    options.setdefault("backend", TransformersBackend(writer()))
+    options.setdefault("tokenizer", make_tokenizer())
+    options.setdefault("eos_token_ids", [END])
+    return LanguageModel("tiny", heads=random_heads(writer(), kind="recurrent") if heads else None, **options)
+
+
+@pytest.fixture(name="model")
+def model_fixture() -> LanguageModel:
+    return make()
+
+
+def tokens_of(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def decoded(model: LanguageModel, ids: list[int]) -> str:
+    text = model.tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+# --- stream and generate ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["union", "heads", "ngram", "none"])
+def test_every_drafter_says_what_generate_of_transformers_says(drafter: str) -> None:
+    model = make(heads=True, drafter=drafter)
+    ids = model.encode(PROMPT)
+    expected = writer().generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), max_new_tokens=60,
+        do_sample=False, pad_token_id=0,
+    )[0, len(ids) :].tolist()  # fmt: skip
+    done = model.generate(PROMPT, max_new_tokens=60)
+    assert agrees(writer(), ids, list(done.token_ids), expected)
+    assert done.text == decoded(model, list(done.token_ids))
+    if drafter in ("union", "ngram"):
+        assert done.stats.tokens_per_step > 2, "the text repeats, so drafts are accepted"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_chunks_join_to_the_completion(model: LanguageModel, temperature: float) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 50, "temperature": temperature, "seed": 1}
+    chunks = list(model.stream(PROMPT, **options))
+    done = model.generate(PROMPT, **options)
+    assert "".join(chunk.text for chunk in chunks) == done.text
+    assert tuple(tokens_of(chunks)) == done.token_ids
+    assert chunks[-1].finish_reason == done.finish_reason == "length"
+    assert all(chunk.finish_reason is None for chunk in chunks[:-1])
+    for chunk in chunks:
+        assert "".join(text for text, _ in chunk.spans) == chunk.text
+        assert {source for _, source in chunk.spans} <= {"model", "ngram"}
+        assert "\ufffd" not in chunk.text or temperature > 0
+    if temperature == 0:
+        assert {source for chunk in chunks for _, source in chunk.spans} == {"model", "ngram"}
+
+
+def test_counts_and_times_run_along(model: LanguageModel) -> None:
+    chunks = list(model.stream(PROMPT, max_new_tokens=40))
+    total = 0
+    for i, chunk in enumerate(chunks):
+        total += len(chunk.token_ids)
+        assert chunk.stats.prompt_tokens == len(model.encode(PROMPT))
+        assert chunk.stats.new_tokens == total
+        assert chunk.stats.steps == i
+        assert chunk.stats.ttft_seconds == chunks[0].stats.ttft_seconds > 0
+        assert (chunk.stats.decode_seconds > 0) is (i > 0)
+    last = chunks[-1].stats
+    assert last.new_tokens == 40
+    assert last.tokens_per_step == pytest.approx(39 / last.steps)
+    assert last.tokens_per_second == pytest.approx(39 / last.decode_seconds)
+    assert chunks[0].stats.tokens_per_step == chunks[0].stats.tokens_per_second == 0.0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 31])
+@pytest.mark.parametrize("drafter", ["union", "none"])
+def test_max_new_tokens_is_exact(model: LanguageModel, limit: int, drafter: str) -> None:
+    done = model.with_drafter(drafter).generate(PROMPT, max_new_tokens=limit)
+    assert len(done.token_ids) == done.stats.new_tokens == limit
+    assert done.finish_reason == "length"
+
+
+def test_a_text_ends_where_the_context_ends() -> None:
+    model = make(backend=TransformersBackend(writer(), max_length=60))
+    done = model.generate(PROMPT, max_new_tokens=1000)
+    assert done.stats.prompt_tokens + done.stats.new_tokens == 60
+    assert done.finish_reason == "length"
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def shared() -> LanguageModel:
+    return make()
+
+
+def plain(model: LanguageModel) -> tuple[str, list[int]]:
+    """Text and tokens of plain decoding."""
+    done = model.with_drafter("none").generate(PROMPT, max_new_tokens=60)
+    return done.text, list(done.token_ids)
+
+
+@cache
+def shared_plain() -> tuple[str, list[int]]:
+    return plain(shared())
+
+
+@pytest.mark.parametrize("drafter", ["union", "none"])
+@settings(max_examples=12)
+@given(data=st.data())
+def test_a_stop_string_anywhere_ends_text_and_tokens(drafter: str, data: st.DataObject) -> None:
+    model = shared().with_drafter(drafter)
+    text, ids = shared_plain()
+    start = data.draw(st.integers(0, len(text) - 1))
+    stop = text[start : start + data.draw(st.integers(1, 8))]
+    used = next(n for n in range(1, len(ids) + 1) if stop in decoded(model, ids[:n]))
+    done = model.generate(PROMPT, max_new_tokens=60, stop=["never said, surely", stop])
+    assert done.text == text[: text.index(stop)]
+    assert list(done.token_ids) == ids[:used], "the last token is the one that completed the stop string"
+    assert done.finish_reason == "stop"
+    assert done.stats.new_tokens == used
+    assert model.backend.length(0) == 0
+
+
+def test_a_stop_string_is_found_across_chunks_and_inside_an_accepted_path(model: LanguageModel) -> None:
+    chunks = list(model.stream(PROMPT, max_new_tokens=60))
+    text = "".join(chunk.text for chunk in chunks)
+    edges = [sum(len(c.text) for c in chunks[:i]) for i in range(1, len(chunks))]
+    long = next(i for i, chunk in enumerate(chunks) if len(chunk.token_ids) > 4)
+    across = text[edges[0] - 1 : edges[0] + 2]
+    found = list(model.stream(PROMPT, max_new_tokens=60, stop=across))
+    assert "".join(chunk.text for chunk in found) == text[: text.index(across)]
+    inside = text[: edges[long - 1] + 2]  # ends at the second token of a long path
+    found = list(model.stream(PROMPT, max_new_tokens=60, stop=inside))
+    assert found[-1].finish_reason == "stop"
+    assert "".join(chunk.text for chunk in found) == ""
+    assert tokens_of(found) == tokens_of(chunks)[: len(inside)], "one token for each letter"
+    assert len(found[-1].token_ids) == 2
+
+
+def test_what_was_held_back_for_a_stop_string_comes_out_at_the_end(model: LanguageModel) -> None:
+    text, _ = plain(model)
+    done = model.generate(PROMPT, max_new_tokens=60, stop=text[-3:] + "\x00")
+    assert done.text == text
+    assert done.finish_reason == "length"
+
+
+# --- the end of the text ----------------------------------------------------------------------------------------------
+
+
+def ending_model(token: int) -> PreTrainedModel:
+    """Says <|end|> where the writer would say `token`."""
+    model = make_model("llama", vocab_size=TOKENIZER_VOCAB)
+    model.load_state_dict(writer().state_dict())
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[END] = head[token] * 1.05
+    return model
+
+
+def test_the_end_token_ends_the_text_unless_ignored() -> None:
+    _, ids = plain(make())
+    at = max(ids.index(token) for token in set(ids))  # late
+    assert at > 2
+    network = ending_model(ids[at])
+    for drafter in ("union", "none"):
+        model = make(backend=TransformersBackend(network)).with_drafter(drafter)
+        done = model.generate(PROMPT, max_new_tokens=60)
+        assert done.finish_reason == "stop"
+        assert done.token_ids == (*ids[:at], END)
+        assert done.text == decoded(model, ids[:at])
+        ignoring = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
+        assert ignoring.finish_reason == "length"
+        assert len(ignoring.token_ids) == 60
+        assert ignoring.token_ids[: at + 1] == done.token_ids
+        assert "<|end|>" not in ignoring.text
+
+
+def test_an_end_token_with_a_text_of_its_own_is_not_part_of_the_text() -> None:
+    text, ids = plain(make())
+    at = max(ids.index(token) for token in set(ids))
+    done = make(eos_token_ids=[ids[at]]).generate(PROMPT, max_new_tokens=60)
+    assert list(done.token_ids) == ids[: at + 1]
+    assert done.text == text[:at]
+    assert done.finish_reason == "stop"
+
+
+# --- the life of a stream ---------------------------------------------------------------------------------------------
+
+
+def test_closing_a_stream_early_frees_the_slot_and_the_model_works_on(model: LanguageModel) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=30)
+    stream = model.stream("something else entirely", max_new_tokens=100)
+    next(stream)
+    next(stream)
+    assert model.backend.length(0) > 0
+    assert isinstance(stream, Iterator)
+    stream.close()  # type: ignore[attr-defined]
+    assert model.backend.length(0) == 0
+    again = model.generate(PROMPT, max_new_tokens=30)
+    assert (again.text, again.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_a_stream_that_is_dropped_or_never_started_leaves_no_trace(model: LanguageModel) -> None:
+    for chunk in model.stream(PROMPT, max_new_tokens=100):
+        assert chunk.finish_reason is None
+        break
+    model.stream(PROMPT)
+    assert model.backend.length(0) == 0
+
+
+def test_an_error_in_a_step_frees_the_slot(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = model.stream(PROMPT)
+    next(stream)
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.backend, "verify", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(stream)
+    assert model.backend.length(0) == 0
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_text_again_and_with_any_drafter() -> None:
+    model = make(heads=True)
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.95, "top_k": 40}
+    first = model.generate(PROMPT, seed=3, **options)
+    for drafter in ("union", "heads", "ngram", "none"):
+        assert model.with_drafter(drafter, nodes=7).generate(PROMPT, seed=3, **options).token_ids == first.token_ids
+    assert model.generate(PROMPT, seed=4, **options).token_ids != first.token_ids
+    assert (
+        model.generate(PROMPT, temperature=2.0, max_new_tokens=30).token_ids
+        != model.generate(PROMPT, temperature=2.0, max_new_tokens=30).token_ids
+    ), "without a seed every answer is another"
+
+
+def test_a_repetition_penalty_gives_the_same_text_with_any_drafter(model: LanguageModel) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": 1.3}
+    expected = model.with_drafter("none").generate(PROMPT, **options)
+    assert model.generate(PROMPT, **options).token_ids == expected.token_ids
+    assert expected.token_ids != model.generate(PROMPT, max_new_tokens=40).token_ids
+
+
+def test_typical_acceptance_runs_and_stops_exactly(model: LanguageModel) -> None:
+    done = model.generate(PROMPT, max_new_tokens=33, temperature=0.7, acceptance="typical", seed=0)
+    assert len(done.token_ids) == 33
+
+
+# --- with_drafter -----------------------------------------------------------------------------------------------------
+
+
+def test_with_drafter_leaves_the_model_as_it_was() -> None:
+    model = make(heads=True, nodes=9)
+    other = model.with_drafter("none", nodes=3)
+    assert (model.drafter.name, model.nodes) == ("union", 9)
+    assert (other.drafter.name, other.nodes) == ("none", 3)
+    assert other.backend is model.backend
+    assert model.with_drafter("ngram").nodes == 9
+
+
+def test_an_impossible_drafter_is_an_error(model: LanguageModel) -> None:
+    for wrong, message in (("medusa", "unknown drafter medusa"), ("heads", "needs heads")):
+        with pytest.raises(UsageError, match=message):
+            model.with_drafter(wrong)
+    with pytest.raises(UsageError, match="nodes"):
+        model.with_drafter("none", nodes=0)
+    assert model.drafter.name == "ngram", "union without heads"
+
+
+# --- encode -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_string_is_a_user_turn_and_raw_text_is_not(model: LanguageModel) -> None:
+    templated = "<|start|>user: Hi<|end|><|start|>assistant: "
+    ids = model.encode("Hi")
+    assert model.tokenizer.decode(ids) == templated
+    assert model.encode([{"role": "user", "content": "Hi"}]) == ids
+    assert model.encode("Hi", raw=True) == byte_ids(b"Hi")
+    history = [
+        {"role": "user", "content": "A"},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "C"},
+    ]
+    assert model.tokenizer.decode(model.encode(history)) == (
+        "<|start|>user: A<|end|><|start|>assistant: B<|end|><|start|>user: C<|end|><|start|>assistant: "
+    )
+
+
+def test_without_a_template_a_string_is_plain_and_messages_are_an_error() -> None:
+    model = make(tokenizer=make_tokenizer(chat_template=None))
+    assert model.encode("Hi") == model.encode("Hi", raw=True) == byte_ids(b"Hi")
+    with pytest.raises(UsageError, match="tiny has no chat template"):
+        model.encode([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "raw", "message"),
+    [
+        ("", False, "empty"),
+        ("", True, "empty"),
+        ([], False, "empty"),
+        ([{"role": "user", "content": "Hi"}], True, "raw"),
+        ([{"role": "system", "content": "Be brief"}], False, "only user and assistant may speak, not system"),
+        ([{"content": "Hi"}], False, "refuses"),
+        (["Hi"], False, "refuses"),
+    ],
+)
+def test_a_prompt_that_cannot_be_encoded_is_a_usage_error(
+    model: LanguageModel, prompt: Any, raw: bool, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        model.encode(prompt, raw=raw)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("acceptance", "always"),
+        ("epsilon", 1.5),
+        ("delta", -1.0),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+    ],
+)
+def test_a_bad_argument_is_a_usage_error_at_once(model: LanguageModel, option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=option) as error:
+        model.stream(PROMPT, **{option: value})  # before the first chunk is asked for
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=option):
+        model.generate(PROMPT, **{option: value})
+
+
+def test_a_prompt_that_leaves_no_room_is_a_usage_error_at_once(model: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="256"):
+        model.stream("x" * 300)
+    with pytest.raises(UsageError, match="256"):
+        model.stream("x" * 256, raw=True)
+    assert model.generate("x" * 255, raw=True).stats.new_tokens == 1
+
+
+# --- describe and load ------------------------------------------------------------------------------------------------
+
+
+def test_describe_is_json_with_what_is_loaded() -> None:
+    facts: Any = json.loads(json.dumps(make(heads=True, nodes=5, facts={"dtype": "float32"}).describe()))
+    assert facts["model"] == "tiny"
+    assert facts["dtype"] == "float32"
+    assert facts["vocabulary"] == TOKENIZER_VOCAB
+    assert (facts["hidden_size"], facts["layers"], facts["context"], facts["nodes"]) == (32, 3, 256, 5)
+    assert facts["heads"]["kind"] == "recurrent"
+    assert facts["heads"]["parameters"] > 0
+    assert facts["drafter"] == "union"
+    assert facts["versions"]["medusa"] == medusa.__version__
+    assert json.loads(json.dumps(make().describe()))["heads"] is None
+
+
+@pytest.fixture(name="saved", scope="module")
+def saved_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a model and its tokenizer; the end token is <|end|>."""
+    directory = tmp_path_factory.mktemp("model")
+    _, ids = plain(make())
+    model = ending_model(ids[max(ids.index(token) for token in set(ids))])
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = END
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_load_takes_a_directory_in_every_precision(saved: Path, dtype: str) -> None:
+    model = medusa.load(str(saved), heads="none", dtype=dtype, progress=False)
+    done = model.generate(PROMPT, max_new_tokens=60)
+    if dtype != "int8":  # whose rounding may lead elsewhere
+        assert done.finish_reason == "stop", "the end token comes from the model's own settings"
+    assert done.text
+    facts: Any = json.loads(json.dumps(model.describe()))
+    assert facts["dtype"] == dtype
+    assert facts["parameters"] == sum(p.numel() for p in writer().parameters())
+    assert model.with_drafter("none").generate(PROMPT, max_new_tokens=60).token_ids == done.token_ids
+
+
+def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Path, tmp_path: Path) -> None:
+    digest = vocabulary_hash(make_tokenizer().get_vocab())
+    save_heads(random_heads(writer(), feature_layers=(1,), vocab_hash=digest), tmp_path / "heads")
+    model = medusa.load(str(saved), heads=str(tmp_path / "heads"), dtype="float32", progress=False)
+    assert model.heads is not None
+    assert model.drafter.name == "union"
+    plain_model = medusa.load(str(saved), heads="none", drafter="none", dtype="float32", progress=False)
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
+    assert model.generate(PROMPT, **options).text == plain_model.generate(PROMPT, **options).text
+    save_heads(random_heads(writer(), vocab_hash="of another"), tmp_path / "other")
+    with pytest.raises(MedusaError, match="tokenizer"):
+        medusa.load(str(saved), heads=str(tmp_path / "other"), progress=False)
+    save_heads(random_heads(writer(), feature_layers=(3,)), tmp_path / "deep")
+    with pytest.raises(MedusaError):
+        medusa.load(str(saved), heads=str(tmp_path / "deep"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drafter": "medusa"}, "drafter medusa"),
+        ({"backend": "cuda"}, "backend cuda"),
+        ({"dtype": "float8"}, "dtype float8"),
+        ({"tree": "tall"}, "tree tall"),
+        ({"threads": 0}, "threads"),
+        ({"nodes": 0}, "nodes"),
+        ({"num_slots": 0}, "num_slots"),
+        ({"max_length": 0}, "max_length"),
+        ({"max_length": 10**6}, "max_length"),
+        ({"heads": "none", "drafter": "heads"}, "no heads"),
+    ],
+)
+def test_a_bad_argument_of_load_is_a_usage_error(saved: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as error:
+        medusa.load(str(saved), **{"heads": "none", "progress": False, **options})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,184 @@
+"""`model.generate(custom_generate=...)` against `model.generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import medusa
+from medusa.errors import MedusaError, UsageError
+from medusa.models.heads import Heads, HeadsConfig, save_heads
+from medusa.models.transformers_backend import TransformersBackend
+from tiny_models import FAMILIES, agrees, plain_logits, shared_model
+
+
+def prompts(rows: int, size: int = 12) -> dict[str, torch.Tensor]:
+    """Random prompts; row i starts with 2 * i places of padding."""
+    ids = torch.randint(3, 160, (rows, size), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for i in range(rows):
+        ids[i, : 2 * i], mask[i, : 2 * i] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def both(family: str, inputs: dict[str, torch.Tensor], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    model = shared_model(family)
+    options = {"do_sample": False, "pad_token_id": 0, **options}
+    expected = model.generate(**inputs, **options)
+    return model.generate(**inputs, **options, custom_generate=medusa.custom_generate()), expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_in_every_family(family: str) -> None:
+    inputs = prompts(1)
+    found, expected = both(family, inputs, max_new_tokens=20)
+    assert found.shape == expected.shape
+    assert torch.equal(found[:, :12], inputs["input_ids"])
+    assert agrees(
+        shared_model(family), *(x[0].tolist() for x in (inputs["input_ids"], found[:, 12:], expected[:, 12:]))
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_batch_with_left_padding_and_end_tokens_equals_generate(family: str) -> None:
+    inputs = prompts(3)
+    _, free = both(family, inputs, max_new_tokens=20)
+    # An end token for the first row that the second does not say so soon: the rows end at different places.
+    said = [row[12:].tolist() for row in free]
+    ends = [next(t for t in said[0][2:] if t not in said[1][:12]), said[1][12]]
+    found, expected = both(family, inputs, max_new_tokens=20, eos_token_id=ends, pad_token_id=159)
+    assert torch.equal(found, expected)
+    assert (expected[:, 12:] == 159).any(), "a row was filled up"
+
+
+def test_a_batch_that_ends_early_is_as_short_as_generate_makes_it() -> None:
+    inputs = prompts(2)
+    _, free = both("llama", inputs, max_new_tokens=20)
+    ends = [int(free[0, 12 + 2]), int(free[1, 12 + 5])]
+    found, expected = both("llama", inputs, max_new_tokens=20, eos_token_id=ends)
+    assert torch.equal(found, expected)
+    assert expected.shape[1] < 32
+
+
+def test_one_end_token_and_max_length_and_no_mask() -> None:
+    model = shared_model("llama")
+    ids = prompts(1)["input_ids"]
+    _, free = both("llama", {"input_ids": ids}, max_new_tokens=20)
+    for options in ({"max_length": 19}, {"max_length": 32, "eos_token_id": int(free[0, 20])}):
+        found, expected = both("llama", {"input_ids": ids}, **options)
+        assert torch.equal(found, expected)
+    assert model.generation_config.eos_token_id is None, "the model's settings are as before"
+
+
+def test_a_repetition_penalty_equals_generate() -> None:
+    found, expected = both("gpt_neox", prompts(1), max_new_tokens=20, repetition_penalty=1.4)
+    _, free = both("gpt_neox", prompts(1), max_new_tokens=20)
+    assert torch.equal(found, expected)
+    assert not torch.equal(expected, free)
+
+
+def test_the_settings_of_a_generation_config_object_are_used() -> None:
+    config = transformers.GenerationConfig(max_new_tokens=7, do_sample=False, pad_token_id=0)
+    model, inputs = shared_model("llama"), prompts(1)
+    found = model.generate(**inputs, generation_config=config, custom_generate=medusa.custom_generate())
+    assert torch.equal(found, model.generate(**inputs, generation_config=config))
+
+
+def test_heads_from_a_directory_change_nothing_but_the_speed(tmp_path: Path) -> None:
+    model, inputs = shared_model("llama"), prompts(1)
+    backend = TransformersBackend(model)
+    config = HeadsConfig(hidden_size=32, vocab_size=backend.vocab_size, kind="sequential", feature_layers=(2,))
+    save_heads(Heads(config, backend.base_weights()), tmp_path / "heads")
+    options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 20}
+    expected = model.generate(**inputs, **options)
+    for drafter in ("union", "heads"):
+        decode = medusa.custom_generate(heads=tmp_path / "heads", drafter=drafter, nodes=6)
+        assert torch.equal(model.generate(**inputs, **options, custom_generate=decode), expected)
+    with pytest.raises(MedusaError, match="missing"):
+        model.generate(**inputs, **options, custom_generate=medusa.custom_generate(heads=tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="needs heads"):
+        model.generate(**inputs, **options, custom_generate=medusa.custom_generate(drafter="heads"))
+
+
+def test_sampling_with_a_seed_reproduces_whatever_is_drafted() -> None:
+    model, inputs = shared_model("llama"), prompts(2)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "max_new_tokens": 20}
+
+    def say(**settings: Any) -> torch.Tensor:
+        return model.generate(**inputs, **options, pad_token_id=0, custom_generate=medusa.custom_generate(**settings))
+
+    first = say(seed=1)
+    assert torch.equal(say(seed=1), first)
+    assert torch.equal(say(seed=1, drafter="none"), first)
+    assert not torch.equal(say(seed=2), first)
+    for row, size in zip(first.tolist(), (12, 10), strict=True):  # what top-k leaves out is never said
+        text = row[12 - size :]
+        logits = plain_logits(model, text)
+        for i in range(size, len(text)):
+            assert text[i] in logits[i - 1].topk(20).indices
+
+
+def test_top_k_of_one_is_greedy_and_typical_acceptance_runs() -> None:
+    model, inputs = shared_model("llama"), prompts(1)
+    options: dict[str, Any] = {"pad_token_id": 0, "max_new_tokens": 15}
+    greedy = model.generate(**inputs, **options, do_sample=False)
+    decode = medusa.custom_generate(seed=0)
+    assert torch.equal(model.generate(**inputs, **options, do_sample=True, top_k=1, custom_generate=decode), greedy)
+    decode = medusa.custom_generate(seed=0, acceptance="typical", epsilon=0.2)
+    assert model.generate(**inputs, **options, do_sample=True, custom_generate=decode).shape == greedy.shape
+
+
+class Favourite(transformers.LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, 7] = 1e9
+        return scores
+
+
+class Enough(transformers.StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("num_beams", {"num_beams": 2}),
+        ("num_return_sequences", {"num_return_sequences": 2, "do_sample": True}),
+        ("no_repeat_ngram_size", {"no_repeat_ngram_size": 2}),
+        ("bad_words_ids", {"bad_words_ids": [[5]]}),
+        ("suppress_tokens", {"suppress_tokens": [5]}),
+        ("begin_suppress_tokens", {"begin_suppress_tokens": [5]}),
+        ("forced_eos_token_id", {"forced_eos_token_id": 5}),
+        ("sequence_bias", {"sequence_bias": [[[5], 2.0]]}),
+        ("guidance_scale", {"guidance_scale": 1.5}),
+        ("typical_p", {"typical_p": 0.5, "do_sample": True}),
+        ("epsilon_cutoff", {"epsilon_cutoff": 0.1, "do_sample": True}),
+        ("eta_cutoff", {"eta_cutoff": 0.1, "do_sample": True}),
+        ("min_length", {"min_length": 15, "eos_token_id": 5}),
+        ("min_new_tokens", {"min_new_tokens": 5, "eos_token_id": 5}),
+        ("return_dict_in_generate", {"return_dict_in_generate": True}),
+        ("max_time", {"max_time": 0.5}),
+        ("exponential_decay_length_penalty", {"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": 5}),
+        ("Favourite", {"logits_processor": transformers.LogitsProcessorList([Favourite()])}),
+        ("Enough", {"stopping_criteria": transformers.StoppingCriteriaList([Enough()])}),
+        ("PrefixConstrained", {"prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}),
+    ],
+)
+def test_a_setting_that_medusa_does_not_do_is_a_usage_error_that_names_it(name: str, options: dict[str, Any]) -> None:
+    settings = {"max_new_tokens": 10, "pad_token_id": 0, "do_sample": False, **options}
+    with pytest.raises(UsageError, match=name) as error:
+        shared_model("llama").generate(**prompts(1), **settings, custom_generate=medusa.custom_generate())
+    assert "\n" not in str(error.value)
+
+
+def test_a_bad_setting_of_medusa_is_a_usage_error() -> None:
+    for settings in ({"drafter": "x"}, {"nodes": 0}, {"acceptance": "x"}, {"seed": -1}):
+        decode = medusa.custom_generate(**settings)  # type: ignore[arg-type]
+        with pytest.raises(UsageError):
+            shared_model("llama").generate(
+                **prompts(1), max_new_tokens=5, do_sample=False, pad_token_id=0, custom_generate=decode
+            )

@@ -1,0 +1,238 @@
+"""The sampler: its settings, its filters against transformers' own, its noise, and the frequencies it gives."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from helpers import chi_square_p, slow_penalised, slow_probabilities
+from medusa.decoding.sampling import Sampling, candidates, gumbel_noise, penalise, sample
+from medusa.errors import UsageError
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or from 1e-6, not -0.1"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"temperature": math.inf}, "temperature must be"),
+        ({"top_k": -1}, r"top_k must be 0 \(off\) or more, not -1"),
+        ({"top_p": 0}, r"top_p must be above 0 and at most 1 \(off\), not 0"),
+        ({"top_p": 1.01}, "top_p must be"),
+        ({"min_p": 1}, r"min_p must be at least 0 \(off\) and below 1, not 1"),
+        ({"min_p": -0.1}, "min_p must be"),
+        ({"repetition_penalty": 0}, r"repetition_penalty must be above 0 \(1 is off\), not 0"),
+        ({"seed": -1}, r"seed must be from 0 to 2\*\*64 - 1, not -1"),
+        ({"seed": 2**64}, "seed must be"),
+        ({"acceptance": "fast"}, "acceptance must be exact or typical, not fast"),
+        ({"epsilon": 1.5}, "epsilon must be from 0 to 1, not 1.5"),
+        ({"delta": -1}, "delta must be 0 or more, not -1"),
+        ({"delta": math.nan}, "delta must be"),
+    ],
+)
+def test_a_bad_setting_is_refused_with_its_rule(setting: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Sampling(**setting)
+
+
+def test_the_limits_themselves_are_good() -> None:
+    Sampling(temperature=0, top_k=0, top_p=1, min_p=0, seed=0, epsilon=0, delta=0)
+    Sampling(temperature=100, top_k=10**9, top_p=1e-9, min_p=0.999, seed=2**64 - 1, epsilon=1, delta=1e9)
+
+
+def test_the_default_is_greedy() -> None:
+    assert Sampling().greedy
+    assert not Sampling(temperature=0.01).greedy
+
+
+def test_a_missing_seed_is_drawn_and_a_given_one_stays() -> None:
+    assert Sampling(seed=7).seeded().seed == 7
+    one, two = (Sampling(temperature=0.5).seeded() for _ in range(2))
+    assert one.seed is not None
+    assert one.seed != two.seed
+    assert one.temperature == 0.5
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 1500},
+    {"top_k": 10**6},
+    {"top_p": 0.9},
+    {"top_p": 0.3},
+    {"top_p": 0.001},
+    {"min_p": 0.05},
+    {"min_p": 0.9},
+    {"top_k": 50, "top_p": 0.8},
+    {"top_k": 1200, "top_p": 0.95, "min_p": 0.01},
+    {"top_p": 0.9, "min_p": 0.2},
+]
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What `candidates` says, spread over the whole vocabulary."""
+    ids, scores = candidates(logits, sampling)
+    assert len(set(ids.tolist())) == len(ids)
+    return torch.zeros(len(logits)).index_put((ids,), torch.softmax(scores, dim=-1))
+
+
+# In 3,000 tokens of equal likelihood top-p keeps more than the first 1,024 that the fast path looks at; in steep
+# logits it keeps a few.
+@pytest.mark.parametrize(("size", "scale"), [(12, 2.0), (3000, 0.1), (3000, 3.0), (1024, 1.0), (1025, 1.0)])
+@pytest.mark.parametrize("filters", FILTERS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()) or "none")
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_the_distribution_is_that_of_transformers(
+    size: int, scale: float, filters: dict[str, float], temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(size, generator=generator) * scale
+    seen = torch.randint(0, size, (1, 40), generator=generator)
+    sampling = Sampling(temperature=temperature, repetition_penalty=1.3, **filters)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3), TemperatureLogitsWarper(temperature)])
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
+    expected = torch.softmax(processors(seen, logits[None].clone()), dim=-1)[0]
+    found = distribution(penalise(logits, seen[0].tolist(), 1.3), sampling)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@given(
+    st.lists(st.floats(-6, 6, width=32), min_size=2, max_size=16),
+    st.sampled_from([0.3, 1.0, 1.9]),
+    st.integers(0, 17),
+    st.sampled_from([1.0, 0.95, 0.7, 0.2]),
+    st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_the_distribution_is_that_of_a_slow_reference(
+    logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    expected, margin = slow_probabilities(logits, sampling)
+    assume(margin > 1e-5)
+    assert distribution(torch.tensor(logits), sampling).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 6}, {"min_p": 1e-12}, {"top_k": 6, "min_p": 1e-12}])
+def test_top_p_of_1_drops_nothing_however_unlikely(filters: dict[str, float]) -> None:
+    logits = torch.tensor([20.0, 1.0, 0.5, 0.0, -0.5, -1.0])  # all but the first vanish beside 1 in single precision
+    ids, _ = candidates(logits, Sampling(temperature=1.0, **filters))
+    assert sorted(ids.tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_half_precision_logits_are_filtered_in_single_precision() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    sampling = Sampling(temperature=0.7, top_p=0.9)
+    for half, single in zip(candidates(logits, sampling), candidates(logits.float(), sampling), strict=True):
+        assert half.dtype == single.dtype
+        assert torch.equal(half, single)
+
+
+@given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=9), st.sets(st.integers(0, 8)), st.floats(0.5, 2))
+def test_the_penalty_is_that_of_a_slow_reference(logits: list[float], seen: set[int], penalty: float) -> None:
+    seen = {i for i in seen if i < len(logits)} or {0}
+    before = torch.tensor(logits)
+    after = penalise(before, seen, penalty)
+    assert after.tolist() == pytest.approx(slow_penalised(logits, seen, penalty), rel=1e-6)
+    assert before.tolist() == logits  # the logits given are not changed
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_seed_and_position_only() -> None:
+    first = gumbel_noise(5, 9, 100)
+    state = torch.get_rng_state()
+    gumbel_noise(5, 8, 10)
+    gumbel_noise(6, 9, 1000)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(gumbel_noise(5, 9, 100), first)
+    assert np.array_equal(gumbel_noise(5, 9, 40), first[:40])  # whatever the size of the vocabulary
+    others = [gumbel_noise(*key, 100) for key in ((5, 8), (6, 9), (9, 5), (2**64 - 1, 9), (5 + 2**32, 9))]
+    assert all(not np.isclose(other, first).any() for other in others)
+
+
+def test_noise_is_gumbel_distributed() -> None:
+    noise = np.concatenate([gumbel_noise(1, position, 1000) for position in range(100)])
+    # exp(-exp(-x)) of Gumbel noise is uniform.
+    counts = np.histogram(np.exp(-np.exp(-noise)), bins=20, range=(0, 1))[0].tolist()
+    assert chi_square_p(counts, [1 / 20] * 20) > 1e-3
+    assert (
+        chi_square_p(np.histogram(np.exp(-np.exp(-noise * 1.05)), bins=20, range=(0, 1))[0].tolist(), [0.05] * 20)
+        < 1e-6
+    )
+
+
+@pytest.mark.parametrize("raw", [0, 2**64 - 1])
+def test_noise_is_finite_at_both_ends_of_the_generator(raw: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Extreme:
+        def __init__(self, key: np.ndarray) -> None: ...
+
+        def random_raw(self, size: int) -> np.ndarray:
+            return np.full(size, raw, dtype=np.uint64)
+
+    monkeypatch.setattr("medusa.decoding.sampling.np.random.Philox", Extreme)
+    assert np.isfinite(gumbel_noise(0, 0, 3)).all()
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+LOGITS = [1.5, -0.3, 0.8, 0.0, 2.0, -2.0, 0.4, 1.1, -1.0, 0.9, -0.6, 1.9]
+SETTINGS = [
+    Sampling(temperature=1.0, seed=3),
+    Sampling(temperature=0.6, seed=3),
+    Sampling(temperature=1.3, top_k=7, seed=3),
+    Sampling(temperature=1.0, top_p=0.8, seed=3),
+    Sampling(temperature=1.0, min_p=0.3, seed=3),
+]
+
+
+def frequencies(sampling: Sampling, by: str, count: int = 4000) -> list[int]:
+    logits, counts = torch.tensor(LOGITS), [0] * len(LOGITS)
+    for i in range(count):
+        if by == "position":
+            counts[sample(logits, sampling, i)] += 1
+        else:
+            counts[sample(logits, Sampling(temperature=sampling.temperature, top_k=sampling.top_k,
+                                           top_p=sampling.top_p, min_p=sampling.min_p, seed=i), 17)] += 1  # fmt: skip
+    return counts
+
+
+@pytest.mark.parametrize("by", ["position", "seed"])
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_samples_are_distributed_as_the_model_says(sampling: Sampling, by: str) -> None:
+    expected, _ = slow_probabilities(LOGITS, sampling)
+    assert chi_square_p(frequencies(sampling, by), expected) > 1e-3
+
+
+@pytest.mark.parametrize("wrong", [0.8, 1.2])
+def test_the_test_of_frequencies_notices_a_wrong_temperature(wrong: float) -> None:
+    expected, _ = slow_probabilities(LOGITS, Sampling(temperature=1.0))
+    assert chi_square_p(frequencies(Sampling(temperature=wrong, seed=3), "position"), expected) < 1e-6
+
+
+def test_a_sample_is_never_a_token_that_was_filtered_out() -> None:
+    logits = torch.tensor(LOGITS)
+    assert {sample(logits, Sampling(temperature=5.0, top_k=2, seed=0), i) for i in range(200)} == {4, 11}
+    assert {sample(logits, Sampling(temperature=5.0, top_k=1, seed=0), i) for i in range(50)} == {4}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,31 @@ def test_closing_a_stream_early_frees_the_slot_and_the_model_works_on(model: Lan
     assert model.backend.length(0) == 0
     again = model.generate(PROMPT, max_new_tokens=30)
     assert (again.text, again.token_ids) == (expected.text, expected.token_ids)
+
+
+def test_a_second_stream_is_refused_while_the_first_is_open(model: LanguageModel) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=10)
+    first = model.stream(PROMPT, max_new_tokens=10)
+    chunks = [next(first)]
+    with pytest.raises(UsageError, match="slot 0 is in use"):
+        model.generate("something else")
+    chunks += first
+    assert "".join(chunk.text for chunk in chunks) == expected.text
+
+
+def test_an_interrupted_prefill_frees_the_slot(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=10)
+    prefill = model.backend.prefill
+
+    def interrupted(slot: int, token_ids: Sequence[int]) -> None:
+        prefill(slot, token_ids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.backend, "prefill", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(PROMPT)
+    monkeypatch.undo()
+    assert model.generate(PROMPT, max_new_tokens=10).text == expected.text
 
 
 def test_a_stream_that_is_dropped_or_never_started_leaves_no_trace(model: LanguageModel) -> None:

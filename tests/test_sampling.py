@@ -28,7 +28,7 @@ from medusa.errors import UsageError
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or from 1e-6, not -0.1"),
+        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or at least 1e-6, not -0.1"),
         ({"temperature": math.nan}, "temperature must be"),
         ({"temperature": math.inf}, "temperature must be"),
         ({"top_k": -1}, r"top_k must be 0 \(off\) or more, not -1"),

@@ -537,6 +537,16 @@ def test_a_short_max_length_works(length: int) -> None:
     torch.testing.assert_close(backend.prefill(0, text)[0], plain_logits(model, text)[-1], **TOLERANCE)
 
 
+def test_long_context_rope_is_decoded_within_its_original_context_only() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    context = {"max_position_embeddings": 160, "original_max_position_embeddings": 40}
+    model = make_model("phi3", rope_parameters=rope, **context)
+    assert TransformersBackend(model).max_length == 40
+    with pytest.raises(UsageError, match="context of 40"):
+        TransformersBackend(model, max_length=41)
+
+
 @pytest.mark.parametrize("layers", [[0], [3], [-1], [1, 9]])
 def test_bad_feature_layers_are_an_error(layers: list[int]) -> None:
     with pytest.raises(UsageError, match="feature_layers") as error:

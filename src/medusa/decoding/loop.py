@@ -79,7 +79,11 @@ class Decoder:
         if self.backend.length(slot):
             raise UsageError(f"slot {slot} is in use: finish or close what is being decoded there first")
         sampling = sampling.seeded()
-        logits, features = self.backend.prefill(slot, prompt)
+        try:
+            logits, features = self.backend.prefill(slot, prompt)
+        except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
+            self.backend.release(slot)
+            raise
         row = Row(
             slot=slot,
             tokens=list(prompt),

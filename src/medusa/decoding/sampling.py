@@ -41,7 +41,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, good, rule in (
-            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature < math.inf, "0 (greedy) or at least 1e-6"),
+            ("temperature", self.greedy or 1e-6 <= self.temperature < math.inf, "0 (greedy) or at least 1e-6"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 (off) and below 1"),

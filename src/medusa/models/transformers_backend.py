@@ -269,7 +269,7 @@ def _context(config: Any) -> int:
     """
     context: int = getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     return min(context, original) if rope.get("rope_type") == "longrope" and original else context
 
 

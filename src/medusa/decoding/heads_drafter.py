@@ -91,24 +91,12 @@ class HeadsDrafter:
             scores, chosen = child_scores.topk(min(beam, child_scores.shape[1]), dim=-1)
             tokens, parents, index = children.gather(1, chosen), of.gather(1, chosen), size + chosen
             size += children.shape[1]
-        table = torch.stack([torch.cat(all_tokens, 1).double(), torch.cat(all_parents, 1).double(),
-                             torch.cat(all_scores, 1).exp().double()]).cpu().numpy()  # fmt: skip
-        drafts = []
-        for row in range(batch):
-            row_tokens, row_parents = (
-                table[0, row].astype(np.int64).tolist(),
-                table[1, row].astype(np.int64).tolist(),
-            )
-            probabilities = table[2, row].tolist()
-            drafts.append(
-                Draft(
-                    tuple(row_tokens),
-                    tuple(row_parents),
-                    tuple(probabilities),
-                    (MODEL, *([self.name] * (size - 1))),
-                ).pruned(nodes=nodes, depth=nodes)
-            )
-        return drafts
+        sources = (MODEL, *([self.name] * (size - 1)))
+        columns = (torch.cat(all_tokens, 1), torch.cat(all_parents, 1), torch.cat(all_scores, 1).exp())
+        return [
+            Draft(tuple(row_tokens), tuple(row_parents), tuple(probabilities), sources).pruned(nodes=nodes, depth=nodes)
+            for row_tokens, row_parents, probabilities in zip(*(column.tolist() for column in columns), strict=True)
+        ]
 
 
 @lru_cache(maxsize=256)

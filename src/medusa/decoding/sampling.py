@@ -78,8 +78,7 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens that may be sampled and their scores, from one row of logits [V] (already penalised).
 
     Returns:
-        ids [C], or [V] counting from 0 where nothing is filtered, and scores [C] = logits / temperature, whose
-        softmax is the distribution.
+        ids [C] and scores [C] = logits / temperature, whose softmax is the distribution.
     """
     import torch
 
@@ -123,5 +122,7 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     ids, scores = candidates(logits, sampling)
     if len(ids) == 1:
         return int(ids[0])
+    # In double precision on the CPU, where the noise is made: not every device has it, and all shall draw alike.
+    ids, scores = ids.cpu(), scores.cpu().double()
     noise = torch.from_numpy(gumbel_noise(sampling.seed, position, logits.shape[-1]))
-    return int(ids[(scores.double() + noise.to(scores.device)[ids]).argmax()])
+    return int(ids[(scores + noise[ids]).argmax()])

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from medusa.models import zoo
 from medusa.models.heads import BaseWeights, Heads, HeadsConfig, save_heads, vocabulary_hash
 
-FEATURE_LAYERS = (10, 20)
 HELD_OUT = 0.05
 LAMBDA = 0.8  # the loss of head k weighs LAMBDA ** k
 
@@ -93,6 +92,12 @@ def distil(args: argparse.Namespace) -> None:
         batch += 1
 
 
+def feature_layers(model: torch.nn.Module) -> tuple[int, int]:
+    """A third and two thirds of the way up: layers 10 and 20 of 30."""
+    depth = model.config.num_hidden_layers
+    return depth // 3, 2 * depth // 3
+
+
 @torch.inference_mode()
 def hidden_states(model: torch.nn.Module, rows: list[dict], num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [T, F*H] of every position whose next 1 + K tokens belong to the answer, and those tokens [T, 1 + K]."""
@@ -103,7 +108,7 @@ def hidden_states(model: torch.nn.Module, rows: list[dict], num_heads: int) -> t
         if count < 1:
             continue
         states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-        wanted = torch.cat([states[i][0] for i in (*FEATURE_LAYERS, -1)], dim=-1)
+        wanted = torch.cat([states[i][0] for i in (*feature_layers(model), -1)], dim=-1)
         features.append(wanted[start : start + count].clone())
         targets.append(ids[0, start + 1 :].unfold(0, num_heads + 1, 1)[:count].clone())
         if n % 100 == 0:
@@ -170,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
         num_heads=args.num_heads,
         draft_vocab=args.draft_vocab,
         mlp_width=args.mlp_width,
-        feature_layers=FEATURE_LAYERS,
+        feature_layers=feature_layers(model),
         base_model=source.hub_id or source.name,
         vocab_hash=vocabulary_hash(tokenizer.get_vocab()),
         training={

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -106,31 +105,51 @@ def main() -> None:
     report(rows, args)
 
 
+def totals(rows: list[dict[str, Any]], method: str) -> tuple[int, int, float]:
+    """(tokens from steps, steps, seconds) of a method over all prompts that took a step."""
+    results = [row["results"][method] for row in rows if row["results"][method]["steps"]]
+    return (
+        sum(len(r["tokens"]) - 1 for r in results),
+        sum(r["steps"] for r in results),
+        sum(r["seconds"] for r in results),
+    )
+
+
 def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Prints a table and the JSON line. Rates are totals over all prompts; the speed-up is against `none`."""
+    """Prints a table, one by category, and the JSON line. Rates are totals; speed-up and identity are against `none`,
+    or the first method where that was left out."""
+    against = "none" if "none" in args.methods else args.methods[0]
+
+    def speedup(some: list[dict[str, Any]], method: str) -> float:
+        (tokens, _, seconds), (base_tokens, _, base_seconds) = totals(some, method), totals(some, against)
+        return (tokens / seconds) / (base_tokens / base_seconds)
+
     summary: dict[str, dict[str, float]] = {}
-    rates = {}
     for method in args.methods:
-        results = [row["results"][method] for row in rows if row["results"][method]["steps"]]
-        tokens = sum(len(r["tokens"]) - 1 for r in results)
-        rates[method] = tokens / sum(r["seconds"] for r in results)
-        same = [row["results"][method]["tokens"] == row["results"][args.methods[0]]["tokens"] for row in rows]
-        steps = [(len(r["tokens"]) - 1) / r["steps"] for r in results]
+        tokens, steps, seconds = totals(rows, method)
+        same = [row["results"][method]["tokens"] == row["results"][against]["tokens"] for row in rows]
         summary[method] = {
-            "tokens_per_second": round(rates[method], 1),
-            "tokens_per_step": round(tokens / sum(r["steps"] for r in results), 3),
-            "median_tokens_per_step": round(statistics.median(steps), 3),
-            "identical_to_" + args.methods[0]: sum(same),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_step": round(tokens / steps, 3),
+            "milliseconds_per_step": round(1000 * seconds / steps, 1),
+            "speedup": round(speedup(rows, method), 3),
+            "identical": sum(same),
+            "total": len(rows),
         }
-    print(f"\n{'method':14}{'tokens/s':>10}{'tokens/step':>13}{'speed-up':>10}{'identical':>11}")
+    print(f"\n{'method':14}{'tokens/s':>10}{'tokens/step':>13}{'ms/step':>9}{'speed-up':>10}{'identical':>11}")
     for method, line in summary.items():
-        if "none" in rates:
-            line["speedup"] = round(rates[method] / rates["none"], 3)
-        identical = line["identical_to_" + args.methods[0]]
         print(
             f"{method:14}{line['tokens_per_second']:10.1f}{line['tokens_per_step']:13.2f}"
-            f"{line.get('speedup', 0):9.2f}x{identical:7.0f}/{len(rows)}"
+            f"{line['milliseconds_per_step']:9.1f}{line['speedup']:9.2f}x{line['identical']:7}/{len(rows)}"
         )
+    print(f"\n{'category':14}" + "".join(f"{method:>21}" for method in args.methods) + "    tokens/step, speed-up")
+    for category in dict.fromkeys(row["category"] for row in rows):
+        some = [row for row in rows if row["category"] == category]
+        cells = []
+        for method in args.methods:
+            tokens, steps, _ = totals(some, method)
+            cells.append(f"{tokens / steps:12.2f}{speedup(some, method):8.2f}x")
+        print(f"{category:14}" + "".join(cells))
     settings = {"dtype": args.dtype, "nodes": args.nodes, "threads": torch.get_num_threads(), "questions": len(rows)}
     print(json.dumps({"methods": summary, "settings": settings}))
 

@@ -6,6 +6,7 @@ python docs/make_picture.py
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.text import Text
 import medusa
 
 PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain how it works."
-STYLES = {"heads": "bold green", "ngram": "bold cyan", "model": "default"}
+STYLES = {"heads": "green", "ngram": "cyan", "model": "default"}
 
 
 def main() -> None:
@@ -37,7 +38,12 @@ def main() -> None:
     legend.append("cyan: drafted by n-gram lookup", STYLES["ngram"])
     legend.append(", plain: decided by the model")
     console.print(legend)
-    console.save_svg(str(Path(__file__).parent / "demo.svg"), title="medusa")
+    svg = console.export_svg(title="medusa")
+    # Rich names a font on the web, which a page that shows the picture does not load: any monospaced one will do.
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;]*;", 'font-family: "DejaVu Sans Mono", Menlo, Consolas, monospace;', svg)
+    svg = svg.replace("<svg ", '<svg xml:space="preserve" ', 1)  # else some viewers swallow spaces between colours
+    (Path(__file__).parent / "demo.svg").write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def test_heads_of_another_model_are_refused_by_the_command(tmp_path: Path, union
     assert "--heads none" in done.stderr
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from within torch.compile
 def test_compiled_layers_give_the_same_text(union: medusa.LanguageModel) -> None:
     network = copy.deepcopy(union.backend.model)  # type: ignore[attr-defined]
     backend = TransformersBackend(network, compile=True)

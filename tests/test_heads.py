@@ -284,17 +284,22 @@ def replaces_once(calls: int) -> Callable[..., Any]:
     return replace
 
 
-@pytest.mark.parametrize("moment", ["before the weights", "after the weights", "at the rename"])
+def interrupt(patch: pytest.MonkeyPatch, moment: str) -> None:
+    """Ctrl-C at some moment of a save."""
+    if moment == "before the weights":
+        patch.setattr(heads_module, "save_file", fails)
+    elif moment == "after the weights":
+        patch.setattr(Path, "write_text", fails)
+    else:
+        patch.setattr(Path, "replace", replaces_once(["first rename", "second rename"].index(moment)))
+
+
+@pytest.mark.parametrize("moment", ["before the weights", "after the weights", "first rename"])
 def test_a_save_that_is_interrupted_leaves_nothing(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        if moment == "before the weights":
-            patch.setattr(heads_module, "save_file", fails)
-        elif moment == "after the weights":
-            patch.setattr(Path, "write_text", fails)
-        else:
-            patch.setattr(Path, "replace", replaces_once(0))
+        interrupt(patch, moment)
         with pytest.raises(KeyboardInterrupt):
             save_heads(make_heads(), tmp_path / "heads")
     assert listing(tmp_path) == []
@@ -307,12 +312,7 @@ def test_a_save_that_is_interrupted_leaves_the_heads_that_were_there(
     save_heads(make_heads("recurrent"), tmp_path / "heads")
     before = {path.name: path.read_bytes() for path in (tmp_path / "heads").iterdir()}
     with monkeypatch.context() as patch:
-        if moment == "before the weights":
-            patch.setattr(heads_module, "save_file", fails)
-        elif moment == "after the weights":
-            patch.setattr(Path, "write_text", fails)
-        else:
-            patch.setattr(Path, "replace", replaces_once(0 if moment == "first rename" else 1))
+        interrupt(patch, moment)
         with pytest.raises(KeyboardInterrupt):
             save_heads(make_heads("residual"), tmp_path / "heads")
     assert {path.name: path.read_bytes() for path in (tmp_path / "heads").iterdir()} == before

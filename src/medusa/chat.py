@@ -130,6 +130,16 @@ def stats_line(stats: Stats) -> str:
     )
 
 
+def totals(stats: Iterable[Stats]) -> tuple[int, int, float]:
+    """(tokens from steps, steps, seconds) of several answers together."""
+    known = list(stats)
+    return (
+        sum(one.decoded_tokens for one in known),
+        sum(one.steps for one in known),
+        sum(one.decode_seconds for one in known),
+    )
+
+
 def short_number(value: float) -> str:
     """Two digits or more: 41.23 -> "41", 4.123 -> "4.1"."""
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
@@ -427,9 +437,7 @@ class Chat:
             notice("No answers yet.")
             return
         notice(f"Last answer: {stats_line(self.answered[-1])}")
-        tokens = sum(stats.decoded_tokens for stats in self.answered)
-        steps = sum(stats.steps for stats in self.answered)
-        seconds = sum(stats.decode_seconds for stats in self.answered)
+        tokens, steps, seconds = totals(self.answered)
         if len(self.answered) > 1 and steps and seconds:
             notice(
                 f"All {len(self.answered)} answers: {tokens} tokens in {steps} steps = {tokens / steps:.1f} "

@@ -29,12 +29,13 @@ from medusa.chat import (
     is_out_of_memory,
     notice,
     stats_line,
+    totals,
     wants_colour,
 )
 from medusa.errors import MedusaError, UsageError
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk, LanguageModel, Stats
+    from medusa.generation import Chunk, LanguageModel
 
 DEMO_PROMPTS = (
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -360,8 +361,8 @@ def demo(
 
 def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:
     """One line that compares answers decoded with drafts and without, and says whether they are the same."""
-    tokens, steps, seconds = _totals([drafted.stats for drafted, _ in runs])
-    plain_tokens, _, plain_seconds = _totals([plain.stats for _, plain in runs])
+    tokens, steps, seconds = totals(one.stats for one, _ in runs if one.stats is not None)
+    plain_tokens, _, plain_seconds = totals(one.stats for _, one in runs if one.stats is not None)
     if min(tokens, steps, seconds, plain_tokens, plain_seconds) <= 0:
         return "Too few tokens to compare; ask for more with --max-new-tokens."
     speed, plain_speed = tokens / seconds, plain_tokens / plain_seconds
@@ -372,16 +373,6 @@ def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:
         f"plain: {plain_speed:.1f} tokens/s; "
         + (f"{ratio:.2f}x faster, " if ratio >= 1 else f"{1 / ratio:.2f}x slower, ")
         + (f"output differs in {differing} of {len(runs)}." if differing else "output identical.")
-    )
-
-
-def _totals(stats: Sequence[Stats | None]) -> tuple[int, int, float]:
-    """(tokens from steps, steps, seconds) of several answers together."""
-    known = [one for one in stats if one is not None]
-    return (
-        sum(one.decoded_tokens for one in known),
-        sum(one.steps for one in known),
-        sum(one.decode_seconds for one in known),
     )
 
 

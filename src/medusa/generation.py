@@ -307,6 +307,11 @@ def make_drafter(name: str, heads: Heads | None, tree: str = "dynamic") -> Draft
     return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
 
 
+def as_token_ids(eos: int | Sequence[int] | None) -> list[int]:
+    """The end-of-text tokens of a generation config, which has none, one or a list."""
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
 def _heads_dtype(model_dtype: torch.dtype, device: str) -> torch.dtype:
     """Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one."""
     import torch
@@ -417,6 +422,6 @@ def load(
         drafter=drafter,
         tree=tree,
         nodes=nodes,
-        eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        eos_token_ids=as_token_ids(eos),
         facts=facts,
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.generation import make_drafter
+from medusa.generation import as_token_ids, make_drafter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,8 +104,7 @@ def custom_generate(
             seed=seed,
             **typical,
         )
-        eos = generation_config.eos_token_id
-        ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        ends = as_token_ids(generation_config.eos_token_id)
         pad = generation_config.pad_token_id
         filler = pad if isinstance(pad, int) else ends[0] if ends else 0
         mask = inputs.get("attention_mask")

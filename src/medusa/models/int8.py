@@ -1,7 +1,7 @@
 """Weight-only int8: each linear layer's weights as int8 with one scale per output channel.
 
-Activations stay in bfloat16, so tokens share no scale. On a CPU torch's packed
-kernel multiplies the int8 weights as they are; elsewhere they are widened for each product, which saves memory only.
+Activations stay in bfloat16, so tokens share no scale. On a CPU torch's packed kernel multiplies the int8 weights as
+they are; elsewhere they are widened for each product, which saves memory only.
 """
 
 from __future__ import annotations

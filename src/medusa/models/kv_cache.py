@@ -79,13 +79,8 @@ class Cursor:
     def __init__(
         self, slots: Sequence[int], lengths: Sequence[int], tokens: int, used: int, *, static: bool = False
     ) -> None:
-        self.slots, self.lengths, self.tokens, self.used, self.static = (
-            tuple(slots),
-            tuple(lengths),
-            tokens,
-            used,
-            static,
-        )
+        self.slots, self.lengths = tuple(slots), tuple(lengths)
+        self.tokens, self.used, self.static = tokens, used, static
         self.longest = max(lengths)
         first = 0 if static else self.slots[0]
         self.view = slice(first, first + len(self.slots))  # the slots, where they lie side by side

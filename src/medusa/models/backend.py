@@ -8,7 +8,7 @@ the same four calls:
     backend.keep([slot], [path])                            # the accepted rows stay, the others are dropped
     backend.release(slot)
 
-Tensors come back on the device that computed them. V is the vocabulary, H the hidden size, F the number of hidden
+Tensors come back on the device that computed them; logits may be a view that the backend's next call overwrites. V is the vocabulary, H the hidden size, F the number of hidden
 states that the heads read (1 unless they ask for middle layers).
 """
 
@@ -17,11 +17,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from medusa.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa.models.heads import BaseWeights
     from medusa.models.topology import Parents
+
+
+DEFAULT_MAX_LENGTH = 32768
 
 
 class TokenTree(Protocol):
@@ -72,3 +77,18 @@ class Backend(Protocol):
     def base_weights(self) -> BaseWeights:
         """The embeddings and LM head that heads borrow."""
         ...
+
+
+def check_max_length(max_length: int | None, context: int, default: int) -> int:
+    """The positions of a slot: `max_length`, or the context but at most `default`. Raises UsageError past the context."""
+    if max_length is not None and not 1 <= max_length <= context:
+        raise UsageError(f"max_length must be from 1 to the model's context of {context}, not {max_length}")
+    return max_length or min(context, default)
+
+
+def check_prompt(token_ids: Sequence[int], max_length: int) -> None:
+    """Raises UsageError for a prompt that is empty or does not fit."""
+    if not token_ids:
+        raise UsageError("the prompt is empty: it needs at least one token")
+    if len(token_ids) > max_length:
+        raise UsageError(f"the prompt has {len(token_ids)} tokens, but the context holds {max_length}: shorten it")

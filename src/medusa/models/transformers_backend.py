@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
-from medusa.models.backend import TokenTree
+from medusa.models.backend import DEFAULT_MAX_LENGTH, TokenTree, check_max_length, check_prompt
 from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
 from medusa.models.kv_cache import Cursor, SlotCache
@@ -34,7 +34,6 @@ PREFILL_CHUNK = 512
 BUCKET = 64  # attention runs over the used length, rounded up to this
 COMPILED_NODES = 4  # compiled trees have a multiple of this many nodes
 SLACK = 256  # places beyond max_length for the nodes of a tree: the most nodes a draft may have
-DEFAULT_MAX_LENGTH = 32768
 
 _RECURRENT = (
     "mamba",
@@ -90,10 +89,7 @@ class TransformersBackend:
         self.hidden_size: int = config.hidden_size
         lm_head = model.get_output_embeddings()
         self.vocab_size: int = lm_head.weight.shape[0]
-        context = _context(config)
-        if max_length is not None and not 1 <= max_length <= context:
-            raise UsageError(f"max_length must be from 1 to the model's context of {context}, not {max_length}")
-        self.max_length: int = max_length or min(context, DEFAULT_MAX_LENGTH)
+        self.max_length = check_max_length(max_length, _context(config), DEFAULT_MAX_LENGTH)
         if any(not 1 <= i < self.num_layers for i in feature_layers):
             raise UsageError(f"feature_layers must be from 1 to {self.num_layers - 1}")
         self.feature_layers = tuple(feature_layers)
@@ -119,12 +115,7 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if not token_ids:
-            raise UsageError("the prompt is empty: it needs at least one token")
-        if len(token_ids) > self.max_length:
-            raise UsageError(
-                f"the prompt has {len(token_ids)} tokens, but the context holds {self.max_length}: shorten it"
-            )
+        check_prompt(token_ids, self.max_length)
         self._lengths[slot] = 0
         for start in range(0, len(token_ids), PREFILL_CHUNK):
             chunk = token_ids[start : start + PREFILL_CHUNK]

@@ -1,0 +1,174 @@
+// A decoder-only transformer of the Llama kind with numbered slots: a prompt is extended in chunks, a tree of tokens is
+// verified in one pass, and the accepted path is kept.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "linear.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+
+namespace medusa {
+
+inline constexpr int kMaxNodes = 256;  // of one tree
+inline constexpr int kChunk = 256;     // tokens of a prompt in one pass
+
+struct LayerConfig {
+  bool rotary = true;
+  int window = 0;  // 0: full attention
+};
+
+struct Config {
+  int hidden_size = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int rotary_dim = 0;
+  int intermediate_size = 0;
+  int vocab_size = 0;
+  int max_length = 0;
+  int slots = 1;
+  float epsilon = 1e-5f;
+  float attention_scale = 0;
+  float rotary_scale = 1;  // of cosines and sines (YaRN)
+  std::vector<float> inverse_frequencies;  // [rotary_dim / 2]
+  Gate gate = Gate::silu;
+  Format format = Format::float32;
+  std::vector<LayerConfig> layers;
+  std::vector<int> feature_layers;  // hidden states handed out beside the final one; i is the output of layer i
+
+  void check() const;  // throws std::invalid_argument
+};
+
+struct LayerWeights {
+  Source q, k, v, o, gate, up, down;
+  Source q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias;  // may be empty
+  Source q_norm, k_norm;                                                 // may be empty
+  Source input_norm, post_norm;
+};
+
+class Engine {
+ public:
+  // Throws std::invalid_argument (bad configuration, unknown instruction set) and std::bad_alloc.
+  Engine(Config config, int threads, const std::string& isa);
+
+  // Packs the weights of one layer; the sources may go afterwards.
+  void load_layer(int layer, const LayerWeights& weights);
+  // The embeddings are read at each step, so their memory must outlive the engine.
+  void load_ends(const Source& embedding, const Source& final_norm, const Source& lm_head);
+
+  // Adds tokens to an unfinished prompt in `slot`. With `last` the logits and features of the last token are made.
+  void extend(int slot, const std::vector<std::int32_t>& tokens, bool last);
+
+  // Verifies one tree for each slot; tokens and parents of all trees one after the other. Row b * nodes() + i of the
+  // results belongs to node i of tree b.
+  void verify(const std::vector<int>& slots, const std::vector<int>& sizes, const std::vector<std::int32_t>& tokens,
+              const std::vector<std::int32_t>& parents);
+
+  // The nodes of each path, root first, join the text of the slot that was verified last.
+  void keep(const std::vector<int>& slots, const std::vector<std::vector<int>>& paths);
+  void release(int slot);
+  int length(int slot) const;
+
+  // What the last `extend` or `verify` made.
+  int rows() const { return rows_; }
+  int nodes() const { return nodes_; }
+  const float* logits() const { return logits_.as<float>(); }  // [rows][logits_stride]
+  int logits_stride() const { return lm_head_.outputs(); }
+  const float* features() const { return features_.as<float>(); }  // [rows][feature_size]
+  int feature_size() const { return config_.hidden_size * (1 + int(config_.feature_layers.size())); }
+  const std::int32_t* best() const { return best_.data(); }  // [rows], argmax of the logits
+
+  const Config& config() const { return config_; }
+  const Kernels& kernels() const { return kernels_; }
+  Pool& pool() { return pool_; }
+  std::mutex& mutex() { return mutex_; }
+  const Source& embedding() const { return embedding_; }
+  const Source& lm_source() const { return lm_source_; }
+  std::size_t weight_bytes() const;  // read by a pass over one token
+
+ private:
+  struct Layer {
+    Linear qkv, o, gate_up, down;
+    std::vector<float> input_norm, post_norm, q_norm, k_norm;
+    bool loaded = false;
+  };
+  struct Slot {
+    int length = 0;
+    Buffer cache;
+    std::vector<std::int32_t> parents;  // of the tree verified last, until something is kept
+  };
+  struct Token {
+    std::int32_t id = 0;
+    int slot = 0;
+    int position = 0;
+    int place = 0;
+    int prefix = 0;
+    int extra = 0;  // index into extras_
+    int extras = 0;
+  };
+  struct Tile {  // queries of one slot, numbered (token, head in the group) from `first` on
+    int token = 0;
+    int first = 0;
+    int count = 0;
+    int head = 0;  // key-value head
+  };
+
+  Slot& slot_at(int slot);
+  const Slot& slot_at(int slot) const { return const_cast<Engine*>(this)->slot_at(slot); }
+  void need_weights() const;
+  void check_token(std::int32_t token) const;
+  void pass(int outputs);  // over tokens_; the tokens with output_ >= 0 get logits and features
+  void run(int thread);
+  void attend(int thread, int layer, Share& share);
+  void rotate(int thread, int layer);
+  template <typename Epilogue>
+  void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share, Epilogue epilogue);
+  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share);
+  template <typename T>
+  void write_cache(std::byte* block, int lane, const float* k, const float* v) const;
+  template <typename T>
+  void move_place(Slot& slot, int from, int to) const;
+  std::byte* cache_at(const Slot& slot, int place, int layer, int head) const;
+
+  Config config_;
+  const Kernels& kernels_;
+  Pool pool_;
+  std::mutex mutex_;
+  int dim_ = 0;        // head_dim, padded to 16
+  int cache_item_ = 0;  // bytes of a cached number
+  std::size_t head_bytes_ = 0;
+  std::size_t block_bytes_ = 0;
+  Format lm_format_ = Format::float32;
+  std::vector<Layer> layers_;
+  std::vector<Slot> slots_;
+  Source embedding_, lm_source_;
+  std::vector<float> final_norm_;
+  Linear lm_head_;
+
+  // one pass
+  std::vector<Token> tokens_;
+  std::vector<int> output_;  // [tokens] row of the results, or -1
+  std::vector<std::int32_t> extras_;
+  std::vector<Tile> tiles_;
+  std::vector<int> lm_tokens_;  // rows of the LM head's input -> row of the results
+  std::unique_ptr<Share[]> shares_;
+  int num_shares_ = 0;
+  int capacity_ = 0;  // tokens for which there is room
+  Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_;
+  std::size_t score_stride_ = 0;
+  ActivationBuffer input_, attention_out_, mlp_, lm_input_;
+  std::vector<float> best_value_;         // [threads][rows]
+  std::vector<std::int32_t> best_index_;  // [threads][rows]
+
+  int rows_ = 0, nodes_ = 0;
+  Buffer logits_, features_;
+  std::vector<std::int32_t> best_;
+};
+
+}  // namespace medusa

@@ -1,0 +1,264 @@
+#include "linear.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace medusa {
+namespace {
+
+float from_bfloat16(std::uint16_t bits) {
+  std::uint32_t wide = std::uint32_t(bits) << 16;
+  float v;
+  std::memcpy(&v, &wide, 4);
+  return v;
+}
+
+std::uint16_t to_bfloat16(float v) {
+  std::uint32_t u;
+  std::memcpy(&u, &v, 4);
+  return std::uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+float from_float16(std::uint16_t bits) {
+  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  if (exponent == 0) {
+    float v = std::ldexp(float(fraction), -24);
+    return sign ? -v : v;
+  }
+  std::uint32_t u = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+  float v;
+  std::memcpy(&v, &u, 4);
+  return v;
+}
+
+constexpr int group_of(Format format) {
+  switch (format) {
+    case Format::float32: return 1;
+    case Format::bfloat16: return 2;
+    case Format::int8: return kInt8Group;
+    default: return kInt4Group;
+  }
+}
+
+std::size_t bytes_of_block(Format format, int inputs) {
+  const std::size_t weights = std::size_t(inputs) * kLanes;
+  switch (format) {
+    case Format::float32: return weights * 4;
+    case Format::bfloat16: return weights * 2;
+    case Format::int8: return weights + std::size_t(inputs / kInt8Group) * kLanes * 2;
+    default: return weights / 2 + std::size_t(inputs / kInt4Group) * kLanes * 4;
+  }
+}
+
+void pack_float32(const float* w, int inputs, std::byte* out) {
+  float* y = reinterpret_cast<float*>(out);
+  for (int k = 0; k < inputs; k++)
+    for (int o = 0; o < kLanes; o++) y[k * kLanes + o] = w[std::size_t(o) * inputs + k];
+}
+
+void pack_bfloat16(const float* w, int inputs, std::byte* out) {
+  std::uint16_t* y = reinterpret_cast<std::uint16_t*>(out);
+  for (int k = 0; k < inputs; k += 2)
+    for (int o = 0; o < kLanes; o++)
+      for (int i = 0; i < 2; i++) y[(k / 2 * kLanes + o) * 2 + i] = to_bfloat16(w[std::size_t(o) * inputs + k + i]);
+}
+
+void pack_int8(const float* w, int inputs, std::byte* out) {
+  std::uint8_t* y = reinterpret_cast<std::uint8_t*>(out);
+  std::uint16_t* scales = reinterpret_cast<std::uint16_t*>(out + std::size_t(inputs) * kLanes);
+  for (int g = 0; g < inputs / kInt8Group; g++)
+    for (int o = 0; o < kLanes; o++) {
+      const float* x = w + std::size_t(o) * inputs + g * kInt8Group;
+      float top = 0;
+      for (int i = 0; i < kInt8Group; i++) top = std::max(top, std::fabs(x[i]));
+      const std::uint16_t bits = to_bfloat16(top / 127);
+      const float scale = from_bfloat16(bits);
+      scales[g * kLanes + o] = bits;
+      for (int i = 0; i < kInt8Group; i++) {
+        const float q = scale > 0 ? std::nearbyint(x[i] / scale) : 0.0f;
+        const int k = g * kInt8Group + i;
+        y[(k / 4 * kLanes + o) * 4 + k % 4] = std::uint8_t(128 + int(std::clamp(q, -127.0f, 127.0f)));
+      }
+    }
+}
+
+// Scale and minimum of 32 weights, so that scale * q + minimum, q = 0..15, comes near: from the extremes, then least
+// squares for the rounded q, in turn.
+struct Fit {
+  float scale, minimum;
+};
+
+Fit fit_int4(const float* x) {
+  const auto [low, high] = std::minmax_element(x, x + kInt4Group);
+  Fit fit{(*high - *low) / 15, *low};
+  for (int round = 0; round < 5; round++) {
+    if (!(fit.scale > 1e-20f)) break;
+    float q_sum = 0, x_sum = 0, qq = 0, qx = 0;
+    const float inverse = 1 / fit.scale;
+    for (int i = 0; i < kInt4Group; i++) {
+      const float q = std::clamp(std::nearbyint((x[i] - fit.minimum) * inverse), 0.0f, 15.0f);
+      q_sum += q;
+      x_sum += x[i];
+      qq += q * q;
+      qx += q * x[i];
+    }
+    const float variance = qq - q_sum * q_sum / kInt4Group;
+    if (!(variance > 0)) break;
+    const float scale = (qx - q_sum * x_sum / kInt4Group) / variance;
+    if (!(scale > 1e-20f)) break;
+    fit = {scale, (x_sum - scale * q_sum) / kInt4Group};
+  }
+  return {from_bfloat16(to_bfloat16(fit.scale)), from_bfloat16(to_bfloat16(fit.minimum))};
+}
+
+void pack_int4(const float* w, int inputs, std::byte* out) {
+  std::uint8_t* y = reinterpret_cast<std::uint8_t*>(out);
+  std::uint16_t* scales = reinterpret_cast<std::uint16_t*>(out + std::size_t(inputs) * kLanes / 2);
+  for (int g = 0; g < inputs / kInt4Group; g++)
+    for (int o = 0; o < kLanes; o++) {
+      const float* x = w + std::size_t(o) * inputs + g * kInt4Group;
+      const Fit fit = fit_int4(x);
+      scales[g * 2 * kLanes + o] = to_bfloat16(fit.scale);
+      scales[(g * 2 + 1) * kLanes + o] = to_bfloat16(fit.minimum);
+      for (int i = 0; i < kInt4Group; i++) {
+        const float q = fit.scale > 0 ? std::nearbyint((x[i] - fit.minimum) / fit.scale) : 0.0f;
+        const int k = g * kInt4Group + i;  // inputs 8j + i and 8j + 4 + i share a byte
+        std::uint8_t& byte = y[(k / 8 * kLanes + o) * 4 + k % 4];
+        const int nibble = int(std::clamp(q, 0.0f, 15.0f));
+        byte = std::uint8_t(k % 8 < 4 ? nibble : byte | nibble << 4);
+      }
+    }
+}
+
+}  // namespace
+
+float Source::at(std::size_t index) const {
+  switch (dtype) {
+    case Dtype::float32: {
+      float v;
+      std::memcpy(&v, data + 4 * index, 4);
+      return v;
+    }
+    default: {
+      std::uint16_t bits;
+      std::memcpy(&bits, data + 2 * index, 2);
+      return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
+    }
+  }
+}
+
+void Source::row(int index, float* out) const {
+  const std::size_t first = std::size_t(index) * columns;
+  for (int i = 0; i < columns; i++) out[i] = at(first + i);
+}
+
+std::vector<float> read(const Source& source, const std::string& name) {
+  std::vector<float> values(std::size_t(source.rows) * source.columns);
+  for (int row = 0; row < source.rows; row++) source.row(row, values.data() + std::size_t(row) * source.columns);
+  for (float v : values)
+    if (!std::isfinite(v)) throw std::invalid_argument(name + " has a weight that is not a finite number");
+  return values;
+}
+
+int padded_inputs(Format format, int inputs) {
+  const int group = group_of(format);
+  return (inputs + group - 1) / group * group;
+}
+
+std::vector<OutputRow> rows_of(const Source& source) {
+  std::vector<OutputRow> rows((source.rows + kLanes - 1) / kLanes * kLanes);
+  for (int i = 0; i < source.rows; i++) rows[i] = {&source, i};
+  return rows;
+}
+
+std::vector<OutputRow> interleaved(const Source& gate, const Source& up) {
+  std::vector<OutputRow> rows;
+  for (int first = 0; first < gate.rows; first += kLanes)
+    for (const Source* source : {&gate, &up})
+      for (int i = first; i < first + kLanes; i++) rows.push_back(i < gate.rows ? OutputRow{source, i} : OutputRow{});
+  return rows;
+}
+
+Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
+            const std::string& name) {
+  int width = int(columns.size());
+  for (const OutputRow& row : rows)
+    if (columns.empty() && row.source) width = std::max(width, row.source->columns);
+  Linear linear;
+  linear.format = format;
+  linear.inputs = padded_inputs(format, width);
+  linear.blocks = int(rows.size()) / kLanes;
+  linear.block_bytes = bytes_of_block(format, linear.inputs);
+  linear.weights = Buffer(linear.block_bytes * linear.blocks);
+
+  int widest = width;
+  for (const OutputRow& row : rows)
+    if (row.source) widest = std::max(widest, row.source->columns);
+  const std::size_t plain = std::size_t(kLanes) * linear.inputs;
+  const std::size_t scratch = plain + widest;
+  Buffer room(scratch * sizeof(float) * pool.threads());
+  std::atomic<bool> finite{true};
+  Share share;
+  pool.run([&](int thread) {
+    float* w = room.as<float>() + scratch * thread;
+    float* line = w + plain;
+    int count;
+    for (int first; (first = share.take(linear.blocks, 1, 8, pool.threads(), &count)) >= 0;) {
+      for (int block = first; block < first + count; block++) {
+        std::fill(w, w + plain, 0.0f);
+        for (int o = 0; o < kLanes; o++) {
+          const OutputRow& row = rows[std::size_t(block) * kLanes + o];
+          if (!row.source) continue;
+          float* to = w + std::size_t(o) * linear.inputs;
+          row.source->row(row.row, columns.empty() ? to : line);
+          for (std::size_t i = 0; i < columns.size(); i++) to[i] = columns[i] < 0 ? 0.0f : line[columns[i]];
+        }
+        float sum = 0;  // times zero: 0, or not a number where a weight is not finite
+        for (std::size_t i = 0; i < plain; i++) sum += w[i] * 0.0f;
+        if (sum != 0.0f) finite = false;
+        std::byte* out = linear.weights.data() + block * linear.block_bytes;
+        switch (format) {
+          case Format::float32: pack_float32(w, linear.inputs, out); break;
+          case Format::bfloat16: pack_bfloat16(w, linear.inputs, out); break;
+          case Format::int8: pack_int8(w, linear.inputs, out); break;
+          default: pack_int4(w, linear.inputs, out);
+        }
+      }
+    }
+  });
+  if (!finite) throw std::invalid_argument(name + " has a weight that is not a finite number");
+  return linear;
+}
+
+void ActivationBuffer::shape(Format of, int padded) {
+  format = of;
+  inputs = padded;
+  switch (of) {
+    case Format::float32: stride = std::size_t(padded) * 4; break;
+    case Format::bfloat16: stride = std::size_t(padded) * 2; break;
+    default: stride = std::size_t(padded);
+  }
+  groups = of == Format::int8 ? padded / kInt8Group : of == Format::int4 ? padded / kInt4Group : 0;
+}
+
+void ActivationBuffer::fit(int tokens) {
+  data.fit(stride * tokens);
+  scales.fit(groups * tokens * sizeof(float));
+  start.fit(groups * tokens * sizeof(std::int32_t));
+  sums.fit(groups * tokens * sizeof(float));
+}
+
+Activations ActivationBuffer::view() const {
+  return {data.data(), stride, scales.as<float>(), start.as<std::int32_t>(), sums.as<float>(), groups};
+}
+
+void ActivationBuffer::set(const Kernels& kernels, int token, const float* x, int n) {
+  const std::size_t at = groups * token;
+  kernels.quantise[int(format)](x, n, inputs, data.data() + stride * token, scales.as<float>() + at,
+                                start.as<std::int32_t>() + at, sums.as<float>() + at);
+}
+
+}  // namespace medusa

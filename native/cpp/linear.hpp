@@ -1,0 +1,95 @@
+// Linear layers in packed form. Layouts: see kernels.hpp.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+
+namespace medusa {
+
+enum class Dtype : std::uint8_t { float32, bfloat16, float16 };
+
+// A matrix [rows, columns] or a vector [1, columns] as it lies in a checkpoint; not owned. Empty: data is null.
+struct Source {
+  const std::byte* data = nullptr;
+  Dtype dtype = Dtype::float32;
+  int rows = 0;
+  int columns = 0;
+
+  float at(std::size_t index) const;
+  void row(int index, float* out) const;
+};
+
+// All values; throws std::invalid_argument naming `name` where one is not a finite number.
+std::vector<float> read(const Source& source, const std::string& name);
+
+int padded_inputs(Format format, int inputs);
+
+struct Linear {
+  Format format = Format::float32;
+  int inputs = 0;  // padded
+  int blocks = 0;  // of 16 outputs
+  std::size_t block_bytes = 0;
+  Buffer weights;
+  std::vector<float> bias;  // [16 * blocks] or empty
+
+  int outputs() const { return blocks * kLanes; }
+  Panel panel(int block, int count) const { return {weights.data() + block * block_bytes, block_bytes, count, inputs}; }
+};
+
+// One output of a linear layer: a row of a source, or zeros.
+struct OutputRow {
+  const Source* source = nullptr;
+  int row = 0;
+};
+
+// Packs `rows` (a multiple of 16). Input i comes from column `columns[i]`, or is zero where that is -1; no columns
+// means all, in order. Throws std::invalid_argument naming `name` where a weight is not a finite number, and
+// std::bad_alloc.
+Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
+            const std::string& name);
+
+// The rows of one source, padded to a multiple of 16.
+std::vector<OutputRow> rows_of(const Source& source);
+
+// A block of 16 gates, then the block of the 16 ups beside it, and so on: one thread has both for `Kernels::gated`.
+std::vector<OutputRow> interleaved(const Source& gate, const Source& up);
+
+// A table of activations in a format: one row for each token.
+struct ActivationBuffer {
+  Buffer data, scales, start, sums;
+  Format format = Format::float32;
+  int inputs = 0;
+  std::size_t stride = 0;
+  std::size_t groups = 0;
+
+  void shape(Format format, int inputs);  // `inputs` are padded
+  void fit(int tokens);
+  Activations view() const;
+  void set(const Kernels& kernels, int token, const float* x, int n);
+};
+
+// Multiplies `count` tokens by the blocks that this thread gets of `share`, and hands each row of what came out (bias
+// added) to epilogue(token, first output, number of outputs, y). `unit`: blocks that must stay together. `panel`: room
+// for count * kMaxPanel * kLanes floats of this thread.
+template <typename Epilogue>
+void multiply(const Kernels& kernels, const Linear& linear, const Activations& x, int count, int unit, int threads,
+              Share& share, float* panel, Epilogue epilogue) {
+  int blocks;
+  for (int first; (first = share.take(linear.blocks, unit, kMaxPanel / unit, threads, &blocks)) >= 0;) {
+    const std::size_t width = std::size_t(blocks) * kLanes;
+    kernels.matmul[int(linear.format)](linear.panel(first, blocks), x, count, panel, width);
+    for (int t = 0; t < count; t++) {
+      float* y = panel + t * width;
+      if (!linear.bias.empty())
+        for (std::size_t i = 0; i < width; i++) y[i] += linear.bias[first * kLanes + i];
+      epilogue(t, first * kLanes, int(width), y);
+    }
+  }
+}
+
+}  // namespace medusa

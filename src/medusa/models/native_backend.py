@@ -1,0 +1,273 @@
+"""The native CPU engine (`native/`) as a `Backend`: models of the Llama kind, from their safetensors.
+
+Its promise: what is computed for a token does not depend on how many tokens, trees or rows share the pass, nor on the
+number of threads. Greedy and seeded texts are therefore the same bits plainly and with any draft, in every precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from medusa.errors import MedusaError, UsageError
+from medusa.models.backend import DEFAULT_MAX_LENGTH, TokenTree, check_max_length, check_prompt
+from medusa.models.heads import BaseWeights
+from medusa.models.native_config import NativeConfig, UnsupportedError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+ISA_VARIABLE = "MEDUSA_NATIVE_ISA"
+# Bytes for each weight, roughly: to tell before loading whether there is room.
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.05, "int4": 0.7}
+
+
+def native_module() -> ModuleType | None:
+    """The extension module, or None where it is not installed."""
+    try:
+        return importlib.import_module("medusa_native")
+    except ModuleNotFoundError as error:
+        if error.name != "medusa_native":
+            raise
+        return None
+
+
+class NativeBackend:
+    """Runs a checkpoint with `num_slots` slots.
+
+    Args:
+        config: of the model.
+        tensors: name -> weight, float32, bfloat16 or float16, as in the checkpoint. Each is read once, but for the
+            embeddings, which stay where they are.
+        dtype: float32, bfloat16, int8 (groups of 64 weights) or int4 (groups of 32); see docs/native.md.
+        max_length: positions per slot; None takes the model's context (at most 32,768).
+        feature_layers: hidden states that the heads read beside the final one (see HeadsConfig).
+        threads: None takes torch's number.
+        isa: the instruction set; None takes $MEDUSA_NATIVE_ISA, or the best.
+        progress: called with (done, total) as layers are packed.
+
+    Raises:
+        UsageError: a bad argument. UnsupportedError: the checkpoint is not what `config` says.
+        MedusaError: a weight that is missing, of the wrong shape or not a finite number; or memory is short.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        config: NativeConfig,
+        tensors: Mapping[str, Tensor],
+        *,
+        dtype: str = "bfloat16",
+        num_slots: int = 1,
+        max_length: int | None = None,
+        feature_layers: Sequence[int] = (),
+        threads: int | None = None,
+        isa: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        module = native_module()
+        if module is None:
+            raise MedusaError("the native engine is not installed: run pip install ./native, or use another backend")
+        if dtype not in PRECISIONS:
+            raise UsageError(f"unknown dtype {dtype}: use one of {', '.join(PRECISIONS)}")
+        if num_slots < 1:
+            raise UsageError("num_slots must be at least 1")
+        self.config = config
+        self.num_slots = num_slots
+        self.num_layers = len(config.layers)
+        self.hidden_size = config.hidden_size
+        self.vocab_size = config.vocab_size
+        self.max_length = check_max_length(max_length, config.context, DEFAULT_MAX_LENGTH)
+        if any(not 1 <= i < self.num_layers for i in feature_layers):
+            raise UsageError(f"feature_layers must be from 1 to {self.num_layers - 1}")
+        self.max_nodes: int = module.MAX_NODES
+        self._chunk: int = module.CHUNK
+        names = _Names(config, tensors)
+        _check_memory(names.parameters, dtype)
+        with _explained():
+            self.engine: Any = module.Engine(
+                hidden_size=config.hidden_size,
+                heads=config.heads,
+                kv_heads=config.kv_heads,
+                head_dim=config.head_dim,
+                rotary_dim=2 * len(config.inverse_frequencies),
+                intermediate_size=config.intermediate_size,
+                vocab_size=config.vocab_size,
+                max_length=self.max_length,
+                slots=num_slots,
+                epsilon=config.epsilon,
+                attention_scale=config.attention_scale,
+                rotary_scale=config.rotary_scale,
+                inverse_frequencies=list(config.inverse_frequencies),
+                gate=config.gate,
+                precision=dtype,
+                layers=list(config.layers),
+                feature_layers=list(feature_layers),
+                threads=threads or torch.get_num_threads(),
+                isa=isa or os.environ.get(ISA_VARIABLE, ""),
+            )
+            for i in range(self.num_layers):
+                self.engine.load_layer(i, names.layer(i))
+                if progress is not None:
+                    progress(i + 1, self.num_layers + 1)
+            self._embedding, self._lm_head = names.embedding, names.lm_head
+            self.engine.load_ends(self._embedding, names.final_norm, self._lm_head)
+            if progress is not None:
+                progress(self.num_layers + 1, self.num_layers + 1)
+
+    # --- the protocol -------------------------------------------------------------------------------------------
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        check_prompt(token_ids, self.max_length)
+        with _explained():
+            self.engine.release(slot)
+            for start in range(0, len(token_ids), self._chunk):
+                chunk = list(token_ids[start : start + self._chunk])
+                self.engine.extend(slot, chunk, start + len(chunk) == len(token_ids))
+        return torch.from_numpy(self.engine.logits()[0]), torch.from_numpy(self.engine.features()[0].copy())
+
+    def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
+        sizes = [len(draft.tokens) for draft in drafts]
+        with _explained():
+            self.engine.verify(
+                list(slots),
+                sizes,
+                [token for draft in drafts for token in draft.tokens],
+                [parent for draft in drafts for parent in draft.parents],
+            )
+        shape = (len(sizes), self.engine.nodes)
+        logits = torch.from_numpy(self.engine.logits()).unflatten(0, shape)
+        return logits, torch.from_numpy(self.engine.features().copy()).unflatten(0, shape)
+
+    def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
+        with _explained():
+            self.engine.keep(list(slots), [list(path) for path in paths])
+
+    def release(self, slot: int) -> None:
+        self.engine.release(slot)
+
+    def length(self, slot: int) -> int:
+        return int(self.engine.length(slot))
+
+    def base_weights(self) -> BaseWeights:
+        return BaseWeights(self._embedding, self._lm_head)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the engine refuses, as an error for the user."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        raise (MedusaError if "finite" in message or "expected" in message else UsageError)(message) from None
+    except MemoryError:
+        raise MedusaError("there is not enough memory: take a smaller dtype, model, max_length or num_slots") from None
+
+
+class _Names:
+    """The tensors of a checkpoint under the names that the engine gives them."""
+
+    def __init__(self, config: NativeConfig, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._config = config
+        self.embedding = self._get("model.embed_tokens.weight")
+        self.lm_head = self.embedding if config.tied else self._get("lm_head.weight")
+        self.final_norm = self._get("model.norm.weight")
+        c = config
+        per_layer = c.hidden_size * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.intermediate_size)
+        self.parameters = per_layer * len(c.layers) + c.vocab_size * c.hidden_size
+        known = {f"{part}.{kind}" for part, kind in self._parts().values()}
+        for name in tensors:
+            if not name.startswith("model.layers."):
+                continue
+            part = name.split(".", 3)[3]
+            if part not in known and not part.endswith("rotary_emb.inv_freq"):  # old checkpoints hold the latter
+                raise UnsupportedError(f"the checkpoint holds {name}, which the engine does not know")
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        return {name: self._get(f"model.layers.{index}.{part}.{kind}") for name, (part, kind) in self._parts().items()}
+
+    def _parts(self) -> dict[str, tuple[str, str]]:
+        c = self._config
+        parts = {name: (f"self_attn.{name}_proj", "weight") for name in ("q", "k", "v", "o")}
+        parts |= {name: (f"mlp.{name}_proj", "weight") for name in ("gate", "up", "down")}
+        biased = (*("qkv" if c.attention_bias else ""), *("o" if c.output_bias else ""))
+        parts |= {f"{name}_bias": (f"self_attn.{name}_proj", "bias") for name in biased}
+        if c.mlp_bias:
+            parts |= {f"{name}_bias": (f"mlp.{name}_proj", "bias") for name in ("gate", "up", "down")}
+        if c.qk_norm:
+            parts |= {"q_norm": ("self_attn.q_norm", "weight"), "k_norm": ("self_attn.k_norm", "weight")}
+        parts |= {"input_norm": ("input_layernorm", "weight"), "post_norm": ("post_attention_layernorm", "weight")}
+        return parts
+
+    def _get(self, name: str) -> Tensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise MedusaError(f"the weights are incomplete: {name} is missing") from None
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The safetensors files of a directory, memory-mapped: a tensor is read when it is asked for.
+
+    Raises:
+        UnsupportedError: there are none. MedusaError: a file is missing, truncated or not a safetensors file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        index = directory / "model.safetensors.index.json"
+        try:
+            if index.is_file():
+                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(weight_map.values()))
+            else:
+                names = ["model.safetensors"]
+                if not (directory / names[0]).is_file():
+                    raise UnsupportedError("the checkpoint is not in safetensors files")
+            self._files: dict[str, Any] = {}
+            for name in names:
+                path = directory / name
+                if not path.is_file():
+                    raise MedusaError(f"the weights are incomplete: {path} is missing")
+                # The library's handle is for a `with`, which would unmap the file: it lives as long as this object.
+                file: Any = safe_open(path, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
+                self._files |= dict.fromkeys(file.keys(), file)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise MedusaError(
+                f"a weights file in {directory} is damaged or cut short ({error}): get the file again"
+            ) from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _check_memory(parameters: int, dtype: str) -> None:
+    import psutil
+
+    needed = parameters * _BYTES[dtype]
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise MedusaError(
+            f"the weights take {needed / 1e9:.1f} GB in {dtype}, but {available / 1e9:.1f} GB of memory are free: "
+            "take a smaller dtype or model"
+        )

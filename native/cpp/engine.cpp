@@ -61,8 +61,8 @@ Engine::Engine(Config config, int threads, const std::string& isa)
   }
   score_stride_ = places;
   scores_ = Buffer(score_stride_ * kQueryTile * sizeof(float) * pool_.threads(), true);
-  num_shares_ = int(layers_.size()) * 5 + 1;
-  shares_ = std::make_unique<Share[]>(num_shares_);
+  shares_ = std::vector<Share>(layers_.size() * 5 + 1);
+  for (Share& share : shares_) share.shape(pool_.threads());
   const Format f = config_.format;
   input_.shape(f, padded_inputs(f, config_.hidden_size));
   attention_out_.shape(f, padded_inputs(f, config_.heads * dim_));
@@ -343,7 +343,7 @@ void Engine::pass(int outputs) {
       for (int head = 0; head < c.kv_heads; head++)
         tiles_.push_back({first, at, std::min(kQueryTile, queries - at), head});
   }
-  for (int i = 0; i < num_shares_; i++) shares_[i].next.store(0, std::memory_order_relaxed);
+  for (Share& share : shares_) share.reset();
   pool_.run([this](int thread) { run(thread); });
 
   for (std::size_t i = 0; i < lm_tokens_.size(); i++) {
@@ -362,16 +362,18 @@ void Engine::pass(int outputs) {
 
 template <typename Epilogue>
 void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share,
-                     Epilogue epilogue) {
+                     const Linear* next, Epilogue epilogue) {
   const int count = int(&x == &lm_input_ ? lm_tokens_.size() : tokens_.size());
   float* panel = panel_.as<float>() + std::size_t(capacity_) * kMaxPanel * kLanes * thread;
-  multiply(kernels_, linear, x.view(), count, unit, pool_.threads(), share, panel, epilogue);
+  // The gates' blocks come in pairs; where that moves the start of a range by one block, no harm is done.
+  const std::byte* then = next ? next->block(share.first(thread, next->blocks, 1)) : nullptr;
+  multiply(kernels_, linear, x.view(), count, unit, thread, share, panel, then, epilogue);
 }
 
-void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share) {
+void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share, const Linear* next) {
   const int size = config_.hidden_size;
   float* hidden = hidden_.as<float>();
-  product(linear, x, 1, thread, share, [=](int t, int first, int count, const float* y) {
+  product(linear, x, 1, thread, share, next, [=](int t, int first, int count, const float* y) {
     float* row = hidden + std::size_t(t) * size + first;
     count = std::min(count, size - first);
     for (int i = 0; i < count; i++) row[i] += y[i];
@@ -386,7 +388,7 @@ void Engine::run(int thread) {
   float* hidden = hidden_.as<float>();
   float* normed = normed_.as<float>();
   float* features = features_.as<float>();
-  Share* share = shares_.get();
+  Share* share = shares_.data();
 
   for (int t = thread; t < count; t += threads) {
     embedding_.row(tokens_[t].id, hidden + std::size_t(t) * size);
@@ -410,7 +412,7 @@ void Engine::run(int thread) {
     }
     pool_.barrier();
     float* qkv = qkv_.as<float>();
-    product(layer.qkv, input_, 1, thread, *share++, [=](int t, int first, int n, const float* y) {
+    product(layer.qkv, input_, 1, thread, *share++, &layer.o, [=](int t, int first, int n, const float* y) {
       std::memcpy(qkv + std::size_t(t) * wide + first, y, n * sizeof(float));
     });
     pool_.barrier();
@@ -421,7 +423,7 @@ void Engine::run(int thread) {
     for (int t = thread; t < count; t += threads)
       attention_out_.set(kernels_, t, attended_.as<float>() + std::size_t(t) * dim_ * c.heads, dim_ * c.heads);
     pool_.barrier();
-    add_to(layer.o, attention_out_, thread, *share++);
+    add_to(layer.o, attention_out_, thread, *share++, &layer.gate_up);
     pool_.barrier();
     for (int t = thread; t < count; t += threads) {
       kernels_.rms_norm(hidden + std::size_t(t) * size, layer.post_norm.data(), c.epsilon, size,
@@ -430,14 +432,14 @@ void Engine::run(int thread) {
     }
     pool_.barrier();
     float* gated = gated_.as<float>();
-    product(layer.gate_up, input_, 2, thread, *share++, [=](int t, int first, int n, const float* y) {
+    product(layer.gate_up, input_, 2, thread, *share++, &layer.down, [=](int t, int first, int n, const float* y) {
       for (int i = 0; i < n; i += 2 * kLanes)
         kernels_.gated(config_.gate, y + i, y + i + kLanes, gated + std::size_t(t) * inner + (first + i) / 2);
     });
     pool_.barrier();
     for (int t = thread; t < count; t += threads) mlp_.set(kernels_, t, gated + std::size_t(t) * inner, inner);
     pool_.barrier();
-    add_to(layer.down, mlp_, thread, *share++);
+    add_to(layer.down, mlp_, thread, *share++, l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_);
     pool_.barrier();
   }
   const int outputs = int(lm_tokens_.size());
@@ -452,7 +454,7 @@ void Engine::run(int thread) {
   float* logits = logits_.as<float>();
   float* value = best_value_.data() + std::size_t(outputs) * thread;
   std::int32_t* index = best_index_.data() + std::size_t(outputs) * thread;
-  product(lm_head_, lm_input_, 1, thread, *share++, [=](int i, int first, int n, float* y) {
+  product(lm_head_, lm_input_, 1, thread, *share++, &layers_[0].qkv, [=](int i, int first, int n, float* y) {
     std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));
     for (int j = c.vocab_size - first; j < n; j++) y[j] = -INFINITY;  // rows that only fill the last block
     kernels_.argmax(y, n, first, &value[i], &index[i]);
@@ -514,7 +516,7 @@ void Engine::attend(int thread, int l, Share& share) {
   task.scores = scores_.as<float>() + score_stride_ * kQueryTile * thread;
   task.score_stride = score_stride_;
   int count;
-  for (int at; (at = share.take(int(tiles_.size()), 1, 4, pool_.threads(), &count)) >= 0;)
+  for (int at; (at = share.take(thread, int(tiles_.size()), 1, 4, &count)) >= 0;)
     for (int i = at; i < at + count; i++) {
       const Tile& tile = tiles_[i];
       task.cache = cache_at(slots_[tokens_[tile.token].slot], 0, l, tile.head);

@@ -128,8 +128,9 @@ class Engine {
   void attend(int thread, int layer, Share& share);
   void rotate(int thread, int layer);
   template <typename Epilogue>
-  void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share, Epilogue epilogue);
-  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share);
+  void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share, const Linear* next,
+               Epilogue epilogue);
+  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share, const Linear* next);
   template <typename T>
   void write_cache(std::byte* block, int lane, const float* k, const float* v) const;
   template <typename T>
@@ -157,8 +158,7 @@ class Engine {
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;
   std::vector<int> lm_tokens_;  // rows of the LM head's input -> row of the results
-  std::unique_ptr<Share[]> shares_;
-  int num_shares_ = 0;
+  std::vector<Share> shares_;
   int capacity_ = 0;  // tokens for which there is room
   Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_;
   std::size_t score_stride_ = 0;

@@ -20,6 +20,7 @@ void check_shape(const Source& source, int rows, int columns, const char* name) 
 Heads::Heads(Engine& engine, const HeadsConfig& config) : engine_(engine), config_(config) {
   require(config.levels >= 1 && config.levels <= 64, "there must be 1 to 64 levels");
   require(config.features >= 1 && config.features <= 64, "there must be 1 to 64 features");
+  for (Share& share : shares_) share.shape(engine.pool().threads());
   levels_.resize(config.kind == HeadsKind::recurrent ? 1 : config.levels);
 }
 
@@ -126,7 +127,7 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
     between_.shape(block.down.format, block.down.inputs);
     between_.fit(count);
   }
-  Share shares[2];
+  for (Share& share : shares_) share.reset();
   engine_.pool().run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(count) * kMaxPanel * kLanes * thread;
     for (int t = thread; t < count; t += threads) activation_.set(kernels, t, x + std::size_t(t) * width, width);
@@ -136,7 +137,7 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
       for (int i = 0; i < std::min(n, size - first); i++) row[i] += y[i];
     };
     if (!block.gated) {
-      multiply(kernels, block.first, activation_.view(), count, 1, threads, shares[0], panel,
+      multiply(kernels, block.first, activation_.view(), count, 1, thread, shares_[0], panel, nullptr,
                [&](int t, int first, int n, float* y) {
                  kernels.silu(y, n, y);
                  add(t, first, n, y);
@@ -144,7 +145,7 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
       return;
     }
     float* between = inner_.as<float>();
-    multiply(kernels, block.first, activation_.view(), count, 2, threads, shares[0], panel,
+    multiply(kernels, block.first, activation_.view(), count, 2, thread, shares_[0], panel, nullptr,
              [&](int t, int first, int n, const float* y) {
                for (int i = 0; i < n; i += 2 * kLanes)
                  kernels.gated(Gate::silu, y + i, y + i + kLanes, between + std::size_t(t) * inner + (first + i) / 2);
@@ -153,7 +154,7 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
     for (int t = thread; t < count; t += threads)
       between_.set(kernels, t, between + std::size_t(t) * inner, std::min(inner, block.down.inputs));
     engine_.pool().barrier();
-    multiply(kernels, block.down, between_.view(), count, 1, threads, shares[1], panel, add);
+    multiply(kernels, block.down, between_.view(), count, 1, thread, shares_[1], panel, nullptr, add);
   });
 }
 
@@ -178,10 +179,10 @@ void Heads::begin(const float* features, int batch, float* base) {
   activation_.shape(projection_.format, projection_.inputs);
   activation_.fit(batch);
   for (int b = 0; b < batch; b++) activation_.set(kernels, b, input + std::size_t(b) * wide, wide);
-  Share share;
+  for (Share& share : shares_) share.reset();
   engine_.pool().run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(batch) * kMaxPanel * kLanes * thread;
-    multiply(kernels, projection_, activation_.view(), batch, 1, engine_.pool().threads(), share, panel,
+    multiply(kernels, projection_, activation_.view(), batch, 1, thread, shares_[0], panel, nullptr,
              [&](int b, int first, int n, const float* y) {
                std::memcpy(base + std::size_t(b) * size + first, y, std::min(n, size - first) * sizeof(float));
              });
@@ -246,12 +247,12 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
   activation_.fit(rows);
   float* logits = logits_.as<float>();
   const std::size_t stride = lm.outputs();
-  Share share;
+  for (Share& share : shares_) share.reset();
   engine_.pool().run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(rows) * kMaxPanel * kLanes * thread;
     for (int r = thread; r < rows; r += threads) activation_.set(kernels, r, hidden + std::size_t(r) * size, size);
     engine_.pool().barrier();
-    multiply(kernels, lm, activation_.view(), rows, 1, threads, share, panel, [&](int r, int first, int n, const float* y) {
+    multiply(kernels, lm, activation_.view(), rows, 1, thread, shares_[0], panel, nullptr, [&](int r, int first, int n, const float* y) {
       std::memcpy(logits + r * stride + first, y, n * sizeof(float));
     });
     engine_.pool().barrier();

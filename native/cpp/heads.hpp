@@ -73,6 +73,7 @@ class Heads {
   std::vector<std::int32_t> ids_;
   int rows_ = 0;
 
+  Share shares_[2];
   ActivationBuffer activation_, between_;
   Buffer input_, hidden_, inner_, logits_, panel_;
 };

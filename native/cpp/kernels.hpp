@@ -40,8 +40,9 @@ struct Activations {
 struct Panel {
   const std::byte* data;
   std::size_t block_bytes;
-  int blocks;  // 1 to kMaxPanel
-  int inputs;  // K, padded to what the format needs
+  int blocks;              // 1 to kMaxPanel
+  int inputs;              // K, padded to what the format needs
+  std::ptrdiff_t ahead;    // from these weights to those that this thread reads next: they are fetched meanwhile
 };
 
 // Attention of up to kQueryTile queries to one key-value head of one slot. A token at position p sees positions

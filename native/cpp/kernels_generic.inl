@@ -5,9 +5,14 @@
 //   F (floats), B (64 bytes of packed weights), I (32-bit integers), and on them
 //   load store zero set1 add sub mul div fma(a, b, c) = a * b + c, max_of, less(a, b) -> bit mask of lanes,
 //   min_of, round_even, power_of_two(F of whole numbers), zero_where(lanes, F),
-//   load_bf16 (16 of them), store_bf16, load_bytes, int_set1, int_to_float,
+//   sum_lanes (halves added up: 16 to 8 to 4 to 2 to 1), max_lanes,
+//   load_bf16 (16 of them), store_bf16, store_bytes(F of whole numbers), load_bytes, int_set1, int_to_float,
 //   dot_bf16(F acc, B w, uint32 pair of x), dot_bytes(I acc, B unsigned, int32 four signed of x), low_nibbles, high_nibbles
 //   kAccumulators: how many F fit in registers beside the rest.
+
+// Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
+// each. So each line that is read asks for the one at the same place in the panel to come.
+inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
 
 // --- products ---------------------------------------------------------------------------------------------------
 
@@ -26,7 +31,11 @@ inline void tile_float32(const Panel& w, const std::byte* x, std::size_t stride,
   const std::size_t block = w.block_bytes / sizeof(float);
   for (int k = 0; k < w.inputs; k++) {
     F wv[NB];
-    for (int b = 0; b < NB; b++) wv[b] = load(weights + b * block + std::size_t(k) * kLanes);
+    for (int b = 0; b < NB; b++) {
+      const float* at = weights + b * block + std::size_t(k) * kLanes;
+      fetch(reinterpret_cast<const std::byte*>(at), w.ahead);
+      wv[b] = load(at);
+    }
     for (int m = 0; m < M; m++) {
       F xv = set1(reinterpret_cast<const float*>(x + m * stride)[k]);
       for (int b = 0; b < NB; b++) acc[b][m] = fma(wv[b], xv, acc[b][m]);
@@ -43,7 +52,11 @@ inline void tile_bfloat16(const Panel& w, const std::byte* x, std::size_t stride
     for (int m = 0; m < M; m++) acc[b][m] = zero();
   for (int k = 0; k < w.inputs / 2; k++) {
     B wv[NB];
-    for (int b = 0; b < NB; b++) wv[b] = load_bytes(w.data + b * w.block_bytes + std::size_t(k) * 64);
+    for (int b = 0; b < NB; b++) {
+      const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+      fetch(at, w.ahead);
+      wv[b] = load_bytes(at);
+    }
     for (int m = 0; m < M; m++) {
       std::uint32_t xv = word(x + m * stride + std::size_t(k) * 4);
       for (int b = 0; b < NB; b++) acc[b][m] = dot_bf16(acc[b][m], wv[b], xv);
@@ -70,14 +83,22 @@ inline void tile_int8(const Panel& w, const Activations& a, int first, float* y,
     }
     for (int k = g * steps; k < (g + 1) * steps; k++) {
       B wv[NB];
-      for (int b = 0; b < NB; b++) wv[b] = load_bytes(w.data + b * w.block_bytes + std::size_t(k) * 64);
+      for (int b = 0; b < NB; b++) {
+      const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+      fetch(at, w.ahead);
+      wv[b] = load_bytes(at);
+    }
       for (int m = 0; m < M; m++) {
         std::int32_t xv = std::int32_t(word(x + m * a.stride + std::size_t(k) * 4));
         for (int b = 0; b < NB; b++) sum[b][m] = dot_bytes(sum[b][m], wv[b], xv);
       }
     }
     F scale[NB];
-    for (int b = 0; b < NB; b++) scale[b] = load_bf16(scales + b * w.block_bytes + std::size_t(g) * 2 * kLanes);
+    for (int b = 0; b < NB; b++) {
+      const std::byte* at = scales + b * w.block_bytes + std::size_t(g) * 2 * kLanes;
+      fetch(at, w.ahead);
+      scale[b] = load_bf16(at);
+    }
     for (int m = 0; m < M; m++) {
       F xs = set1(a.scales[(first + m) * a.groups + g]);
       for (int b = 0; b < NB; b++) acc[b][m] = fma(mul(int_to_float(sum[b][m]), xs), scale[b], acc[b][m]);
@@ -103,7 +124,9 @@ inline void tile_int4(const Panel& w, const Activations& a, int first, float* y,
     for (int k = g * steps; k < (g + 1) * steps; k++) {
       B low[NB], high[NB];
       for (int b = 0; b < NB; b++) {
-        B both = load_bytes(w.data + b * w.block_bytes + std::size_t(k) * 64);
+        const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+        fetch(at, w.ahead);
+        B both = load_bytes(at);
         low[b] = low_nibbles(both);
         high[b] = high_nibbles(both);
       }
@@ -115,8 +138,10 @@ inline void tile_int4(const Panel& w, const Activations& a, int first, float* y,
     }
     F scale[NB], minimum[NB];
     for (int b = 0; b < NB; b++) {
-      scale[b] = load_bf16(scales + b * w.block_bytes + std::size_t(g) * 4 * kLanes);
-      minimum[b] = load_bf16(scales + b * w.block_bytes + std::size_t(g) * 4 * kLanes + 2 * kLanes);
+      const std::byte* at = scales + b * w.block_bytes + std::size_t(g) * 4 * kLanes;
+      fetch(at, w.ahead);
+      scale[b] = load_bf16(at);
+      minimum[b] = load_bf16(at + 2 * kLanes);
     }
     for (int m = 0; m < M; m++) {
       F xs = set1(a.scales[(first + m) * a.groups + g]);
@@ -182,35 +207,20 @@ inline void dispatch_rows(int count, const Panel& w, const Activations& a, int f
 }
 
 template <Format format>
-void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::size_t y_stride) {
+void matmul(const Panel& panel, const Activations& a, int tokens, float* y, std::size_t y_stride) {
   constexpr int most = kMostRows<format>;
+  Panel w = panel;
   // Even shares: 16 rows are 8 and 8, not 12 and 4.
   const int passes = (tokens + most - 1) / most;
   for (int pass = 0, first = 0; pass < passes; pass++) {
     int count = (tokens - first + passes - pass - 1) / (passes - pass);
     dispatch_rows<format, most>(count, w, a, first, y + first * y_stride, y_stride);
     first += count;
+    w.ahead = 0;  // once is enough
   }
 }
 
 // --- rows -------------------------------------------------------------------------------------------------------
-
-// Sums the lanes in a fixed order.
-inline float sum_lanes(F v) {
-  alignas(64) float a[kLanes];
-  store(a, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) a[i] += a[i + half];
-  return a[0];
-}
-
-inline float max_lanes(F v) {
-  alignas(64) float a[kLanes];
-  store(a, v);
-  float best = a[0];
-  for (int i = 1; i < kLanes; i++) best = a[i] > best ? a[i] : best;
-  return best;
-}
 
 // The first n lanes of p, the others `fill`.
 inline F load_part(const float* p, int n, float fill) {
@@ -277,9 +287,7 @@ inline void quantise_bytes(const float* x, int n, int padded, std::byte* out, fl
     for (int i = 0; i < group / kLanes; i++) {
       F q = round_even(mul(v[i], inverse));
       total = add(total, q);  // whole numbers: exact
-      alignas(64) float lanes[kLanes];
-      store(lanes, q);
-      for (int j = 0; j < kLanes; j++) out[g * group + i * kLanes + j] = std::byte(std::int8_t(lanes[j]));
+      store_bytes(out + g * group + i * kLanes, q);
     }
     scales[g] = scale;
     if (offset)

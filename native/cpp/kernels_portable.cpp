@@ -90,6 +90,17 @@ inline F power_of_two(const F& n) {
   }
   return r;
 }
+inline float sum_lanes(F a) {
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+inline float max_lanes(const F& a) {
+  float best = a.v[0];
+  EACH best = a.v[i] > best ? a.v[i] : best;
+  return best;
+}
+inline void store_bytes(std::byte* p, const F& a) { EACH p[i] = std::byte(std::int8_t(a.v[i])); }
 inline float widen(std::uint32_t bits) {
   bits <<= 16;
   float v;

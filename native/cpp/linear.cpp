@@ -202,11 +202,12 @@ Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const
   Buffer room(scratch * sizeof(float) * pool.threads());
   std::atomic<bool> finite{true};
   Share share;
+  share.shape(pool.threads());
   pool.run([&](int thread) {
     float* w = room.as<float>() + scratch * thread;
     float* line = w + plain;
     int count;
-    for (int first; (first = share.take(linear.blocks, 1, 8, pool.threads(), &count)) >= 0;) {
+    for (int first; (first = share.take(thread, linear.blocks, 1, 8, &count)) >= 0;) {
       for (int block = first; block < first + count; block++) {
         std::fill(w, w + plain, 0.0f);
         for (int o = 0; o < kLanes; o++) {

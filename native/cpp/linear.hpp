@@ -38,7 +38,7 @@ struct Linear {
   std::vector<float> bias;  // [16 * blocks] or empty
 
   int outputs() const { return blocks * kLanes; }
-  Panel panel(int block, int count) const { return {weights.data() + block * block_bytes, block_bytes, count, inputs}; }
+  const std::byte* block(int index) const { return weights.data() + index * block_bytes; }
 };
 
 // One output of a linear layer: a row of a source, or zeros.
@@ -75,14 +75,18 @@ struct ActivationBuffer {
 
 // Multiplies `count` tokens by the blocks that this thread gets of `share`, and hands each row of what came out (bias
 // added) to epilogue(token, first output, number of outputs, y). `unit`: blocks that must stay together. `panel`: room
-// for count * kMaxPanel * kLanes floats of this thread.
+// for count * kMaxPanel * kLanes floats of this thread. `next`: the weights that this thread will read afterwards.
 template <typename Epilogue>
-void multiply(const Kernels& kernels, const Linear& linear, const Activations& x, int count, int unit, int threads,
-              Share& share, float* panel, Epilogue epilogue) {
+void multiply(const Kernels& kernels, const Linear& linear, const Activations& x, int count, int unit, int thread,
+              Share& share, float* panel, const std::byte* next, Epilogue epilogue) {
   int blocks;
-  for (int first; (first = share.take(linear.blocks, unit, kMaxPanel / unit, threads, &blocks)) >= 0;) {
+  const int end = share.first(thread + 1, linear.blocks, unit);
+  for (int first; (first = share.take(thread, linear.blocks, unit, kMaxPanel / unit, &blocks)) >= 0;) {
     const std::size_t width = std::size_t(blocks) * kLanes;
-    kernels.matmul[int(linear.format)](linear.panel(first, blocks), x, count, panel, width);
+    const std::byte* weights = linear.block(first);
+    const std::byte* then = first + blocks < end ? linear.block(first + blocks) : next ? next : weights;
+    kernels.matmul[int(linear.format)]({weights, linear.block_bytes, blocks, linear.inputs, then - weights}, x, count,
+                                       panel, width);
     for (int t = 0; t < count; t++) {
       float* y = panel + t * width;
       if (!linear.bias.empty())

@@ -1,6 +1,7 @@
 // The engine's threads: started once, they run one function at a time together, and meet at barriers within it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -47,24 +48,39 @@ class Pool {
   std::condition_variable wake_;
 };
 
-// Hands out ranges of `total` items to whichever thread asks next, in smaller pieces towards the end.
-struct alignas(64) Share {
-  std::atomic<int> next{0};
-
-  // The start of a piece of 1 to `most` units of `unit` items; its size is in *count. -1 when nothing is left.
-  int take(int total, int unit, int most, int threads, int* count) {
-    int at = next.load(std::memory_order_relaxed);
-    for (;;) {
-      int left = (total - at) / unit;
-      if (left <= 0) return -1;
-      int size = left / (2 * threads);
-      size = (size < 1 ? 1 : size > most ? most : size) * unit;
-      if (next.compare_exchange_weak(at, at + size, std::memory_order_relaxed)) {
-        *count = size;
-        return at;
-      }
-    }
+// Deals `total` items out to the threads: each has a range of its own, in order, and helps the others when it is done.
+class Share {
+ public:
+  void shape(int threads) { lanes_ = std::vector<Lane>(threads); }
+  void reset() {
+    for (Lane& lane : lanes_) lane.taken.store(0, std::memory_order_relaxed);
   }
+
+  // The first of up to `most` units of `unit` items for this thread to do next; their number of items is in *count.
+  // -1 when nothing is left.
+  int take(int thread, int total, int unit, int most, int* count) {
+    const int threads = int(lanes_.size()), units = total / unit;
+    for (int i = 0; i < threads; i++) {
+      const int owner = (thread + i) % threads;
+      const int begin = units * owner / threads, size = units * (owner + 1) / threads - begin;
+      const int wanted = i == 0 ? most : 1;
+      if (lanes_[owner].taken.load(std::memory_order_relaxed) >= size) continue;
+      const int at = lanes_[owner].taken.fetch_add(wanted, std::memory_order_relaxed);
+      if (at >= size) continue;
+      *count = std::min(wanted, size - at) * unit;
+      return (begin + at) * unit;
+    }
+    return -1;
+  }
+
+  // Where the range of this thread begins.
+  int first(int thread, int total, int unit) const { return total / unit * thread / int(lanes_.size()) * unit; }
+
+ private:
+  struct alignas(64) Lane {
+    std::atomic<int> taken{0};
+  };
+  std::vector<Lane> lanes_;
 };
 
 }  // namespace medusa

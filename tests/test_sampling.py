@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from helpers import chi_square_p, slow_penalised, slow_probabilities
-from medusa.decoding.sampling import Sampling, candidates, gumbel_noise, penalise, sample
+from medusa.decoding.sampling import Sampling, _random_words, _winner, candidates, gumbel_noise, penalise, sample
 from medusa.errors import UsageError
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -141,6 +141,14 @@ def test_top_p_of_1_drops_nothing_however_unlikely(filters: dict[str, float]) ->
     assert sorted(ids.tolist()) == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.65}, {"top_k": 6, "top_p": 0.65}])
+def test_of_equals_at_the_last_place_the_lower_ids_are_kept(filters: dict[str, float]) -> None:
+    logits = torch.tensor([0.0, 1.0, -9.0, 0.0, 1.0, 0.0, -9.0, 0.0])
+    ids, scores = candidates(logits, Sampling(temperature=1.0, **filters))
+    assert ids.tolist() == [0, 1, 4]
+    assert torch.equal(scores, logits[ids])
+
+
 def test_half_precision_logits_are_filtered_in_single_precision() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     sampling = Sampling(temperature=0.7, top_p=0.9)
@@ -173,6 +181,19 @@ def test_noise_depends_on_seed_and_position_only() -> None:
     assert all(not np.isclose(other, first).any() for other in others)
 
 
+def test_noise_of_a_seed_stays_what_it_was() -> None:
+    assert gumbel_noise(0, 0, 3) == pytest.approx([-1.49545161, -0.35113712, -0.78590678], abs=1e-8)
+    assert gumbel_noise(2**64 - 1, 12345, 10)[[0, 9]] == pytest.approx([1.69745208, 0.75995616], abs=1e-8)
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 9999), min_size=1), st.booleans())
+def test_words_of_a_few_tokens_are_those_of_the_whole_vocabulary(
+    seed: int, position: int, ids: list[int], one_by_one: bool
+) -> None:
+    words = _random_words(seed, position, 10**6 if one_by_one else 10**4, np.array(ids))
+    assert words.tolist() == _random_words(seed, position, 10**4)[ids].tolist()
+
+
 def test_noise_is_gumbel_distributed() -> None:
     noise = np.concatenate([gumbel_noise(1, position, 1000) for position in range(100)])
     # exp(-exp(-x)) of Gumbel noise is uniform.
@@ -194,6 +215,122 @@ def test_noise_is_finite_at_both_ends_of_the_generator(raw: int, monkeypatch: py
 
     monkeypatch.setattr("medusa.decoding.sampling.np.random.Philox", Extreme)
     assert np.isfinite(gumbel_noise(0, 0, 3)).all()
+
+
+# --- the token: nothing that is left out may change it ----------------------------------------------------------------
+
+
+def plain_noise(words: np.ndarray) -> np.ndarray:
+    return -np.log(-np.log(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52))
+
+
+def plain_kept(scores: np.ndarray, sampling: Sampling) -> list[int]:
+    """The filters on a full sort, of equals the lower id first."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = np.exp(scores - scores[order[0]])
+    total = float((weights[order] if sampling.top_k else weights).sum())
+    kept, better = [], 0.0
+    for i, weight in zip(order.tolist(), weights[order].tolist(), strict=True):
+        # The first is kept whatever the others are.
+        if kept and (weight < np.float32(sampling.min_p) or (sampling.top_p < 1 and better >= sampling.top_p * total)):
+            break
+        kept.append(i)
+        better += weight
+    return kept
+
+
+def plain_sample(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """argmax(scores + noise) with the noise of every token, as the definition has it."""
+    assert sampling.seed is not None
+    scores = (logits / sampling.temperature).numpy()
+    philox = np.random.Philox(key=np.array([sampling.seed, position], dtype=np.uint64))
+    keys = scores.astype(np.float64) + plain_noise(philox.random_raw(len(scores)))
+    ids = sorted(plain_kept(scores, sampling))
+    return ids[int(keys[ids].argmax())]
+
+
+ROWS = {
+    "normal": lambda rng, size: 3 * rng.normal(size=size),
+    "flat": lambda rng, size: np.full(size, rng.normal()),
+    "nearly flat": lambda rng, size: rng.normal(size=size) * 1e-3,
+    "two steps": lambda rng, size: 5.0 * (rng.random(size) < 0.5),
+    "peaked": lambda rng, size: rng.normal(size=size) + 30 * (np.arange(size) == rng.integers(size)),
+    "wide": lambda rng, size: rng.normal(size=size) * 1e6,
+    "far off": lambda rng, size: rng.normal(size=size) - 1e5,
+    "ties": lambda rng, size: np.round(2 * rng.normal(size=size)),
+    "masked": lambda rng, size: np.where(rng.random(size) < 0.9, -np.inf, rng.normal(size=size)),
+    "one left": lambda rng, size: np.where(np.arange(size) == rng.integers(size), 0.0, -np.inf),
+    "none left": lambda rng, size: np.full(size, -np.inf),
+    "lowest": lambda rng, size: np.full(size, np.finfo(np.float32).min),
+    "ends": lambda rng, size: rng.choice([-3e38, 0.0, 3e38], size=size),
+}
+
+
+def row_of(kind: str, size: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(ROWS[kind](np.random.default_rng(seed), size).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@given(
+    size=st.sampled_from([2, 3, 40, 1000, 4097, 50_000]) | st.integers(2, 5000),
+    temperature=st.sampled_from([1e-6, 1e-3, 0.1, 0.7, 1.0, 1.5, 30.0, 1e6]),
+    filters=st.sampled_from([{}, {}, {}, *FILTERS]),
+    seed=st.integers(0, 2**64 - 1),
+    position=st.integers(0, 10**6),
+)
+@settings(max_examples=60)
+def test_the_token_is_that_of_the_plain_formula(
+    kind: str, size: int, temperature: float, filters: dict[str, float], seed: int, position: int
+) -> None:
+    logits = row_of(kind, size, seed % 1000)
+    sampling = Sampling(temperature=temperature, seed=seed, **filters)
+    with np.errstate(all="ignore"):
+        expected = plain_sample(logits, sampling, position)
+    assert sample(logits, sampling, position) == expected
+
+
+@pytest.mark.parametrize("filters", [f for f in FILTERS if f], ids=str)
+def test_the_kept_are_those_of_a_full_sort(filters: dict[str, float]) -> None:
+    for kind in ("normal", "nearly flat", "two steps", "peaked", "ties"):
+        for temperature in (0.3, 0.7, 1.5):
+            logits, sampling = row_of(kind, 50_000, 0), Sampling(temperature=temperature, **filters)
+            expected = sorted(plain_kept((logits / temperature).numpy(), sampling))
+            assert candidates(logits, sampling)[0].tolist() == expected
+
+
+words = st.integers(0, 2**64 - 1) | st.integers(0, 8191) | st.integers(0, 8191).map(lambda i: 2**64 - 1 - i)
+scores = st.floats(width=32, allow_nan=False) | st.floats(-50, 50, width=32) | st.integers(-2, 2).map(float)
+
+
+@given(st.lists(st.tuples(scores, words), min_size=1, max_size=40))
+def test_the_winner_is_that_of_the_plain_formula_for_any_scores_and_words(pairs: list[tuple[float, int]]) -> None:
+    score = np.array([s for s, _ in pairs], dtype=np.float32)
+    word = np.array([w for _, w in pairs], dtype=np.uint64)
+    assert _winner(score, word) == (score.astype(np.float64) + plain_noise(word)).argmax()
+
+
+@pytest.mark.parametrize("kind", ["normal", "flat", "nearly flat", "two steps", "peaked", "ties"])
+def test_noise_is_computed_for_few_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+
+    def gumbel(words: np.ndarray) -> np.ndarray:
+        counts.append(len(words))
+        return plain_noise(words)
+
+    monkeypatch.setattr("medusa.decoding.sampling._gumbel", gumbel)
+    for position in range(50):
+        sample(row_of(kind, 50_000, position), Sampling(temperature=0.7, seed=1), position)
+    assert sum(counts) / 50 < 10
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("endless", [math.inf, math.nan])
+def test_a_score_without_end_is_drawn(endless: float, filters: dict[str, float]) -> None:
+    logits = row_of("normal", 2000, 0)
+    logits[77] = endless
+    assert sample(logits, Sampling(temperature=0.7, seed=1, **filters), 5) == 77
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

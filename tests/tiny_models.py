@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         _settings(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1, tie_word_embeddings=True),
     ),
     "qwen3": ("Qwen3", _settings(head_dim=16)),
+    "smollm3": ("SmolLM3", _settings(no_rope_layers=[1, 0, 1])),
     "gemma2": ("Gemma2", _settings(head_dim=16, sliding_window=WINDOW, layer_types=_MIXED, query_pre_attn_scalar=16)),
     "gemma3": (
         "Gemma3",

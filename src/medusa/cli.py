@@ -35,6 +35,7 @@ from medusa.chat import (
 from medusa.errors import MedusaError, UsageError
 
 if TYPE_CHECKING:
+    from medusa.evaluation.profile import Profile
     from medusa.generation import Chunk, LanguageModel
 
 DEMO_PROMPTS = (
@@ -76,8 +77,8 @@ class EngineOptions:
         typer.Option(help="What runs the model; auto takes the fastest.", rich_help_panel="Engine"),
     ] = "auto"
     dtype: Annotated[
-        Literal["float32", "bfloat16", "int8"],
-        typer.Option(help="Number format of the weights.", rich_help_panel="Engine"),
+        Literal["float32", "bfloat16", "int8", "int4"],
+        typer.Option(help="Number format of the weights; int4 is for native.", rich_help_panel="Engine"),
     ] = "bfloat16"
     device: Annotated[
         str,
@@ -300,9 +301,23 @@ def chat(
 
 @app.command()
 @with_options
-def info(as_json: AsJson = False, *, engine: EngineOptions) -> None:
+def info(
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure passes of 1 to 32 tokens, beside the limit of memory.")
+    ] = False,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+) -> None:
     """Show what would run: the model, its heads, the backend and why."""
-    facts = _load(engine).describe()
+    lm = _load(engine)
+    facts = lm.describe()
+    if profile:
+        from medusa.evaluation.profile import profile as measure
+
+        if sys.stderr.isatty():
+            notice("Measuring ...")
+        facts["profile"] = _profile_facts(measure(lm.backend))
     if as_json:
         print(json.dumps(facts, default=str))
         return
@@ -446,10 +461,30 @@ def _flatten(facts: dict[str, object], prefix: str = "") -> list[tuple[str, str]
     for name, value in facts.items():
         label = f"{prefix}{name}".replace("_", " ")
         if isinstance(value, dict):
-            rows.extend(_flatten(value, f"{label} "))
+            if all(isinstance(v, float) for v in value.values()):  # a line of a table, not a section
+                rows.append((label, ", ".join(f"{v:g} {k.replace('_', ' ')}" for k, v in value.items())))
+            else:
+                rows.extend(_flatten(value, f"{label} "))
         else:
             rows.append((label, "none" if value is None else str(value)))
     return rows
+
+
+def _profile_facts(profile: Profile) -> dict[str, object]:
+    """Milliseconds for each number of tokens, beside one token's and what reading the weights takes."""
+    one, limit = profile.seconds[1], profile.limit_seconds
+    facts: dict[str, object] = {"context": profile.context}
+    if limit is not None and profile.bytes and profile.bandwidth:
+        facts["weights_MB"] = round(profile.bytes / 1e6, 1)
+        facts["read_bandwidth_GB/s"] = round(profile.bandwidth / 1e9, 1)
+        facts["limit_ms"] = round(1e3 * limit, 2)
+    for size, seconds in profile.seconds.items():
+        facts[f"{size}_tokens"] = {
+            "ms": round(1e3 * seconds, 2),
+            "of_one_token": round(seconds / one, 2),
+            **({"of_the_limit": round(seconds / limit, 2)} if limit else {}),
+        }
+    return facts
 
 
 def _no_show(_: Chunk) -> None:

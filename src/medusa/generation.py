@@ -13,20 +13,17 @@ from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.loop import Decoder, FinishReason, decode
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import UsageError
 from medusa.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from medusa.models.backend import Backend
-    from medusa.models.heads import Heads
+    from medusa.models.heads import HeadsRunner
 
 DRAFTERS = ("union", "heads", "ngram", "none")
-BACKENDS = ("auto", "transformers", "native")
 TREES = ("dynamic", "static")
-DTYPES = ("float32", "bfloat16", "int8")
 
 Message = Mapping[str, str]
 
@@ -91,7 +88,7 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         backend: Backend,
         *,
-        heads: Heads | None = None,
+        heads: HeadsRunner | None = None,
         drafter: str = "union",
         tree: str = "dynamic",
         nodes: int = 12,
@@ -231,7 +228,6 @@ class LanguageModel:
             "drafter": self.drafter.name,
             "tree": self.tree,
             "nodes": self.nodes,
-            "threads": torch.get_num_threads(),
             "versions": {
                 "medusa": medusa.__version__,
                 "torch": torch.__version__,
@@ -282,7 +278,7 @@ class LanguageModel:
             steps.close()  # type: ignore[attr-defined]
 
 
-def make_drafter(name: str, heads: Heads | None, tree: str = "dynamic") -> Drafter:
+def make_drafter(name: str, heads: HeadsRunner | None, tree: str = "dynamic") -> Drafter:
     """The drafter called `name`. Without heads, union is the n-gram drafter alone.
 
     Raises:
@@ -305,19 +301,6 @@ def make_drafter(name: str, heads: Heads | None, tree: str = "dynamic") -> Draft
     fixed = Tree.from_paths(dict(heads.config.tree)) if tree == "static" else None
     drafter = HeadsDrafter(heads, fixed)
     return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
-
-
-def as_token_ids(eos: int | Sequence[int] | None) -> list[int]:
-    """The end-of-text tokens of a generation config, which has none, one or a list."""
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def _heads_dtype(model_dtype: torch.dtype, device: str) -> torch.dtype:
-    """Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one."""
-    import torch
-
-    fast = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else model_dtype
 
 
 def load(
@@ -343,11 +326,11 @@ def load(
         heads: "auto" (those shipped for this model, if any), "none", a name, or a directory.
         drafter: union, heads, ngram or none (plain decoding).
         tree: of the heads: dynamic (grown anew at each step) or static (the fixed one saved with the heads).
-        backend: auto, transformers or native.
-        dtype: float32, bfloat16, or int8 (weights only).
+        backend: transformers, native (a CPU engine for models of the Llama kind) or auto: native where it can.
+        dtype: of the weights: float32, bfloat16, int8, or (native only) int4.
         device: a torch device, or "auto" to spread a large model over all devices.
         nodes: the most nodes of a tree; the root counts.
-        threads: CPU threads; None leaves torch's choice.
+        threads: CPU threads; None is one for each core.
         compile: compile the verify step (slow first steps, faster later ones).
         num_slots: how many texts can be decoded at once.
         max_length: positions per slot; None is the model's context.
@@ -355,73 +338,40 @@ def load(
     Raises:
         UsageError: a bad argument. MedusaError: a model or heads that cannot be used.
     """
-    for name, value, known in (
-        ("drafter", drafter, DRAFTERS),
-        ("tree", tree, TREES),
-        ("backend", backend, BACKENDS),
-        ("dtype", dtype, DTYPES),
-    ):
+    for name, value, known in (("drafter", drafter, DRAFTERS), ("tree", tree, TREES)):
         if value not in known:
             raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads must be at least 1, not {threads}")
     if nodes < 1:
         raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
-    if backend == "native":
-        raise MedusaError("the native backend is not installed: use --backend transformers")
 
-    import torch
+    from medusa.models import loading, zoo
 
-    from medusa.models import zoo
-    from medusa.models.heads import load_heads, read_config, vocabulary_hash
-    from medusa.models.int8 import quantise
-    from medusa.models.transformers_backend import TransformersBackend
-
+    settings = loading.EngineSettings(backend, dtype, device, threads, compile, num_slots, max_length)
     if threads is not None:
+        import torch
+
         torch.set_num_threads(threads)
+    from medusa.models.heads import read_config, vocabulary_hash
+
     source = zoo.resolve(model, progress=progress)
     heads_path = zoo.find_heads(heads, source)
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
     feature_layers = read_config(heads_path).feature_layers if heads_path else ()
     tokenizer = zoo.load_tokenizer(source)
-    network = zoo.load_model(source, dtype=torch.float32 if dtype == "float32" else torch.bfloat16, device=device)
-    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    parameters = sum(p.numel() for p in network.parameters())
-    if dtype == "int8":
-        quantise(network)
-    engine = TransformersBackend(
-        network, num_slots=num_slots, max_length=max_length, feature_layers=feature_layers, compile=compile
-    )
-    loaded = None
+    loaded = loading.load_backend(source, settings, feature_layers=feature_layers, progress=progress)
+    runner = None
     if heads_path is not None:
-        loaded = load_heads(
-            heads_path,
-            engine.base_weights(),
-            vocab_hash=vocabulary_hash(tokenizer.get_vocab()),
-            num_layers=engine.num_layers,
-            dtype=_heads_dtype(network.dtype, device),
-        )
-    facts = {
-        "architecture": type(network).__name__,
-        "location": source.location,
-        "parameters": parameters,
-        "dtype": dtype,
-        "device": str(network.device),
-        "backend": engine.name,
-        "backend_reason": "asked for" if backend == engine.name else "the only one installed",
-        "heads_path": str(heads_path) if heads_path else None,
-    }
+        runner = loading.load_heads(heads_path, loaded, settings, vocabulary_hash(tokenizer.get_vocab()))
+    eos = loaded.eos_token_ids or loading.as_token_ids(tokenizer.eos_token_id)
     return LanguageModel(
         model,
         tokenizer,
-        engine,
-        heads=loaded,
+        loaded.backend,
+        heads=runner,
         drafter=drafter,
         tree=tree,
         nodes=nodes,
-        eos_token_ids=as_token_ids(eos),
-        facts=facts,
+        eos_token_ids=eos,
+        facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},
     )

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.generation import as_token_ids, make_drafter
+from medusa.generation import make_drafter
+from medusa.models.loading import as_token_ids
 
 if TYPE_CHECKING:
     from torch import Tensor

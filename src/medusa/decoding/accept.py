@@ -46,8 +46,7 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
         return _typical(node_logits, draft, sampling)
     if sampling.greedy:
         if seen is None:
-            best: list[int] = logits.argmax(dim=-1).tolist()  # all nodes at once: one wait for the device
-            return _descend(best.__getitem__, draft)
+            return _descend(_argmax(logits), draft)
         return _descend(lambda node: int(node_logits(node).argmax()), draft)
     depths = draft.topology.depths
     # The root is the token at position len - 1; what follows a node at depth d is the token at position len + d.
@@ -61,6 +60,19 @@ def first_token(logits: Tensor, tokens: list[int], sampling: Sampling) -> int:
     if sampling.greedy or sampling.acceptance == "typical":
         return int(logits.argmax())
     return sample(logits, sampling, len(tokens))
+
+
+def _argmax(logits: Tensor) -> Callable[[int], int]:
+    """node -> argmax of its row of logits [N, V]."""
+    import torch
+
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # Only the few rows that are reached, and by numpy: torch would wake its threads, which spin on for
+        # milliseconds on the cores that the native engine needs.
+        rows = logits.numpy()
+        return lambda node: int(rows[node].argmax())
+    best: list[int] = logits.argmax(dim=-1).tolist()  # all nodes at once: one wait for the device
+    return best.__getitem__
 
 
 def _descend(choose: Callable[[int], int], draft: Draft) -> Accepted:

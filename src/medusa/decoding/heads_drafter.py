@@ -15,7 +15,7 @@ import torch
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.models.heads import Heads
+from medusa.models.heads import HeadsRunner
 
 
 class HeadsDrafter:
@@ -27,7 +27,7 @@ class HeadsDrafter:
 
     name = "heads"
 
-    def __init__(self, heads: Heads, tree: Tree | None = None) -> None:
+    def __init__(self, heads: HeadsRunner, tree: Tree | None = None) -> None:
         if tree is not None and tree.depth > heads.config.num_heads:
             raise UsageError(f"the tree is {tree.depth} levels deep, but there are {heads.config.num_heads} heads")
         if tree is not None and tree.widest_rank > heads.lm_head_rows:
@@ -41,9 +41,8 @@ class HeadsDrafter:
     def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
         if nodes < 2:
             return [Draft((row.tokens[-1],)) for row in rows]
-        weights = self.heads.embedding
-        features = torch.stack([row.features for row in rows]).to(weights.device, weights.dtype)  # [B, F*H]
-        roots = torch.tensor([[row.tokens[-1]] for row in rows], device=weights.device)  # [B, 1]
+        features = torch.stack([row.features for row in rows]).to(self.heads.device, self.heads.dtype)  # [B, F*H]
+        roots = torch.tensor([[row.tokens[-1]] for row in rows], device=self.heads.device)  # [B, 1]
         if self.tree is None:
             return self._dynamic(features, roots, nodes)
         return self._static(features, roots, _cut(self.tree, nodes))
@@ -54,12 +53,11 @@ class HeadsDrafter:
         tokens, parents = roots, torch.zeros_like(roots)
         state = self.heads.begin(features)
         for k in range(1, len(levels)):
-            logits, state = self.heads.level(k, state, parents, tokens)  # [B, M or 1, V']
             place = {node: i for i, node in enumerate(levels[k - 1])}
             of = [place[tree.parents[node]] for node in levels[k]]
             ranks = [tree.ranks[node] for node in levels[k]]
-            top = logits.topk(max(ranks) + 1, dim=-1).indices  # [B, M or 1, R]
-            tokens = self.heads.to_token_ids(top.expand(-1, len(levels[k - 1]), -1)[:, of, ranks])
+            _, top, state = self.heads.guess(k, state, parents, tokens, max(ranks) + 1)  # [B, M or 1, R]
+            tokens = top.expand(-1, len(levels[k - 1]), -1)[:, of, ranks]
             parents = torch.tensor([of], device=roots.device).expand(len(roots), -1)
             drafted.append(tokens)
         order = [node for level in levels for node in level]
@@ -79,10 +77,9 @@ class HeadsDrafter:
         size = 1
         all_tokens, all_parents, all_scores = [roots], [torch.full_like(roots, -1)], [scores]
         for k in range(1, self.heads.config.num_heads + 1):
-            logits, state = self.heads.level(k, state, parents, tokens)  # [B, M or 1, V']
-            best, ids = torch.log_softmax(logits.float(), dim=-1).topk(branch, dim=-1)  # [B, M or 1, branch]
+            best, ids, state = self.heads.guess(k, state, parents, tokens, branch)  # [B, M or 1, branch]
             width = tokens.shape[1]
-            children = self.heads.to_token_ids(ids.expand(batch, width, branch)).flatten(1)  # [B, M * branch]
+            children = ids.expand(batch, width, branch).flatten(1)  # [B, M * branch]
             child_scores = (best + scores.unsqueeze(-1)).flatten(1)
             of = torch.arange(width, device=roots.device).repeat_interleave(branch).expand(batch, -1)
             all_tokens.append(children)

@@ -78,28 +78,13 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens that may be sampled and their scores, from one row of logits [V] (already penalised).
 
     Returns:
-        ids [C] and scores [C] = logits / temperature, whose softmax is the distribution.
+        ids [C], ascending, and scores [C] = logits / temperature, whose softmax is the distribution; on the CPU. Where
+        the last place of top-k or top-p falls among equals, the lower ids are kept.
     """
     import torch
 
-    scores = logits.float() / sampling.temperature
-    size = scores.shape[-1]
-    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
-        return torch.arange(size, device=scores.device), scores
-    # The full sort of a large vocabulary costs milliseconds; the top 1,024 nearly always hold all that is kept, and
-    # where they do, the answer is the same. Top-p is renormalised over the top-k.
-    limit = min(sampling.top_k or size, size)
-    total = torch.logsumexp(torch.topk(scores, limit).values if sampling.top_k else scores, -1)
-    for count in sorted({min(1024, limit), limit}):
-        best, ids = torch.topk(scores, count)
-        mass = torch.exp(best - total)
-        keep = mass >= sampling.min_p * mass[0]
-        if sampling.top_p < 1:  # a sum in single precision reaches 1 before its last terms
-            keep &= mass.cumsum(-1) - mass < sampling.top_p  # the mass of all better tokens
-        keep[0] = True
-        if not bool(keep[-1]):  # what is dropped stays dropped further down
-            break
-    return ids[keep], best[keep]
+    ids, scores = _kept(logits, sampling)
+    return torch.arange(len(scores)) if ids is None else torch.from_numpy(ids), torch.from_numpy(scores)
 
 
 def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
@@ -108,21 +93,101 @@ def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
     `position` is the absolute index of the token to be sampled, so any two decoders that reach it by the same text
     see the same noise, whatever they drafted. Philox is counter-based: no state is carried from token to token.
     """
-    raw = np.random.Philox(key=np.array([seed, position], dtype=np.uint64)).random_raw(size)
-    uniform = ((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, in (0, 1), both ends excluded
-    return -np.log(-np.log(uniform))  # type: ignore[no-any-return]
+    return _gumbel(_random_words(seed, position, size))
 
 
 def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     """One token from a row of logits [V]: argmax(log p + Gumbel noise), which is distributed as p (the Gumbel-max
-    trick). `sampling.seed` must be set."""
-    import torch
+    trick). `sampling.seed` must be set.
 
+    The noise is that of `gumbel_noise`, but of a large vocabulary nearly none of it is computed: see `_winner`.
+    """
     assert sampling.seed is not None
-    ids, scores = candidates(logits, sampling)
+    ids, scores = _kept(logits, sampling)
+    if ids is None:
+        return _winner(scores, _random_words(sampling.seed, position, len(scores)))
     if len(ids) == 1:
         return int(ids[0])
-    # In double precision on the CPU, where the noise is made: not every device has it, and all shall draw alike.
-    ids, scores = ids.cpu(), scores.cpu().double()
-    noise = torch.from_numpy(gumbel_noise(sampling.seed, position, logits.shape[-1]))
-    return int(ids[(scores + noise[ids]).argmax()])
+    return int(ids[_winner(scores, _random_words(sampling.seed, position, logits.shape[-1], ids))])
+
+
+# --- filters: in numpy, which is quicker than torch on one row; on the CPU, so that all devices draw alike ------------
+
+
+@np.errstate(invalid="ignore", over="ignore")  # infinite and huge scores
+def _kept(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """`candidates` as arrays. Without filters ids are None: all."""
+    scores: np.ndarray = (logits.detach().cpu().float() / sampling.temperature).numpy()
+    if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
+        return None, scores
+    # To sort a large vocabulary costs a millisecond; the best 512 nearly always hold all that is kept, and where they
+    # do, the answer is the same.
+    for count in [sampling.top_k] if sampling.top_k else [512, 4096, len(scores)]:
+        best = _best(scores, min(count, len(scores)))
+        weights = np.exp(best - best[0])  # probabilities, but for a factor
+        keep = weights >= sampling.min_p
+        if sampling.top_p < 1:  # at 1, rounding would drop the least likely
+            total = (weights if sampling.top_k else np.exp(scores - best[0])).sum()  # renormalised over the top-k
+            better = weights.cumsum(dtype=np.float64) - weights  # the mass of all better tokens
+            keep &= better < sampling.top_p * float(total)
+        keep[0] = True
+        if not keep[-1] or len(best) == len(scores):  # what is dropped stays dropped further down
+            break
+    best = best[keep]
+    ids = np.flatnonzero(~(scores < best[-1]))
+    if surplus := len(ids) - len(best):  # equals of the last
+        ids = np.delete(ids, np.flatnonzero(scores[ids] == best[-1])[-surplus:])
+    return ids, scores[ids]
+
+
+def _best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The `count` highest of scores [V], in descending order."""
+    # Deal the scores to 4 * count piles. At least `count` scores reach the count-th highest top of a pile, and not many
+    # more do: few are left to sort.
+    piles = min(4 * count, len(scores))
+    tops = scores[: len(scores) // piles * piles].reshape(-1, piles).max(axis=0)
+    floor = np.partition(tops, -count)[-count]
+    return np.sort(scores[np.flatnonzero(~(scores < floor))])[: -count - 1 : -1]
+
+
+# --- noise ------------------------------------------------------------------------------------------------------------
+
+
+def _random_words(seed: int, position: int, size: int, ids: np.ndarray | None = None) -> np.ndarray:
+    """The 64-bit words [size] that (seed, position) stands for, or those [C] of `ids` among them."""
+    philox = np.random.Philox(key=np.array([seed, position], dtype=np.uint64))
+    if ids is None or len(ids) * 700 > size:  # a skip, as below, takes as long as 700 words
+        words: np.ndarray = philox.random_raw(size)
+        return words if ids is None else words[ids]
+    # The generator makes blocks of four words and can skip blocks. Word i is in block i // 4.
+    words, block = np.empty(len(ids), np.uint64), 0
+    for n, i in enumerate(ids.tolist()):
+        philox.advance(i // 4 - block)  # back by one, if the last word was of the same block
+        words[n] = philox.random_raw(4)[i % 4]
+        block = i // 4 + 1
+    return words
+
+
+def _gumbel(words: np.ndarray) -> np.ndarray:
+    """Gumbel noise -log(-log(u)) of random words, of which the upper 52 bits make u."""
+    uniform = ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52  # exact, in (0, 1), both ends excluded
+    return -np.log(-np.log(uniform))  # type: ignore[no-any-return]
+
+
+@np.errstate(over="ignore")  # a floor below all single-precision numbers
+def _winner(scores: np.ndarray, words: np.ndarray) -> int:
+    """argmax of scores [C] + _gumbel(words [C]), the first of equals; the sum is computed for few.
+
+    -log(u) >= 1 - u, so -log(-log(u)) <= -log(1 - u): an upper bound of the noise that takes one logarithm, may be
+    taken in single precision, and is close where u is near 1, as it is for most winners. The token of the highest
+    bound leads; only those whose bound reaches its true value can win. Mostly that is the leader alone.
+    """
+    away = (~words >> np.uint64(12)).view(np.int64).astype(np.float32) + np.float32(0.5)  # (1 - u) * 2**52
+    bounds = scores - np.log(away)  # less 52 log(2)
+    leader = int(bounds.argmax())
+    score, noise = float(scores[leader]), float(_gumbel(words[leader : leader + 1])[0])
+    # Single precision: 1e-4 is more than the error of the noise, 2**-22 of the score more than that of the sum.
+    margin = 1e-4 + abs(score) * 2.0**-22
+    floor = score + noise - 52 * math.log(2) - margin
+    rivals = np.flatnonzero(~(bounds < floor))  # all, where the floor is not a number
+    return int(rivals[(scores[rivals].astype(np.float64) + _gumbel(words[rivals])).argmax()])

@@ -8,8 +8,9 @@ the same four calls:
     backend.keep([slot], [path])                            # the accepted rows stay, the others are dropped
     backend.release(slot)
 
-Tensors come back on the device that computed them; logits may be a view that the backend's next call overwrites. V is the vocabulary, H the hidden size, F the number of hidden
-states that the heads read (1 unless they ask for middle layers).
+Tensors come back on the device that computed them; logits may be a view that the backend's next call overwrites. V is
+the vocabulary, H the hidden size, F the number of hidden states that the heads read (1 unless they ask for middle
+layers).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Backend(Protocol):
 
 
 def check_max_length(max_length: int | None, context: int, default: int) -> int:
-    """The positions of a slot: `max_length`, or the context but at most `default`. Raises UsageError past the context."""
+    """Positions of a slot: `max_length`, or the context but at most `default`. UsageError: it is past the context."""
     if max_length is not None and not 1 <= max_length <= context:
         raise UsageError(f"max_length must be from 1 to the model's context of {context}, not {max_length}")
     return max_length or min(context, default)

@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,40 @@ class HeadsState:
     nodes: Tensor
 
 
+class HeadsRunner(Protocol):
+    """What drafting asks of heads, wherever they run."""
+
+    config: HeadsConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def lm_head_rows(self) -> int:
+        """V': how many tokens a head can propose."""
+        ...
+
+    def num_parameters(self) -> int: ...
+
+    def begin(self, features: Tensor) -> HeadsState:
+        """features [B, F*H] of the last accepted token -> the state from which level 1 is drafted."""
+        ...
+
+    def guess(
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, HeadsState]:
+        """The `count` likeliest tokens after each node; arguments as in `Heads.level`.
+
+        Returns:
+            log-probabilities and token ids [B, M, count], best first, M = 1 where they are the same for every node.
+            The state for level k + 1.
+        """
+        ...
+
+
 class Heads(nn.Module):
     """K heads over one model. `base` is borrowed: neither trained nor saved."""
 
@@ -220,6 +254,22 @@ class Heads(nn.Module):
             nodes = torch.cat([nodes, embedded], dim=-1)
             hidden = self._run(k, base, torch.cat([base, nodes], dim=-1))
         return self._logits(k, hidden), HeadsState(state.base, nodes)
+
+    def guess(
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, HeadsState]:
+        """See `HeadsRunner`."""
+        logits, state = self.level(k, state, parents, tokens)
+        log_p, ids = torch.log_softmax(logits.float(), dim=-1).topk(count, dim=-1)
+        return log_p, self.to_token_ids(ids), state
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
 
     def forward(self, features: Tensor, tokens: Tensor) -> list[Tensor]:
         """Teacher-forced logits for training: features [T, F*H] and the K tokens after each, tokens [T, K]

@@ -93,6 +93,7 @@ class NativeBackend:
         self.max_nodes: int = module.MAX_NODES
         self._chunk: int = module.CHUNK
         names = _Names(config, tensors)
+        self.parameters = names.parameters
         _check_memory(names.parameters, dtype)
         with _explained():
             self.engine: Any = module.Engine(
@@ -145,9 +146,9 @@ class NativeBackend:
                 [token for draft in drafts for token in draft.tokens],
                 [parent for draft in drafts for parent in draft.parents],
             )
-        shape = (len(sizes), self.engine.nodes)
-        logits = torch.from_numpy(self.engine.logits()).unflatten(0, shape)
-        return logits, torch.from_numpy(self.engine.features().copy()).unflatten(0, shape)
+        shape = (len(sizes), self.engine.nodes, -1)
+        logits = torch.from_numpy(self.engine.logits().reshape(shape))
+        return logits, torch.from_numpy(self.engine.features().copy().reshape(shape))
 
     def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         with _explained():

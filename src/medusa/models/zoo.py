@@ -198,6 +198,34 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
+def load_config(source: ModelSource) -> PreTrainedConfig:
+    """The model's configuration. Raises MedusaError: it cannot be found, fetched or read, or is of no causal model."""
+    with _explained(source, "the configuration"):
+        from transformers import AutoConfig
+
+        with _quiet():
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
+        _check_causal(config, source)
+    return cast("PreTrainedConfig", config)
+
+
+def local_directory(source: ModelSource) -> Path:
+    """The directory that holds the model's weights as safetensors; those of a Hub id are fetched when they are absent.
+
+    Raises:
+        MedusaError: they cannot be fetched.
+    """
+    path = Path(source.location)
+    if path.is_dir():
+        return path
+    with _explained(source, "the model"):
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*", "original/*"]}
+        return Path(snapshot_download(source.location, **options, **_hub_options(source)))
+
+
 def load_model(source: ModelSource, *, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """The model in eval mode, its weights in `dtype`, on `device` ("auto" spreads it over all devices).
 

@@ -1,0 +1,213 @@
+"""Which backend runs a model here, and why; the model on it, and the heads beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medusa.errors import MedusaError, UsageError
+from medusa.models import zoo
+from medusa.models.native_config import UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from medusa.models.backend import Backend
+    from medusa.models.heads import HeadsRunner
+    from medusa.models.native_backend import NativeBackend
+
+BACKENDS = ("auto", "transformers", "native")
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How a model is to be run; see `medusa.load`."""
+
+    backend: str = "auto"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    threads: int | None = None
+    compile: bool = False
+    num_slots: int = 1
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("backend", self.backend, BACKENDS), ("dtype", self.dtype, DTYPES)):
+            if value not in known:
+                raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {self.threads}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on a backend. `facts` describe both for people; `eos_token_ids` may be empty."""
+
+    backend: Backend
+    eos_token_ids: tuple[int, ...]
+    facts: dict[str, object]
+
+
+def load_backend(
+    source: zoo.ModelSource, settings: EngineSettings, *, feature_layers: Sequence[int] = (), progress: bool = True
+) -> LoadedModel:
+    """Loads a model on the backend that is asked for, or with `auto` on the native engine where that can run it.
+
+    Raises:
+        UsageError: a bad argument, or one that the backend does not take.
+        MedusaError: the model cannot be found, read or run.
+    """
+    refusal = None if settings.backend == "transformers" else _native_refusal(settings)
+    if settings.backend != "transformers" and refusal is None:
+        try:
+            return _load_native(source, settings, feature_layers, progress)
+        except UnsupportedError as error:
+            refusal = str(error)
+    if settings.backend == "native":
+        raise MedusaError(f"the native backend cannot run {source.name}: {refusal}")
+    reason = "asked for" if refusal is None else f"not native: {refusal}"
+    if settings.dtype == "int4":
+        raise UsageError(f"int4 needs the native backend ({reason}): take --dtype int8")
+    return _load_transformers(source, settings, feature_layers, reason)
+
+
+def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings, vocab_hash: str) -> HeadsRunner:
+    """The heads saved in `path`, running where the model runs. Raises MedusaError when they do not fit it."""
+    import torch
+
+    from medusa.models import heads
+
+    def read(dtype: torch.dtype) -> heads.Heads:
+        base = loaded.backend.base_weights()
+        return heads.load_heads(path, base, vocab_hash=vocab_hash, num_layers=loaded.backend.num_layers, dtype=dtype)
+
+    if loaded.backend.name == "native":
+        from medusa.models.native_heads import NativeHeads
+
+        backend: NativeBackend = loaded.backend  # type: ignore[assignment]
+        return NativeHeads(backend, read(torch.bfloat16))
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
+    fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return read(torch.bfloat16 if fast else dtype)
+
+
+def _native_refusal(settings: EngineSettings) -> str | None:
+    """Why the native engine cannot be taken, whatever the model."""
+    from medusa.models.native_backend import native_module
+
+    if settings.device != "cpu":
+        return f"it runs on the CPU, not on {settings.device}"
+    if settings.compile:
+        return "--compile is for transformers"
+    if native_module() is None:
+        return "it is not installed (pip install ./native)"
+    return None
+
+
+def _load_native(
+    source: zoo.ModelSource, settings: EngineSettings, feature_layers: Sequence[int], progress: bool
+) -> LoadedModel:
+    from medusa.models.native_backend import Checkpoint, NativeBackend
+    from medusa.models.native_config import native_config
+
+    config = zoo.load_config(source)
+    native = native_config(config)
+    directory = zoo.local_directory(source)
+    with _bar(f"Packing {source.name}", progress) as tell:
+        backend = NativeBackend(
+            native,
+            Checkpoint(directory),
+            dtype=settings.dtype,
+            num_slots=settings.num_slots,
+            max_length=settings.max_length,
+            feature_layers=feature_layers,
+            threads=settings.threads,
+            progress=tell,
+        )
+    facts: dict[str, object] = {
+        "architecture": (config.architectures or [config.model_type])[0],
+        "location": source.location,
+        "parameters": backend.parameters,
+        "dtype": settings.dtype,
+        "device": "cpu",
+        "backend": backend.name,
+        "backend_reason": "asked for" if settings.backend == "native" else "it can run this model here",
+        "instruction_set": backend.engine.isa,
+        "threads": backend.engine.threads,
+    }
+    return LoadedModel(backend, _eos(directory, config.eos_token_id), facts)
+
+
+def _load_transformers(
+    source: zoo.ModelSource, settings: EngineSettings, feature_layers: Sequence[int], reason: str
+) -> LoadedModel:
+    import torch
+
+    from medusa.models.int8 import quantise
+    from medusa.models.transformers_backend import TransformersBackend
+
+    dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+    network = zoo.load_model(source, dtype=dtype, device=settings.device)
+    parameters = sum(p.numel() for p in network.parameters())
+    if settings.dtype == "int8":
+        quantise(network)
+    backend = TransformersBackend(
+        network,
+        num_slots=settings.num_slots,
+        max_length=settings.max_length,
+        feature_layers=feature_layers,
+        compile=settings.compile,
+    )
+    facts: dict[str, object] = {
+        "architecture": type(network).__name__,
+        "location": source.location,
+        "parameters": parameters,
+        "dtype": settings.dtype,
+        "device": str(network.device),
+        "backend": backend.name,
+        "backend_reason": reason,
+        "threads": torch.get_num_threads(),
+    }
+    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
+    return LoadedModel(backend, as_token_ids(eos), facts)
+
+
+def as_token_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The end-of-text tokens of a generation config, which has none, one or a list."""
+    return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _eos(directory: Path, of_model: int | Sequence[int] | None) -> tuple[int, ...]:
+    """What transformers' generation config would hold: that of the file, or else of the model's configuration."""
+    with contextlib.suppress(FileNotFoundError):
+        path = directory / "generation_config.json"
+        try:
+            return as_token_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+        except ValueError:
+            raise MedusaError(f"{path} is not valid JSON: get the file again") from None
+    return as_token_ids(of_model)
+
+
+@contextlib.contextmanager
+def _bar(title: str, progress: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal; nothing elsewhere."""
+    if not (progress and sys.stderr.isatty()):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(title)
+
+        def tell(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield tell

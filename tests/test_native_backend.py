@@ -209,6 +209,18 @@ def test_features_are_the_hidden_states_asked_for_and_the_input_of_the_lm_head(
         assert_near(part, right)
 
 
+def test_features_stay_when_the_backend_goes_on() -> None:
+    """The loop holds those of the last accepted token until the next draft."""
+    backend = native(shared_model("llama"), num_slots=2)
+    _, first = backend.prefill(0, [1, 2, 3])
+    _, second = backend.verify([0], [Nodes((4, 5), (-1, 0))])
+    before = first.clone(), second.clone()
+    backend.prefill(1, list(range(30)))
+    backend.verify([0, 1], [Nodes((7, 8, 9), (-1, 0, 1))] * 2)
+    assert torch.equal(first, before[0])
+    assert torch.equal(second, before[1])
+
+
 @every_isa
 @pytest.mark.parametrize(
     ("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 300}), ("qwen2", {}), ("smollm3", {})]

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError, UsageError
 from medusa.models import zoo
-from medusa.models.native_config import UnsupportedError
+from medusa.models.native_config import UnsupportedError, is_complete, native_config
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +116,8 @@ def _load_native(
     source: zoo.ModelSource, settings: EngineSettings, feature_layers: Sequence[int], progress: bool
 ) -> LoadedModel:
     from medusa.models.native_backend import Checkpoint, NativeBackend
-    from medusa.models.native_config import native_config
 
-    config = zoo.load_config(source)
+    config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
     with _bar(f"Packing {source.name}", progress) as tell:
@@ -143,6 +143,16 @@ def _load_native(
         "threads": backend.engine.threads,
     }
     return LoadedModel(backend, _eos(directory, config.eos_token_id), facts)
+
+
+def _config(source: zoo.ModelSource) -> Any:
+    """The model's configuration, without the help of transformers where its file is complete."""
+    path = Path(source.location) / "config.json"
+    with contextlib.suppress(OSError, ValueError):  # whatever is wrong with it, transformers' loader says it better
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and is_complete(data):
+            return SimpleNamespace(**data)
+    return zoo.load_config(source)
 
 
 def _load_transformers(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from medusa.errors import MedusaError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+# What `native_config` reads, and what only some families have: a configuration file that says all of it needs no
+# defaults of transformers.
+_SETTINGS = {
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "num_hidden_layers",
+    "rope_parameters", "architectures", "eos_token_id",
+}  # fmt: skip
+_FAMILY_SETTINGS = {
+    "llama": {"attention_bias", "mlp_bias"},
+    "mistral": {"sliding_window"},
+    "qwen2": {"layer_types", "sliding_window"},
+    "qwen3": {"layer_types", "sliding_window", "attention_bias"},
+    "smollm3": {"layer_types", "no_rope_layers", "sliding_window", "attention_bias", "mlp_bias"},
+}
 # Kinds of rotary embedding whose frequencies do not follow the length of the text.
 _ROTARY = ("default", "linear", "llama3", "yarn")
 _GATES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
@@ -48,8 +60,17 @@ class NativeConfig:
         return 1 / math.sqrt(self.head_dim)
 
 
-def native_config(config: PreTrainedConfig) -> NativeConfig:
-    """Reads the configuration of a model.
+def is_complete(data: Mapping[str, Any]) -> bool:
+    """Whether a config.json says by itself all that `native_config` reads; transformers takes a second to start."""
+    extra = _FAMILY_SETTINGS.get(str(data.get("model_type")))
+    if extra is None or not data.keys() >= _SETTINGS | extra:
+        return False
+    rope = data["rope_parameters"]
+    return isinstance(rope, dict) and rope.get("rope_type") == "default" and "rope_theta" in rope
+
+
+def native_config(config: Any) -> NativeConfig:
+    """Reads the configuration of a model: a PreTrainedConfig, or anything with its attributes.
 
     Raises:
         UnsupportedError: another family, or a setting that the engine does not know.
@@ -57,7 +78,7 @@ def native_config(config: PreTrainedConfig) -> NativeConfig:
     kind: str = config.model_type
     if kind not in FAMILIES:
         raise UnsupportedError(f"it runs {', '.join(FAMILIES)} models, not {kind}")
-    c: Any = config
+    c = config
     if getattr(c, "quantization_config", None):
         raise UnsupportedError("the checkpoint is quantised")
     gate = _GATES.get(c.hidden_act)
@@ -91,9 +112,7 @@ def native_config(config: PreTrainedConfig) -> NativeConfig:
     )
 
 
-def _frequencies(
-    config: PreTrainedConfig, kind: str, rope: dict[str, Any], head_dim: int
-) -> tuple[tuple[float, ...], float]:
+def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) -> tuple[tuple[float, ...], float]:
     """Inverse frequencies [rotary dimensions / 2], and the factor of cosines and sines."""
     if kind == "default":
         import torch

@@ -191,11 +191,28 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         MedusaError: it cannot be found, fetched or read.
     """
     with _explained(source, "the tokenizer"):
-        from transformers import AutoTokenizer
+        loader: Any
+        if _needs_no_search(source):
+            from transformers import PreTrainedTokenizerFast as loader  # noqa: N813
+        else:
+            from transformers import AutoTokenizer as loader  # noqa: N813
 
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
+            tokenizer = loader.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def _needs_no_search(source: ModelSource) -> bool:
+    """Whether the tokenizer is of the general class, so that the search for its class, a second of imports, can be
+    left out."""
+    directory = Path(source.location)
+    if not (directory / "tokenizer.json").is_file():
+        return False
+    try:
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_config(source: ModelSource) -> PreTrainedConfig:

@@ -188,9 +188,9 @@ def test_noise_of_a_seed_stays_what_it_was() -> None:
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 10**6), st.lists(st.integers(0, 9999), min_size=1), st.booleans())
 def test_words_of_a_few_tokens_are_those_of_the_whole_vocabulary(
-    seed: int, position: int, ids: list[int], one_by_one: bool
+    seed: int, position: int, ids: list[int], large: bool
 ) -> None:
-    words = _random_words(seed, position, 10**6 if one_by_one else 10**4, np.array(ids))
+    words = _random_words(seed, position, 10**6 if large else 10**4, np.array(ids))  # large: they are made one by one
     assert words.tolist() == _random_words(seed, position, 10**4)[ids].tolist()
 
 
@@ -300,15 +300,17 @@ def test_the_kept_are_those_of_a_full_sort(filters: dict[str, float]) -> None:
             assert candidates(logits, sampling)[0].tolist() == expected
 
 
-words = st.integers(0, 2**64 - 1) | st.integers(0, 8191) | st.integers(0, 8191).map(lambda i: 2**64 - 1 - i)
-scores = st.floats(width=32, allow_nan=False) | st.floats(-50, 50, width=32) | st.integers(-2, 2).map(float)
+any_score = st.floats(width=32, allow_nan=False) | st.floats(-50, 50, width=32) | st.integers(-2, 2).map(float)
+any_word = st.integers(0, 2**64 - 1) | st.integers(0, 8191) | st.integers(2**64 - 8192, 2**64 - 1)
 
 
-@given(st.lists(st.tuples(scores, words), min_size=1, max_size=40))
-def test_the_winner_is_that_of_the_plain_formula_for_any_scores_and_words(pairs: list[tuple[float, int]]) -> None:
-    score = np.array([s for s, _ in pairs], dtype=np.float32)
-    word = np.array([w for _, w in pairs], dtype=np.uint64)
-    assert _winner(score, word) == (score.astype(np.float64) + plain_noise(word)).argmax()
+@given(st.lists(st.tuples(any_score, any_word), min_size=1, max_size=40), st.sampled_from([0.0, 1e4, -1e6, 1e8, 1e12]))
+def test_the_winner_is_that_of_the_plain_formula_for_any_scores_and_words(
+    pairs: list[tuple[float, int]], offset: float
+) -> None:
+    scores = np.array([score for score, _ in pairs], dtype=np.float32) + np.float32(offset)
+    words = np.array([word for _, word in pairs], dtype=np.uint64)
+    assert _winner(scores, words) == (scores.astype(np.float64) + plain_noise(words)).argmax()
 
 
 @pytest.mark.parametrize("kind", ["normal", "flat", "nearly flat", "two steps", "peaked", "ties"])

@@ -34,6 +34,9 @@ float from_float16(std::uint16_t bits) {
   return v;
 }
 
+// Half to even, for numbers far below 2^22. Unlike std::nearbyint it needs no call, so loops over it become vectors.
+float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
+
 constexpr int group_of(Format format) {
   switch (format) {
     case Format::float32: return 1;
@@ -61,8 +64,8 @@ void pack_float32(const float* w, int inputs, std::byte* out) {
 
 void pack_bfloat16(const float* w, int inputs, std::byte* out) {
   std::uint16_t* y = reinterpret_cast<std::uint16_t*>(out);
-  for (int k = 0; k < inputs; k += 2)
-    for (int o = 0; o < kLanes; o++)
+  for (int o = 0; o < kLanes; o++)
+    for (int k = 0; k < inputs; k += 2)
       for (int i = 0; i < 2; i++) y[(k / 2 * kLanes + o) * 2 + i] = to_bfloat16(w[std::size_t(o) * inputs + k + i]);
 }
 
@@ -77,11 +80,12 @@ void pack_int8(const float* w, int inputs, std::byte* out) {
       const std::uint16_t bits = to_bfloat16(top / 127);
       const float scale = from_bfloat16(bits);
       scales[g * kLanes + o] = bits;
-      for (int i = 0; i < kInt8Group; i++) {
-        const float q = scale > 0 ? std::nearbyint(x[i] / scale) : 0.0f;
-        const int k = g * kInt8Group + i;
-        y[(k / 4 * kLanes + o) * 4 + k % 4] = std::uint8_t(128 + int(std::clamp(q, -127.0f, 127.0f)));
-      }
+      const float inverse = scale > 1e-30f ? 1 / scale : 0.0f;
+      std::uint8_t bytes[kInt8Group];
+      for (int i = 0; i < kInt8Group; i++)
+        bytes[i] = std::uint8_t(128 + int(std::min(127.0f, std::max(-127.0f, round_even(x[i] * inverse)))));
+      for (int i = 0; i < kInt8Group; i += 4)
+        std::memcpy(y + ((g * kInt8Group + i) / 4 * kLanes + o) * 4, bytes + i, 4);
     }
 }
 
@@ -91,15 +95,27 @@ struct Fit {
   float scale, minimum;
 };
 
+// The nearest of 0..15 for each of 32 weights.
+void nearest(const float* x, const Fit& fit, float* q) {
+  const float inverse = fit.scale > 1e-30f ? 1 / fit.scale : 0.0f;
+  for (int i = 0; i < kInt4Group; i++)
+    q[i] = std::min(15.0f, std::max(0.0f, round_even((x[i] - fit.minimum) * inverse)));
+}
+
 Fit fit_int4(const float* x) {
-  const auto [low, high] = std::minmax_element(x, x + kInt4Group);
-  Fit fit{(*high - *low) / 15, *low};
+  float low = x[0], high = x[0];
+  for (int i = 1; i < kInt4Group; i++) {
+    low = std::min(low, x[i]);
+    high = std::max(high, x[i]);
+  }
+  Fit fit{(high - low) / 15, low};
   for (int round = 0; round < 5; round++) {
     if (!(fit.scale > 1e-20f)) break;
     float q_sum = 0, x_sum = 0, qq = 0, qx = 0;
-    const float inverse = 1 / fit.scale;
+    float rounded[kInt4Group];
+    nearest(x, fit, rounded);
     for (int i = 0; i < kInt4Group; i++) {
-      const float q = std::clamp(std::nearbyint((x[i] - fit.minimum) * inverse), 0.0f, 15.0f);
+      const float q = rounded[i];
       q_sum += q;
       x_sum += x[i];
       qq += q * q;
@@ -123,36 +139,31 @@ void pack_int4(const float* w, int inputs, std::byte* out) {
       const Fit fit = fit_int4(x);
       scales[g * 2 * kLanes + o] = to_bfloat16(fit.scale);
       scales[(g * 2 + 1) * kLanes + o] = to_bfloat16(fit.minimum);
-      for (int i = 0; i < kInt4Group; i++) {
-        const float q = fit.scale > 0 ? std::nearbyint((x[i] - fit.minimum) / fit.scale) : 0.0f;
-        const int k = g * kInt4Group + i;  // inputs 8j + i and 8j + 4 + i share a byte
-        std::uint8_t& byte = y[(k / 8 * kLanes + o) * 4 + k % 4];
-        const int nibble = int(std::clamp(q, 0.0f, 15.0f));
-        byte = std::uint8_t(k % 8 < 4 ? nibble : byte | nibble << 4);
-      }
+      float q[kInt4Group];
+      nearest(x, fit, q);
+      for (int i = 0; i < kInt4Group; i += 8)  // inputs i and i + 4 share a byte
+        for (int j = 0; j < 4; j++)
+          y[((g * kInt4Group + i) / 8 * kLanes + o) * 4 + j] = std::uint8_t(int(q[i + j]) | int(q[i + j + 4]) << 4);
     }
 }
 
 }  // namespace
 
-float Source::at(std::size_t index) const {
-  switch (dtype) {
-    case Dtype::float32: {
-      float v;
-      std::memcpy(&v, data + 4 * index, 4);
-      return v;
-    }
-    default: {
-      std::uint16_t bits;
-      std::memcpy(&bits, data + 2 * index, 2);
-      return dtype == Dtype::bfloat16 ? from_bfloat16(bits) : from_float16(bits);
-    }
-  }
-}
-
 void Source::row(int index, float* out) const {
-  const std::size_t first = std::size_t(index) * columns;
-  for (int i = 0; i < columns; i++) out[i] = at(first + i);
+  if (dtype == Dtype::float32) {
+    std::memcpy(out, data + std::size_t(index) * columns * 4, std::size_t(columns) * 4);
+    return;
+  }
+  const std::byte* from = data + std::size_t(index) * columns * 2;
+  const auto widened = [&](auto widen) {
+    for (int i = 0; i < columns; i++) {
+      std::uint16_t bits;
+      std::memcpy(&bits, from + 2 * std::size_t(i), 2);
+      out[i] = widen(bits);
+    }
+  };
+  if (dtype == Dtype::bfloat16) widened(from_bfloat16);
+  else widened(from_float16);
 }
 
 std::vector<float> read(const Source& source, const std::string& name) {

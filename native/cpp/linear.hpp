@@ -20,7 +20,6 @@ struct Source {
   int rows = 0;
   int columns = 0;
 
-  float at(std::size_t index) const;
   void row(int index, float* out) const;
 };
 

@@ -38,18 +38,19 @@
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
-// Linked in place of the system's (see CMakeLists.txt): AddressSanitizer guards the ends of what comes from the heap.
+// Linked in place of the system's (see CMakeLists.txt): AddressSanitizer guards the ends of what comes from the heap, and
+// what is read before it was written is not a number.
 extern "C" void* __wrap_mmap(void*, std::size_t bytes, int, int, int, off_t) {
   void* p = nullptr;
   if (posix_memalign(&p, 4096, bytes) != 0) return MAP_FAILED;
-  return std::memset(p, 0, bytes);
+  return std::memset(p, 0xff, bytes);
 }
 extern "C" int __wrap_munmap(void* p, std::size_t) {
   std::free(p);
   return 0;
 }
 extern "C" int __wrap_madvise(void* p, std::size_t bytes, int advice) {
-  if (advice == MADV_DONTNEED) std::memset(p, 0, bytes);
+  if (advice == MADV_DONTNEED) std::memset(p, 0xff, bytes);
   return 0;
 }
 #endif
@@ -767,7 +768,8 @@ class Case {
         Matrix& m = store.matrix(random_, good.rows, good.columns, 0, 1);
         m.dtype = Dtype::float32;
         m.bytes.assign(std::size_t(good.rows) * good.columns * 4, std::byte(0));
-        m.set(random_.between(0, good.rows - 1), random_.between(0, good.columns - 1), random_.pick({NAN, INFINITY}));
+        const int row = random_.between(0, good.rows - 1), column = random_.between(0, good.columns - 1);
+        m.set(row, column, random_.pick({NAN, INFINITY}));
         return m.source();
     }
   }
@@ -916,7 +918,7 @@ class Case {
     const int size = config_.hidden_size, wide = d.heads->feature_size(), batch = random_.between(1, 4);
     std::vector<float> features(std::size_t(batch) * wide), base(std::size_t(batch) * size), alone(size);
     for (float& v : features) v = random_.real(-2, 2);
-    if (engine_.feature_size() == wide && engine_.rows() >= batch) std::copy_n(engine_.features(), features.size(), features.data());
+    if (engine_.feature_size() == wide && engine_.rows() > 0) std::copy_n(engine_.features(), wide, features.data());
     accept("begin", [&] { d.heads->begin(features.data(), batch, base.data()); });
     const int b = random_.between(0, batch - 1);
     const std::vector<float> one(features.begin() + b * wide, features.begin() + (b + 1) * wide);

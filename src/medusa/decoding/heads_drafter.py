@@ -6,6 +6,8 @@ the last accepted node only, never on the prompt and never on rejected nodes.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -67,33 +69,58 @@ class HeadsDrafter:
         return [Draft(tuple(row), tree.parents, tree.probabilities, sources) for row in table.tolist()]
 
     def _dynamic(self, features: torch.Tensor, roots: torch.Tensor, nodes: int) -> list[Draft]:
-        batch = len(roots)
+        # The trees grow in plain lists: for the few dozen candidates of a level, a tensor operation costs more.
         branch = min(nodes - 1, 10, self.heads.lm_head_rows)
         beam = max(2, min(16, (nodes + 2) // 4))
         state = self.heads.begin(features)
-        tokens, parents = roots, torch.zeros_like(roots)
-        scores = torch.zeros_like(roots, dtype=torch.float32)  # [B, M] log-probability of the path
-        index = torch.zeros_like(roots)  # [B, M] number of each expanded node in the whole tree
-        size = 1
-        all_tokens, all_parents, all_scores = [roots], [torch.full_like(roots, -1)], [scores]
+        trees = [_Growing(root) for (root,) in roots.tolist()]
         for k in range(1, self.heads.config.num_heads + 1):
-            best, ids, state = self.heads.guess(k, state, parents, tokens, branch)  # [B, M or 1, branch]
-            width = tokens.shape[1]
-            children = ids.expand(batch, width, branch).flatten(1)  # [B, M * branch]
-            child_scores = (best + scores.unsqueeze(-1)).flatten(1)
-            of = torch.arange(width, device=roots.device).repeat_interleave(branch).expand(batch, -1)
-            all_tokens.append(children)
-            all_parents.append(index.gather(1, of))
-            all_scores.append(child_scores)
-            scores, chosen = child_scores.topk(min(beam, child_scores.shape[1]), dim=-1)
-            tokens, parents, index = children.gather(1, chosen), of.gather(1, chosen), size + chosen
-            size += children.shape[1]
-        sources = (MODEL, *([self.name] * (size - 1)))
-        columns = (torch.cat(all_tokens, 1), torch.cat(all_parents, 1), torch.cat(all_scores, 1).exp())
-        return [
-            Draft(tuple(row_tokens), tuple(row_parents), tuple(probabilities), sources).pruned(nodes=nodes, depth=nodes)
-            for row_tokens, row_parents, probabilities in zip(*(column.tolist() for column in columns), strict=True)
-        ]
+            tokens = torch.tensor([[tree.tokens[node] for node in tree.tips] for tree in trees], device=roots.device)
+            parents = torch.tensor([tree.places for tree in trees], device=roots.device)
+            log_p, ids, state = self.heads.guess(k, state, parents, tokens, branch)  # [B, M or 1, branch]
+            for tree, row_log_p, row_ids in zip(trees, log_p.tolist(), ids.tolist(), strict=True):
+                tree.grow(row_log_p, row_ids, beam)
+            if all(tree.settled(nodes) for tree in trees):
+                break
+        return [tree.draft(self.name, nodes) for tree in trees]
+
+
+class _Growing:
+    """A tree that grows level by level. `scores` are log-probabilities of whole paths, which fall along them."""
+
+    def __init__(self, root: int) -> None:
+        self.tokens = [root]
+        self.parents = [-1]
+        self.scores = [0.0]
+        self.tips = [0]  # nodes that get children next
+        self.places = [0]  # of the parent of each tip, among the tips of the level above
+
+    def grow(self, log_p: Sequence[Sequence[float]], ids: Sequence[Sequence[int]], beam: int) -> None:
+        """Adds children of the tips (one list for all, or one for each); the `beam` best of them are the new tips."""
+        first, branch = len(self.tokens), len(ids[0])
+        for i, tip in enumerate(self.tips):
+            of = i if len(ids) > 1 else 0
+            score = self.scores[tip]
+            self.tokens += ids[of]
+            self.parents += [tip] * branch
+            self.scores += [score + p for p in log_p[of]]
+        # Stable: among equals the first.
+        self.tips = sorted(range(first, len(self.tokens)), key=self.scores.__getitem__, reverse=True)[:beam]
+        self.places = [(tip - first) // branch for tip in self.tips]
+
+    def settled(self, nodes: int) -> bool:
+        """Whether no deeper node can be among the best `nodes`: those there are already score more than any tip."""
+        return len(self.scores) >= nodes and heapq.nlargest(nodes, self.scores)[-1] > self.scores[self.tips[0]]
+
+    def draft(self, source: str, nodes: int) -> Draft:
+        """The best `nodes` nodes."""
+        size = len(self.tokens)
+        return Draft(
+            tuple(self.tokens),
+            tuple(self.parents),
+            tuple(map(math.exp, self.scores)),
+            (MODEL, *([source] * (size - 1))),
+        ).pruned(nodes=nodes, depth=size)
 
 
 @lru_cache(maxsize=256)

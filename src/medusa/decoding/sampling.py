@@ -131,7 +131,7 @@ def _kept(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, np.nda
             better = weights.cumsum(dtype=np.float64) - weights  # the mass of all better tokens
             keep &= better < sampling.top_p * float(total)
         keep[0] = True
-        if not keep[-1] or len(best) == len(scores):  # what is dropped stays dropped further down
+        if not keep[-1]:  # what is dropped stays dropped further down
             break
     best = best[keep]
     ids = np.flatnonzero(~(scores < best[-1]))
@@ -174,7 +174,6 @@ def _gumbel(words: np.ndarray) -> np.ndarray:
     return -np.log(-np.log(uniform))  # type: ignore[no-any-return]
 
 
-@np.errstate(over="ignore")  # a floor below all single-precision numbers
 def _winner(scores: np.ndarray, words: np.ndarray) -> int:
     """argmax of scores [C] + _gumbel(words [C]), the first of equals; the sum is computed for few.
 
@@ -185,9 +184,9 @@ def _winner(scores: np.ndarray, words: np.ndarray) -> int:
     away = (~words >> np.uint64(12)).view(np.int64).astype(np.float32) + np.float32(0.5)  # (1 - u) * 2**52
     bounds = scores - np.log(away)  # less 52 log(2)
     leader = int(bounds.argmax())
-    score, noise = float(scores[leader]), float(_gumbel(words[leader : leader + 1])[0])
-    # Single precision: 1e-4 is more than the error of the noise, 2**-22 of the score more than that of the sum.
-    margin = 1e-4 + abs(score) * 2.0**-22
-    floor = score + noise - 52 * math.log(2) - margin
+    truth = float(scores[leader]) + float(_gumbel(words[leader : leader + 1])[0])
+    # 1e-4 is several times the error of a logarithm in single precision. The sum may round much more coarsely, but does
+    # so on both sides, and rounding keeps the order.
+    floor = np.float32(truth - 52 * math.log(2) - 1e-4)
     rivals = np.flatnonzero(~(bounds < floor))  # all, where the floor is not a number
-    return int(rivals[(scores[rivals].astype(np.float64) + _gumbel(words[rivals])).argmax()])
+    return int(rivals[(scores[rivals] + _gumbel(words[rivals])).argmax()])

@@ -93,8 +93,7 @@ class NativeBackend:
         self.max_nodes: int = module.MAX_NODES
         self._chunk: int = module.CHUNK
         names = _Names(config, tensors)
-        self.parameters = names.parameters
-        _check_memory(names.parameters, dtype)
+        _check_memory(names.matrix_size(), dtype)
         with _explained():
             self.engine: Any = module.Engine(
                 hidden_size=config.hidden_size,
@@ -125,6 +124,7 @@ class NativeBackend:
             self.engine.load_ends(self._embedding, names.final_norm, self._lm_head)
             if progress is not None:
                 progress(self.num_layers + 1, self.num_layers + 1)
+        self.parameters = names.parameters
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -182,12 +182,10 @@ class _Names:
     def __init__(self, config: NativeConfig, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
         self._config = config
+        self._sizes: dict[str, int] = {}
         self.embedding = self._get("model.embed_tokens.weight")
         self.lm_head = self.embedding if config.tied else self._get("lm_head.weight")
         self.final_norm = self._get("model.norm.weight")
-        c = config
-        per_layer = c.hidden_size * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.intermediate_size)
-        self.parameters = per_layer * len(c.layers) + c.vocab_size * c.hidden_size
         known = {f"{part}.{kind}" for part, kind in self._parts().values()}
         for name in tensors:
             if not name.startswith("model.layers."):
@@ -195,6 +193,17 @@ class _Names:
             part = name.split(".", 3)[3]
             if part not in known and not part.endswith("rotary_emb.inv_freq"):  # old checkpoints hold the latter
                 raise UnsupportedError(f"the checkpoint holds {name}, which the engine does not know")
+
+    def matrix_size(self) -> int:
+        """How many weights the packed matrices hold, by the configuration."""
+        c = self._config
+        per_layer = c.hidden_size * (2 * c.head_dim * (c.heads + c.kv_heads) + 3 * c.intermediate_size)
+        return per_layer * len(c.layers) + c.vocab_size * c.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        """How many weights have been asked for, each counted once."""
+        return sum(self._sizes.values())
 
     def layer(self, index: int) -> dict[str, Tensor]:
         return {name: self._get(f"model.layers.{index}.{part}.{kind}") for name, (part, kind) in self._parts().items()}
@@ -214,9 +223,11 @@ class _Names:
 
     def _get(self, name: str) -> Tensor:
         try:
-            return self._tensors[name]
+            tensor = self._tensors[name]
         except KeyError:
             raise MedusaError(f"the weights are incomplete: {name} is missing") from None
+        self._sizes[name] = tensor.numel()
+        return tensor
 
 
 class Checkpoint(Mapping[str, Tensor]):

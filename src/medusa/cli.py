@@ -88,9 +88,13 @@ class EngineOptions:
         int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel="Engine")
     ] = None
     nodes: Annotated[
-        int,
-        typer.Option(help="Tokens verified in one step (size of the draft tree).", rich_help_panel="Engine"),
-    ] = 12
+        int | None,
+        typer.Option(
+            help="Tokens verified in one step (size of the draft tree).",
+            show_default="by backend",
+            rich_help_panel="Engine",
+        ),
+    ] = None
     compile: Annotated[
         bool,
         typer.Option("--compile", help="Use torch.compile: slow start, faster steps.", rich_help_panel="Engine"),

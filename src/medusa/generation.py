@@ -312,7 +312,7 @@ def load(
     backend: str = "auto",
     dtype: str = "bfloat16",
     device: str = "cpu",
-    nodes: int = 12,
+    nodes: int | None = None,
     threads: int | None = None,
     compile: bool = False,
     num_slots: int = 1,
@@ -329,7 +329,7 @@ def load(
         backend: transformers, native (a CPU engine for models of the Llama kind) or auto: native where it can.
         dtype: of the weights: float32, bfloat16, int8, or (native only) int4.
         device: a torch device, or "auto" to spread a large model over all devices.
-        nodes: the most nodes of a tree; the root counts.
+        nodes: the most nodes of a tree; the root counts. None takes what was best in our measurements of the backend.
         threads: CPU threads; None is one for each core.
         compile: compile the verify step (slow first steps, faster later ones).
         num_slots: how many texts can be decoded at once.
@@ -341,7 +341,7 @@ def load(
     for name, value, known in (("drafter", drafter, DRAFTERS), ("tree", tree, TREES)):
         if value not in known:
             raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
-    if nodes < 1:
+    if nodes is not None and nodes < 1:
         raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
 
     from medusa.models import loading, zoo
@@ -371,7 +371,7 @@ def load(
         heads=runner,
         drafter=drafter,
         tree=tree,
-        nodes=nodes,
+        nodes=nodes or loading.default_nodes(loaded.backend, dtype),
         eos_token_ids=eos,
         facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},
     )

@@ -117,7 +117,8 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
 @np.errstate(invalid="ignore", over="ignore")  # infinite and huge scores
 def _kept(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
     """`candidates` as arrays. Without filters ids are None: all."""
-    scores: np.ndarray = (logits.detach().cpu().float() / sampling.temperature).numpy()
+    # Not divided by torch, whose threads would spin on afterwards, on the cores that the native engine needs.
+    scores: np.ndarray = logits.detach().float().cpu().numpy() / np.float32(sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:
         return None, scores
     # To sort a large vocabulary costs a millisecond; the best 512 nearly always hold all that is kept, and where they

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
+NATIVE_NODES = {"float32": 8, "bfloat16": 8, "int8": 8, "int4": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,12 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings, vocab_
     # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
     fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return read(torch.bfloat16 if fast else dtype)
+
+
+def default_nodes(backend: Backend, dtype: str) -> int:
+    """How many nodes a draft tree has where nobody says: the best of 6 to 16 on MT-bench questions, see
+    docs/decisions.md."""
+    return NATIVE_NODES[dtype] if backend.name == "native" else 12
 
 
 def _native_refusal(settings: EngineSettings) -> str | None:

@@ -22,7 +22,6 @@ namespace {
 using medusa::Source;
 using Tensor = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
 using Floats = nb::ndarray<nb::numpy, float>;
-using Ids = nb::ndarray<nb::numpy, std::int32_t>;
 using FloatsIn = nb::ndarray<const float, nb::device::cpu, nb::c_contig>;
 using IdsIn = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
 using Without = nb::call_guard<nb::gil_scoped_release>;
@@ -179,13 +178,6 @@ NB_MODULE(_engine, m) {
                           {std::size_t(engine.rows()), std::size_t(engine.feature_size())}, self);
           },
           "[rows, features]: a view that the next call overwrites.")
-      .def(
-          "best",
-          [](nb::handle self) {
-            const auto& engine = nb::cast<const medusa::Engine&>(self);
-            return Ids(const_cast<std::int32_t*>(engine.best()), {std::size_t(engine.rows())}, self);
-          },
-          "Argmax of the logits, [rows]: a view that the next call overwrites.")
       .def_prop_ro("isa", [](const medusa::Engine& engine) { return std::string(engine.kernels().name); })
       .def_prop_ro("threads", [](medusa::Engine& engine) { return engine.pool().threads(); })
       .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes);

@@ -61,8 +61,8 @@ Engine::Engine(Config config, int threads, const std::string& isa)
   }
   score_stride_ = places;
   scores_ = Buffer(score_stride_ * kQueryTile * sizeof(float) * pool_.threads(), true);
-  shares_ = std::vector<Share>(layers_.size() * 5 + 1);
-  for (Share& share : shares_) share.shape(pool_.threads());
+  phases_ = std::vector<Phase>(layers_.size() * 10 + 3);
+  for (Phase& phase : phases_) phase.shape(pool_.threads());
   const Format f = config_.format;
   input_.shape(f, padded_inputs(f, config_.hidden_size));
   attention_out_.shape(f, padded_inputs(f, config_.heads * dim_));
@@ -329,9 +329,6 @@ void Engine::pass(int outputs) {
   lm_tokens_.clear();
   for (int t = 0; t < count; t++)
     if (output_[t] >= 0) lm_tokens_.push_back(t);
-  best_.assign(outputs, 0);
-  best_value_.assign(lm_tokens_.size() * pool_.threads(), -INFINITY);
-  best_index_.assign(lm_tokens_.size() * pool_.threads(), 0);
 
   // Queries of one slot and one key-value head, a few at a time: they share the keys and values they read.
   const int group = c.heads / c.kv_heads;
@@ -339,41 +336,28 @@ void Engine::pass(int outputs) {
   for (int first = 0, end; first < count; first = end) {
     for (end = first; end < count && tokens_[end].slot == tokens_[first].slot;) end++;
     const int queries = (end - first) * group;
-    for (int at = 0; at < queries; at += kQueryTile)
-      for (int head = 0; head < c.kv_heads; head++)
+    for (int head = 0; head < c.kv_heads; head++)  // the tiles of one head after each other: its keys are at hand
+      for (int at = 0; at < queries; at += kQueryTile)
         tiles_.push_back({first, at, std::min(kQueryTile, queries - at), head});
   }
-  for (Share& share : shares_) share.reset();
+  for (Phase& phase : phases_) phase.reset();
   pool_.run([this](int thread) { run(thread); });
-
-  for (std::size_t i = 0; i < lm_tokens_.size(); i++) {
-    float value = -INFINITY;
-    std::int32_t index = 0;
-    for (int thread = 0; thread < pool_.threads(); thread++) {
-      const std::size_t at = lm_tokens_.size() * thread + i;
-      if (best_value_[at] > value || (best_value_[at] == value && best_index_[at] < index)) {
-        value = best_value_[at];
-        index = best_index_[at];
-      }
-    }
-    best_[output_[lm_tokens_[i]]] = index;
-  }
 }
 
 template <typename Epilogue>
-void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share,
+void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase,
                      const Linear* next, Epilogue epilogue) {
   const int count = int(&x == &lm_input_ ? lm_tokens_.size() : tokens_.size());
   float* panel = panel_.as<float>() + std::size_t(capacity_) * kMaxPanel * kLanes * thread;
   // The gates' blocks come in pairs; where that moves the start of a range by one block, no harm is done.
-  const std::byte* then = next ? next->block(share.first(thread, next->blocks, 1)) : nullptr;
-  multiply(kernels_, linear, x.view(), count, unit, thread, share, panel, then, epilogue);
+  const std::byte* then = next ? next->block(phase.first(thread, next->blocks, 1)) : nullptr;
+  multiply(kernels_, linear, x.view(), count, unit, thread, phase, panel, then, epilogue);
 }
 
-void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share, const Linear* next) {
+void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread, Phase& phase, const Linear* next) {
   const int size = config_.hidden_size;
   float* hidden = hidden_.as<float>();
-  product(linear, x, 1, thread, share, next, [=](int t, int first, int count, const float* y) {
+  product(linear, x, 1, thread, phase, next, [=](int t, int first, int count, const float* y) {
     float* row = hidden + std::size_t(t) * size + first;
     count = std::min(count, size - first);
     for (int i = 0; i < count; i++) row[i] += y[i];
@@ -382,87 +366,83 @@ void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread,
 
 void Engine::run(int thread) {
   const Config& c = config_;
-  const int threads = pool_.threads(), count = int(tokens_.size()), size = c.hidden_size;
-  const int wide = dim_ * (c.heads + 2 * c.kv_heads), half = c.rotary_dim / 2;
-  const int inner = round_up(c.intermediate_size, kLanes);
+  const int count = int(tokens_.size()), size = c.hidden_size, outputs = int(lm_tokens_.size());
+  const int wide = dim_ * (c.heads + 2 * c.kv_heads), inner = round_up(c.intermediate_size, kLanes);
   float* hidden = hidden_.as<float>();
   float* normed = normed_.as<float>();
+  float* qkv = qkv_.as<float>();
+  float* gated = gated_.as<float>();
   float* features = features_.as<float>();
-  Share* share = shares_.data();
+  Phase* phase = phases_.data();
+  const auto each_token = [&](auto work) {
+    (phase++)->run(thread, count, 1, 4, [&](int first, int n) {
+      for (int t = first; t < first + n; t++) work(t);
+    });
+  };
 
-  for (int t = thread; t < count; t += threads) {
-    embedding_.row(tokens_[t].id, hidden + std::size_t(t) * size);
-    float* turn = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;  // cosines, then sines
-    for (int i = 0; i < half; i++) {
-      const double angle = float(tokens_[t].position) * c.inverse_frequencies[i];  // in single precision, as trained
-      turn[i] = float(std::cos(angle)) * c.rotary_scale;
-      turn[half + i] = float(std::sin(angle)) * c.rotary_scale;
-    }
-  }
+  each_token([&](int t) { embed(t); });
   for (int l = 0; l < int(layers_.size()); l++) {
     const Layer& layer = layers_[l];
     const auto place = std::find(c.feature_layers.begin(), c.feature_layers.end(), l) - c.feature_layers.begin();
     const bool feature = place < std::ptrdiff_t(c.feature_layers.size());
-    for (int t = thread; t < count; t += threads) {
+    each_token([&](int t) {
       const float* row = hidden + std::size_t(t) * size;
       if (feature && output_[t] >= 0)
         std::memcpy(features + std::size_t(output_[t]) * feature_size() + place * size, row, size * sizeof(float));
       kernels_.rms_norm(row, layer.input_norm.data(), c.epsilon, size, normed + std::size_t(t) * size);
       input_.set(kernels_, t, normed + std::size_t(t) * size, size);
-    }
-    pool_.barrier();
-    float* qkv = qkv_.as<float>();
-    product(layer.qkv, input_, 1, thread, *share++, &layer.o, [=](int t, int first, int n, const float* y) {
+    });
+    product(layer.qkv, input_, 1, thread, *phase++, &layer.o, [=](int t, int first, int n, const float* y) {
       std::memcpy(qkv + std::size_t(t) * wide + first, y, n * sizeof(float));
     });
-    pool_.barrier();
-    rotate(thread, l);
-    pool_.barrier();
-    attend(thread, l, *share++);
-    pool_.barrier();
-    for (int t = thread; t < count; t += threads)
+    each_token([&](int t) { rotate(t, l); });
+    (phase++)->run(thread, int(tiles_.size()), 1, 2, [&](int first, int n) {
+      for (int i = first; i < first + n; i++) attend(tiles_[i], thread, l);
+    });
+    each_token([&](int t) {
       attention_out_.set(kernels_, t, attended_.as<float>() + std::size_t(t) * dim_ * c.heads, dim_ * c.heads);
-    pool_.barrier();
-    add_to(layer.o, attention_out_, thread, *share++, &layer.gate_up);
-    pool_.barrier();
-    for (int t = thread; t < count; t += threads) {
+    });
+    add_to(layer.o, attention_out_, thread, *phase++, &layer.gate_up);
+    each_token([&](int t) {
       kernels_.rms_norm(hidden + std::size_t(t) * size, layer.post_norm.data(), c.epsilon, size,
                         normed + std::size_t(t) * size);
       input_.set(kernels_, t, normed + std::size_t(t) * size, size);
-    }
-    pool_.barrier();
-    float* gated = gated_.as<float>();
-    product(layer.gate_up, input_, 2, thread, *share++, &layer.down, [=](int t, int first, int n, const float* y) {
+    });
+    product(layer.gate_up, input_, 2, thread, *phase++, &layer.down, [=](int t, int first, int n, const float* y) {
       for (int i = 0; i < n; i += 2 * kLanes)
         kernels_.gated(config_.gate, y + i, y + i + kLanes, gated + std::size_t(t) * inner + (first + i) / 2);
     });
-    pool_.barrier();
-    for (int t = thread; t < count; t += threads) mlp_.set(kernels_, t, gated + std::size_t(t) * inner, inner);
-    pool_.barrier();
-    add_to(layer.down, mlp_, thread, *share++, l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_);
-    pool_.barrier();
+    each_token([&](int t) { mlp_.set(kernels_, t, gated + std::size_t(t) * inner, inner); });
+    add_to(layer.down, mlp_, thread, *phase++, l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_);
   }
-  const int outputs = int(lm_tokens_.size());
-  for (int i = thread; i < outputs; i += threads) {
+  if (outputs == 0) return;
+  (phase++)->run(thread, outputs, 1, 1, [&](int i, int) {
     const int t = lm_tokens_[i];
     float* final = features + std::size_t(output_[t] + 1) * feature_size() - size;
     kernels_.rms_norm(hidden + std::size_t(t) * size, final_norm_.data(), c.epsilon, size, final);
     lm_input_.set(kernels_, i, final, size);
-  }
-  pool_.barrier();
-  if (outputs == 0) return;
+  });
   float* logits = logits_.as<float>();
-  float* value = best_value_.data() + std::size_t(outputs) * thread;
-  std::int32_t* index = best_index_.data() + std::size_t(outputs) * thread;
-  product(lm_head_, lm_input_, 1, thread, *share++, &layers_[0].qkv, [=](int i, int first, int n, float* y) {
+  product(lm_head_, lm_input_, 1, thread, *phase++, &layers_[0].qkv, [=](int i, int first, int n, const float* y) {
     std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));
-    for (int j = c.vocab_size - first; j < n; j++) y[j] = -INFINITY;  // rows that only fill the last block
-    kernels_.argmax(y, n, first, &value[i], &index[i]);
   });
 }
 
+// The token's embedding, and the cosines and sines of its position.
+void Engine::embed(int t) {
+  const Config& c = config_;
+  const int half = c.rotary_dim / 2;
+  embedding_.row(tokens_[t].id, hidden_.as<float>() + std::size_t(t) * c.hidden_size);
+  float* turn = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;  // cosines, then sines
+  for (int i = 0; i < half; i++) {
+    const double angle = float(tokens_[t].position) * c.inverse_frequencies[i];  // in single precision, as trained
+    turn[i] = float(std::cos(angle)) * c.rotary_scale;
+    turn[half + i] = float(std::sin(angle)) * c.rotary_scale;
+  }
+}
+
 // Norm, rotation and scale of the queries; norm and rotation of the keys, which go to the cache with the values.
-void Engine::rotate(int thread, int l) {
+void Engine::rotate(int t, int l) {
   const Config& c = config_;
   const Layer& layer = layers_[l];
   const int half = c.rotary_dim / 2, wide = dim_ * (c.heads + 2 * c.kv_heads);
@@ -475,22 +455,20 @@ void Engine::rotate(int thread, int l) {
       x[half + i] = b * turns[i] + a * turns[half + i];
     }
   };
-  for (int t = thread; t < int(tokens_.size()); t += pool_.threads()) {
-    const Token& token = tokens_[t];
-    float* q = qkv_.as<float>() + std::size_t(t) * wide;
-    float* k = q + dim_ * c.heads;
-    float* v = k + dim_ * c.kv_heads;
-    const float* turns = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;
-    for (int h = 0; h < c.heads; h++, q += dim_) {
-      turn(q, turns, layer.q_norm);
-      for (int i = 0; i < dim_; i++) q[i] *= c.attention_scale;
-    }
-    for (int h = 0; h < c.kv_heads; h++, k += dim_, v += dim_) {
-      turn(k, turns, layer.k_norm);
-      std::byte* block = cache_at(slots_[token.slot], token.place, l, h);
-      if (cache_item_ == 4) write_cache<float>(block, token.place % kLanes, k, v);
-      else write_cache<std::uint16_t>(block, token.place % kLanes, k, v);
-    }
+  const Token& token = tokens_[t];
+  float* q = qkv_.as<float>() + std::size_t(t) * wide;
+  float* k = q + dim_ * c.heads;
+  float* v = k + dim_ * c.kv_heads;
+  const float* turns = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;
+  for (int h = 0; h < c.heads; h++, q += dim_) {
+    turn(q, turns, layer.q_norm);
+    for (int i = 0; i < dim_; i++) q[i] *= c.attention_scale;
+  }
+  for (int h = 0; h < c.kv_heads; h++, k += dim_, v += dim_) {
+    turn(k, turns, layer.k_norm);
+    std::byte* block = cache_at(slots_[token.slot], token.place, l, h);
+    if (cache_item_ == 4) write_cache<float>(block, token.place % kLanes, k, v);
+    else write_cache<std::uint16_t>(block, token.place % kLanes, k, v);
   }
 }
 
@@ -507,35 +485,30 @@ void Engine::write_cache(std::byte* block, int lane, const float* k, const float
   kernels_.quantise[int(format)](v, dim_, dim_, reinterpret_cast<std::byte*>(values), nullptr, nullptr, nullptr);
 }
 
-void Engine::attend(int thread, int l, Share& share) {
+void Engine::attend(const Tile& tile, int thread, int l) {
   const Config& c = config_;
   const int group = c.heads / c.kv_heads, wide = dim_ * (c.heads + 2 * c.kv_heads);
   AttentionTask task;
+  task.cache = cache_at(slots_[tokens_[tile.token].slot], 0, l, tile.head);
   task.block_stride = block_bytes_;
   task.dim = dim_;
+  task.queries = tile.count;
   task.scores = scores_.as<float>() + score_stride_ * kQueryTile * thread;
   task.score_stride = score_stride_;
-  int count;
-  for (int at; (at = share.take(thread, int(tiles_.size()), 1, 4, &count)) >= 0;)
-    for (int i = at; i < at + count; i++) {
-      const Tile& tile = tiles_[i];
-      task.cache = cache_at(slots_[tokens_[tile.token].slot], 0, l, tile.head);
-      task.queries = tile.count;
-      for (int q = 0; q < tile.count; q++) {
-        const int t = tile.token + (tile.first + q) / group, head = tile.head * group + (tile.first + q) % group;
-        const Token& token = tokens_[t];
-        AttentionQuery& query = task.query[q];
-        query.query = qkv_.as<float>() + std::size_t(t) * wide + head * dim_;
-        query.out = attended_.as<float>() + (std::size_t(t) * c.heads + head) * dim_;
-        const int window = c.layers[l].window;
-        query.start = window ? std::max(0, token.position + 1 - window) : 0;
-        query.prefix = token.prefix;
-        query.extra = extras_.data() + token.extra;
-        query.extras = token.extras;
-      }
-      if (cache_item_ == 4) kernels_.attend_float32(task);
-      else kernels_.attend_bfloat16(task);
-    }
+  for (int q = 0; q < tile.count; q++) {
+    const int t = tile.token + (tile.first + q) / group, head = tile.head * group + (tile.first + q) % group;
+    const Token& token = tokens_[t];
+    AttentionQuery& query = task.query[q];
+    query.query = qkv_.as<float>() + std::size_t(t) * wide + head * dim_;
+    query.out = attended_.as<float>() + (std::size_t(t) * c.heads + head) * dim_;
+    const int window = c.layers[l].window;
+    query.start = window ? std::max(0, token.position + 1 - window) : 0;
+    query.prefix = token.prefix;
+    query.extra = extras_.data() + token.extra;
+    query.extras = token.extras;
+  }
+  if (cache_item_ == 4) kernels_.attend_float32(task);
+  else kernels_.attend_bfloat16(task);
 }
 
 }  // namespace medusa

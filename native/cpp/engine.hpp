@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -82,7 +81,6 @@ class Engine {
   int logits_stride() const { return lm_head_.outputs(); }
   const float* features() const { return features_.as<float>(); }  // [rows][feature_size]
   int feature_size() const { return config_.hidden_size * (1 + int(config_.feature_layers.size())); }
-  const std::int32_t* best() const { return best_.data(); }  // [rows], argmax of the logits
 
   const Config& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
@@ -125,12 +123,13 @@ class Engine {
   void check_token(std::int32_t token) const;
   void pass(int outputs);  // over tokens_; the tokens with output_ >= 0 get logits and features
   void run(int thread);
-  void attend(int thread, int layer, Share& share);
-  void rotate(int thread, int layer);
+  void embed(int token);
+  void attend(const Tile& tile, int thread, int layer);
+  void rotate(int token, int layer);
   template <typename Epilogue>
-  void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Share& share, const Linear* next,
+  void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase, const Linear* next,
                Epilogue epilogue);
-  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Share& share, const Linear* next);
+  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Phase& phase, const Linear* next);
   template <typename T>
   void write_cache(std::byte* block, int lane, const float* k, const float* v) const;
   template <typename T>
@@ -158,17 +157,14 @@ class Engine {
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;
   std::vector<int> lm_tokens_;  // rows of the LM head's input -> row of the results
-  std::vector<Share> shares_;
+  std::vector<Phase> phases_;
   int capacity_ = 0;  // tokens for which there is room
   Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_;
   std::size_t score_stride_ = 0;
   ActivationBuffer input_, attention_out_, mlp_, lm_input_;
-  std::vector<float> best_value_;         // [threads][rows]
-  std::vector<std::int32_t> best_index_;  // [threads][rows]
 
   int rows_ = 0, nodes_ = 0;
   Buffer logits_, features_;
-  std::vector<std::int32_t> best_;
 };
 
 }  // namespace medusa

@@ -20,7 +20,7 @@ void check_shape(const Source& source, int rows, int columns, const char* name) 
 Heads::Heads(Engine& engine, const HeadsConfig& config) : engine_(engine), config_(config) {
   require(config.levels >= 1 && config.levels <= 64, "there must be 1 to 64 levels");
   require(config.features >= 1 && config.features <= 64, "there must be 1 to 64 features");
-  for (Share& share : shares_) share.shape(engine.pool().threads());
+  for (Phase& phase : phases_) phase.shape(engine.pool().threads());
   levels_.resize(config.kind == HeadsKind::recurrent ? 1 : config.levels);
 }
 
@@ -118,26 +118,30 @@ void Heads::fit(int rows, std::size_t widest) {
   panel_.fit(room * kMaxPanel * kLanes * engine_.pool().threads());
 }
 
+template <typename Work>
+void Heads::run(Work work) {
+  for (Phase& phase : phases_) phase.reset();
+  engine_.pool().run(work);
+}
+
 void Heads::apply(const Block& block, const float* x, int width, int count, float* hidden) {
   const Kernels& kernels = engine_.kernels();
-  const int threads = engine_.pool().threads(), size = hidden_size(), inner = block.first.outputs() / 2;
+  const int size = hidden_size(), inner = block.first.outputs() / 2;
   activation_.shape(block.first.format, block.first.inputs);
   activation_.fit(count);
   if (block.gated) {
     between_.shape(block.down.format, block.down.inputs);
     between_.fit(count);
   }
-  for (Share& share : shares_) share.reset();
-  engine_.pool().run([&](int thread) {
+  run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(count) * kMaxPanel * kLanes * thread;
-    for (int t = thread; t < count; t += threads) activation_.set(kernels, t, x + std::size_t(t) * width, width);
-    engine_.pool().barrier();
+    phases_[0].run(thread, count, 1, 1, [&](int t, int) { activation_.set(kernels, t, x + std::size_t(t) * width, width); });
     const auto add = [&](int t, int first, int n, const float* y) {
       float* row = hidden + std::size_t(t) * size + first;
       for (int i = 0; i < std::min(n, size - first); i++) row[i] += y[i];
     };
     if (!block.gated) {
-      multiply(kernels, block.first, activation_.view(), count, 1, thread, shares_[0], panel, nullptr,
+      multiply(kernels, block.first, activation_.view(), count, 1, thread, phases_[1], panel, nullptr,
                [&](int t, int first, int n, float* y) {
                  kernels.silu(y, n, y);
                  add(t, first, n, y);
@@ -145,16 +149,15 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
       return;
     }
     float* between = inner_.as<float>();
-    multiply(kernels, block.first, activation_.view(), count, 2, thread, shares_[0], panel, nullptr,
+    multiply(kernels, block.first, activation_.view(), count, 2, thread, phases_[1], panel, nullptr,
              [&](int t, int first, int n, const float* y) {
                for (int i = 0; i < n; i += 2 * kLanes)
                  kernels.gated(Gate::silu, y + i, y + i + kLanes, between + std::size_t(t) * inner + (first + i) / 2);
              });
-    engine_.pool().barrier();
-    for (int t = thread; t < count; t += threads)
+    phases_[2].run(thread, count, 1, 1, [&](int t, int) {
       between_.set(kernels, t, between + std::size_t(t) * inner, std::min(inner, block.down.inputs));
-    engine_.pool().barrier();
-    multiply(kernels, block.down, between_.view(), count, 1, thread, shares_[1], panel, nullptr, add);
+    });
+    multiply(kernels, block.down, between_.view(), count, 1, thread, phases_[3], panel, nullptr, add);
   });
 }
 
@@ -179,10 +182,9 @@ void Heads::begin(const float* features, int batch, float* base) {
   activation_.shape(projection_.format, projection_.inputs);
   activation_.fit(batch);
   for (int b = 0; b < batch; b++) activation_.set(kernels, b, input + std::size_t(b) * wide, wide);
-  for (Share& share : shares_) share.reset();
-  engine_.pool().run([&](int thread) {
+  run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(batch) * kMaxPanel * kLanes * thread;
-    multiply(kernels, projection_, activation_.view(), batch, 1, thread, shares_[0], panel, nullptr,
+    multiply(kernels, projection_, activation_.view(), batch, 1, thread, phases_[0], panel, nullptr,
              [&](int b, int first, int n, const float* y) {
                std::memcpy(base + std::size_t(b) * size + first, y, std::min(n, size - first) * sizeof(float));
              });
@@ -242,21 +244,17 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
 
   const Linear& lm = lm_heads_.size() == 1 ? lm_heads_[0] : lm_heads_[level - 1];
   const Kernels& kernels = engine_.kernels();
-  const int threads = engine_.pool().threads();
   activation_.shape(lm.format, lm.inputs);
   activation_.fit(rows);
   float* logits = logits_.as<float>();
   const std::size_t stride = lm.outputs();
-  for (Share& share : shares_) share.reset();
-  engine_.pool().run([&](int thread) {
+  run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(rows) * kMaxPanel * kLanes * thread;
-    for (int r = thread; r < rows; r += threads) activation_.set(kernels, r, hidden + std::size_t(r) * size, size);
-    engine_.pool().barrier();
-    multiply(kernels, lm, activation_.view(), rows, 1, thread, shares_[0], panel, nullptr, [&](int r, int first, int n, const float* y) {
+    phases_[0].run(thread, rows, 1, 1, [&](int r, int) { activation_.set(kernels, r, hidden + std::size_t(r) * size, size); });
+    multiply(kernels, lm, activation_.view(), rows, 1, thread, phases_[1], panel, nullptr, [&](int r, int first, int n, const float* y) {
       std::memcpy(logits + r * stride + first, y, n * sizeof(float));
     });
-    engine_.pool().barrier();
-    for (int r = thread; r < rows; r += threads) {
+    phases_[2].run(thread, rows, 1, 1, [&](int r, int) {
       float total;
       kernels.top_k(logits + r * stride, rows_, count, log_p + std::size_t(r) * count, ids + std::size_t(r) * count, &total);
       for (int i = 0; i < count; i++) {
@@ -264,7 +262,7 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
         std::int32_t& id = ids[std::size_t(r) * count + i];
         id = ids_[id];
       }
-    }
+    });
   });
 }
 

@@ -63,6 +63,8 @@ class Heads {
 
   void apply(const Block& block, const float* x, int width, int count, float* hidden);  // hidden += block(x)
   void fit(int rows, std::size_t widest);
+  template <typename Work>
+  void run(Work work);  // work(thread) on every thread, all phases being new
 
   Engine& engine_;
   HeadsConfig config_;
@@ -73,7 +75,7 @@ class Heads {
   std::vector<std::int32_t> ids_;
   int rows_ = 0;
 
-  Share shares_[2];
+  Phase phases_[4];
   ActivationBuffer activation_, between_;
   Buffer input_, hidden_, inner_, logits_, panel_;
 };

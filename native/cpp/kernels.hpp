@@ -85,9 +85,6 @@ struct Kernels {
   void (*gated)(Gate, const float* g, const float* u, float* y);
   void (*silu)(const float* x, int n, float* y);
 
-  // Where x[0..n) (numbered from `first`, n a multiple of 16) holds more than *value, the largest of it: the first one
-  // among equals.
-  void (*argmax)(const float* x, int n, std::int32_t first, float* value, std::int32_t* index);
   // The k best of x[0..n), best first (the first one among equals), and log(sum(exp(x))).
   void (*top_k)(const float* x, int n, int k, float* values, std::int32_t* ids, float* log_sum_exp);
 };

@@ -344,17 +344,6 @@ void silu(const float* x, int n, float* y) {
   for (int i = 0; i < n; i += kLanes) store_upto(y + i, silu_of(load_upto(x + i, n - i, 0.0f)), n - i);
 }
 
-void argmax(const float* x, int n, std::int32_t first, float* value, std::int32_t* index) {
-  F most = load(x);
-  for (int i = kLanes; i < n; i += kLanes) most = max_of(most, load(x + i));
-  if (!less(set1(*value), most)) return;
-  for (int i = 0; i < n; i++)
-    if (x[i] > *value) {
-      *value = x[i];
-      *index = first + i;
-    }
-}
-
 void top_k(const float* x, int n, int k, float* values, std::int32_t* ids, float* log_sum_exp) {
   int found = 0;
   auto offer = [&](float v, int i) {
@@ -401,7 +390,13 @@ inline void scores_of(const AttentionTask& t, int first_block, int last_block) {
     const T* keys = reinterpret_cast<const T*>(t.cache + block * t.block_stride);
     F acc[Q];
     for (int q = 0; q < Q; q++) acc[q] = zero();
+    // The next keys, and the values of these positions, which are wanted soon: short stretches far apart in memory.
+    const std::ptrdiff_t next = block + 1 < last_block ? std::ptrdiff_t(t.block_stride) : 0;
+    const std::ptrdiff_t values = std::ptrdiff_t(kLanes) * t.dim * std::ptrdiff_t(sizeof(T));
     for (int d = 0; d < t.dim; d++) {
+      const std::byte* at = reinterpret_cast<const std::byte*>(keys + std::size_t(d) * kLanes);
+      fetch(at, next);
+      fetch(at, values);
       F k = load_cached(keys + std::size_t(d) * kLanes);
       for (int q = 0; q < Q; q++) acc[q] = fma(k, set1(t.query[q].query[d]), acc[q]);
     }
@@ -508,6 +503,5 @@ constexpr Kernels table(const char* name) {
                  rms_norm,
                  gated,
                  silu,
-                 argmax,
                  top_k};
 }

@@ -212,13 +212,12 @@ Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const
   const std::size_t scratch = plain + widest;
   Buffer room(scratch * sizeof(float) * pool.threads());
   std::atomic<bool> finite{true};
-  Share share;
-  share.shape(pool.threads());
+  Phase phase;
+  phase.shape(pool.threads());
   pool.run([&](int thread) {
     float* w = room.as<float>() + scratch * thread;
     float* line = w + plain;
-    int count;
-    for (int first; (first = share.take(thread, linear.blocks, 1, 8, &count)) >= 0;) {
+    phase.run(thread, linear.blocks, 1, 8, [&](int first, int count) {
       for (int block = first; block < first + count; block++) {
         std::fill(w, w + plain, 0.0f);
         for (int o = 0; o < kLanes; o++) {
@@ -239,7 +238,7 @@ Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const
           default: pack_int4(w, linear.inputs, out);
         }
       }
-    }
+    });
   });
   if (!finite) throw std::invalid_argument(name + " has a weight that is not a finite number");
   return linear;

@@ -72,15 +72,15 @@ struct ActivationBuffer {
   void set(const Kernels& kernels, int token, const float* x, int n);
 };
 
-// Multiplies `count` tokens by the blocks that this thread gets of `share`, and hands each row of what came out (bias
-// added) to epilogue(token, first output, number of outputs, y). `unit`: blocks that must stay together. `panel`: room
-// for count * kMaxPanel * kLanes floats of this thread. `next`: the weights that this thread will read afterwards.
+// Multiplies `count` tokens by all blocks and hands each row of what came out (bias added) to epilogue(token, first
+// output, number of outputs, y), together with the other threads of the phase. `unit`: blocks that must stay together.
+// `panel`: room for count * kMaxPanel * kLanes floats of this thread. `next`: the weights that this thread will read
+// afterwards.
 template <typename Epilogue>
 void multiply(const Kernels& kernels, const Linear& linear, const Activations& x, int count, int unit, int thread,
-              Share& share, float* panel, const std::byte* next, Epilogue epilogue) {
-  int blocks;
-  const int end = share.first(thread + 1, linear.blocks, unit);
-  for (int first; (first = share.take(thread, linear.blocks, unit, kMaxPanel / unit, &blocks)) >= 0;) {
+              Phase& phase, float* panel, const std::byte* next, Epilogue epilogue) {
+  const int end = phase.first(thread + 1, linear.blocks, unit);
+  phase.run(thread, linear.blocks, unit, kMaxPanel / unit, [&](int first, int blocks) {
     const std::size_t width = std::size_t(blocks) * kLanes;
     const std::byte* weights = linear.block(first);
     const std::byte* then = first + blocks < end ? linear.block(first + blocks) : next ? next : weights;
@@ -92,7 +92,7 @@ void multiply(const Kernels& kernels, const Linear& linear, const Activations& x
         for (std::size_t i = 0; i < width; i++) y[i] += linear.bias[first * kLanes + i];
       epilogue(t, first * kLanes, int(width), y);
     }
-  }
+  });
 }
 
 }  // namespace medusa

@@ -5,30 +5,8 @@
 namespace medusa {
 namespace {
 
-// A short busy wait: what is awaited within a step comes after microseconds.
-constexpr int kSpins = 2000;
-// Between steps the caller is away for a millisecond or so; waking a sleeping thread would cost a tenth of that.
+// Between passes the caller is away for a millisecond or so; waking a sleeping thread would cost a tenth of that.
 constexpr auto kLinger = std::chrono::milliseconds(2);
-
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Waits while `changed()` is false: busily at first, then leaving the core to whoever wants it, as another process may.
-template <typename Changed>
-void await(Changed changed) {
-  for (;;) {
-    for (int i = 0; i < kSpins; i++) {
-      if (changed()) return;
-      pause();
-    }
-    std::this_thread::yield();
-  }
-}
 
 }  // namespace
 
@@ -54,10 +32,10 @@ void Pool::start(Job job, void* context) {
     wake_.notify_all();
   }
   job(context, 0);
-  barrier();
+  finish();
 }
 
-void Pool::barrier() {
+void Pool::finish() {
   if (workers_.empty()) return;
   const unsigned meeting = meeting_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads() - 1) {
@@ -71,13 +49,10 @@ void Pool::barrier() {
 void Pool::work(int thread) {
   unsigned seen = 0;
   for (;;) {
-    const auto called = [&] { return round_.load() != seen || stop_.load(); };
     const auto tired = std::chrono::steady_clock::now() + kLinger;
-    for (int i = 0; !called(); i++) {
-      pause();
-      if (i % kSpins != kSpins - 1) continue;
-      std::this_thread::yield();
-      if (std::chrono::steady_clock::now() < tired) continue;
+    const auto called = [&] { return round_.load() != seen || stop_.load(); };
+    await([&] { return called() || std::chrono::steady_clock::now() > tired; });
+    if (!called()) {
       std::unique_lock lock(mutex_);
       asleep_.fetch_add(1);
       wake_.wait(lock, called);
@@ -86,7 +61,7 @@ void Pool::work(int thread) {
     if (stop_) return;
     seen++;
     job_(context_, thread);
-    barrier();
+    finish();
   }
 }
 

@@ -1,14 +1,33 @@
-// The engine's threads: started once, they run one function at a time together, and meet at barriers within it.
+// The engine's threads: started once, they run one function at a time together. Within it, work is divided by phases:
+// a phase is over when its work is done, whoever did it, so nobody waits for a thread that the system has put aside.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace medusa {
+
+// Waits while `done()` is false: busily at first, as what is awaited within a pass comes after microseconds; then it
+// leaves the core to whoever wants it.
+template <typename Done>
+void await(Done done) {
+  for (;;) {
+    for (int i = 0; i < 2000; i++) {
+      if (done()) return;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
+#endif
+    }
+    std::this_thread::yield();
+  }
+}
 
 class Pool {
  public:
@@ -27,60 +46,73 @@ class Pool {
           const_cast<void*>(static_cast<const void*>(&function)));
   }
 
-  // Waits until every thread is here. Only within `run`.
-  void barrier();
-
  private:
   using Job = void (*)(void*, int);
 
   void start(Job job, void* context);
   void work(int thread);
+  void finish();  // waits until every thread is here
 
   std::vector<std::thread> workers_;
   Job job_ = nullptr;
   void* context_ = nullptr;
   std::atomic<unsigned> round_{0};  // of `run`
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<unsigned> meeting_{0};  // of `barrier`
+  alignas(64) std::atomic<unsigned> meeting_{0};  // of `finish`
   std::atomic<bool> stop_{false};
   std::atomic<int> asleep_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
 
-// Deals `total` items out to the threads: each has a range of its own, in order, and helps the others when it is done.
-class Share {
+// A piece of work of `total` items. Each thread has a range of its own, goes through it in order, and helps the others
+// when it is done.
+class Phase {
  public:
   void shape(int threads) { lanes_ = std::vector<Lane>(threads); }
   void reset() {
     for (Lane& lane : lanes_) lane.taken.store(0, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
   }
 
-  // The first of up to `most` units of `unit` items for this thread to do next; their number of items is in *count.
-  // -1 when nothing is left.
-  int take(int thread, int total, int unit, int most, int* count) {
-    const int threads = int(lanes_.size()), units = total / unit;
-    for (int i = 0; i < threads; i++) {
-      const int owner = (thread + i) % threads;
-      const int begin = units * owner / threads, size = units * (owner + 1) / threads - begin;
-      const int wanted = i == 0 ? most : 1;
-      if (lanes_[owner].taken.load(std::memory_order_relaxed) >= size) continue;
-      const int at = lanes_[owner].taken.fetch_add(wanted, std::memory_order_relaxed);
-      if (at >= size) continue;
-      *count = std::min(wanted, size - at) * unit;
-      return (begin + at) * unit;
+  // Calls work(first, count) for some of the items, up to `most` units of `unit` items at a time, and returns when all
+  // items are done. Each thread of a run calls it with the same numbers; `total` is a multiple of `unit`.
+  template <typename Work>
+  void run(int thread, int total, int unit, int most, Work work) {
+    int count;
+    for (int first; (first = take(thread, total / unit, unit, most, &count)) >= 0;) {
+      work(first, count);
+      done_.fetch_add(count, std::memory_order_acq_rel);
     }
-    return -1;
+    await([&] { return done_.load(std::memory_order_acquire) >= total; });
   }
 
   // Where the range of this thread begins.
-  int first(int thread, int total, int unit) const { return total / unit * thread / int(lanes_.size()) * unit; }
+  int first(int thread, int total, int unit) const { return begin(thread, total / unit) * unit; }
 
  private:
   struct alignas(64) Lane {
     std::atomic<int> taken{0};
   };
+
+  int begin(int thread, int units) const { return int(std::int64_t(units) * thread / int(lanes_.size())); }
+
+  int take(int thread, int units, int unit, int most, int* count) {
+    const int threads = int(lanes_.size());
+    for (int i = 0; i < threads; i++) {
+      const int owner = (thread + i) % threads, size = begin(owner + 1, units) - begin(owner, units);
+      const int wanted = i == 0 ? most : 1;
+      if (lanes_[owner].taken.load(std::memory_order_relaxed) >= size) continue;
+      const int at = lanes_[owner].taken.fetch_add(wanted, std::memory_order_relaxed);
+      if (at >= size) continue;
+      *count = std::min(wanted, size - at) * unit;
+      return (begin(owner, units) + at) * unit;
+    }
+    return -1;
+  }
+
   std::vector<Lane> lanes_;
+  alignas(64) std::atomic<int> done_{0};
 };
 
 }  // namespace medusa

@@ -4,7 +4,7 @@
 // that belong together (verify, look at the rows, keep a path; the levels of one draft of some heads). A hundred
 // sequences make a case: an engine of a random shape, a twin of it with the same weights and another number of threads,
 // and heads of each kind. Cases take turns with precisions and instruction sets. Checked are
-//   - that calls throw std::invalid_argument exactly where `Shadow` says so, and change nothing then;
+//   - that calls throw std::invalid_argument exactly where `Shadow` says so, and that nothing is changed then;
 //   - that lengths are those of the shadow, numbers are finite and `best` is the first argmax;
 //   - that the bits of a token's logits and features depend on its text alone: as a node of any tree, in a batch, alone
 //     as a chain, plainly in other chunks, in another slot, with another number of threads;
@@ -38,8 +38,8 @@
 #include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 
-// Linked in place of the system's (see CMakeLists.txt): AddressSanitizer guards the ends of what comes from the heap, and
-// what is read before it was written is not a number.
+// Linked in place of the system's (see CMakeLists.txt): AddressSanitizer guards the ends of what comes from the heap,
+// and what is read before it was written is not a number.
 extern "C" void* __wrap_mmap(void*, std::size_t bytes, int, int, int, off_t) {
   void* p = nullptr;
   if (posix_memalign(&p, 4096, bytes) != 0) return MAP_FAILED;
@@ -79,9 +79,10 @@ struct {
 
 void say_where() {
   std::fflush(stdout);
-  std::fprintf(stderr, "medusa_fuzz: %s\n  seed %llu, case %d, sequence %d, call %s\n  replay: medusa_fuzz %d %llu:%d %s\n",
-               where.engine.c_str(), where.seed, where.number, where.sequence, where.call, kCaseSequences, where.seed,
-               where.number, where.isa);
+  std::fprintf(stderr, "medusa_fuzz: %s\n", where.engine.c_str());
+  std::fprintf(stderr, "  seed %llu, case %d, sequence %d, call %s\n", where.seed, where.number, where.sequence,
+               where.call);
+  std::fprintf(stderr, "  replay: medusa_fuzz %d %llu:%d %s\n", kCaseSequences, where.seed, where.number, where.isa);
 }
 
 [[noreturn]] void fail(const std::string& message) {
@@ -305,10 +306,8 @@ std::string row_of(const Engine& engine, int row) {
   return bytes;
 }
 
-// Everything that the engine has to show.
-std::string state_of(const Engine& engine) {
+std::string results_of(const Engine& engine) {
   std::string bytes = std::to_string(engine.rows()) + " " + std::to_string(engine.nodes());
-  for (int i = 0; i < engine.config().slots; i++) bytes += " " + std::to_string(engine.length(i));
   for (int i = 0; i < engine.rows(); i++) bytes += row_of(engine, i);
   return bytes;
 }
@@ -357,7 +356,8 @@ struct Shadow {
   }
 
   bool can_verify(const Draft& d) const {
-    if (d.slots.empty() || d.slots.size() != d.sizes.size() || !all_different(d.slots) || !known(d.tokens)) return false;
+    if (d.slots.empty() || d.slots.size() != d.sizes.size()) return false;
+    if (!all_different(d.slots) || !known(d.tokens)) return false;
     std::size_t first = 0;
     for (std::size_t b = 0; b < d.slots.size(); b++) {
       const int slot = d.slots[b], size = d.sizes[b];
@@ -489,13 +489,11 @@ class Case {
 
   // A call that leaves the results of the last extend or verify alone: a refused one, or one that computes nothing.
   template <typename Call>
-  void quietly(const char* name, bool valid, bool lengths_too, Call call) {
-    const std::string before = state_of(engine_);
-    const int rows = engine_.rows();
+  void quietly(const char* name, bool valid, Call call) {
+    const std::string before = results_of(engine_);
     if (valid) accept(name, call);
     else refuse(name, call);
-    if (lengths_too) check(state_of(engine_) == before, "a refused call changed something");
-    else check(engine_.rows() == rows, "the results are gone");
+    check(results_of(engine_) == before, "the results of the last call are gone");
   }
 
   // --- extend, verify, keep, release
@@ -510,7 +508,7 @@ class Case {
     if (random_.chance(3) && count > 0) tokens[random_.between(0, count - 1)] = bad_token();
     const bool last = random_.chance(60);
     const auto call = [&] { engine_.extend(slot, tokens, last); };
-    if (!shadow_.can_extend(slot, tokens)) return quietly("extend", false, true, call);
+    if (!shadow_.can_extend(slot, tokens)) return quietly("extend", false, call);
     accept("extend", call);
     Text& text = shadow_.slots[slot];
     text.tokens.insert(text.tokens.end(), tokens.begin(), tokens.end());
@@ -526,11 +524,12 @@ class Case {
     Draft d = some_draft();
     if (random_.chance(20)) spoil(d);
     const auto call = [&] { engine_.verify(d.slots, d.sizes, d.tokens, d.parents); };
-    if (!shadow_.can_verify(d)) return quietly("verify", false, true, call);
+    if (!shadow_.can_verify(d)) return quietly("verify", false, call);
     accept("verify", call);
     shadow_.verify(d);
     const int widest = *std::max_element(d.sizes.begin(), d.sizes.end());
-    check(engine_.nodes() == widest && engine_.rows() == widest * int(d.slots.size()), "verify makes a wrong number of rows");
+    check(engine_.nodes() == widest, "verify makes a wrong number of nodes");
+    check(engine_.rows() == widest * int(d.slots.size()), "verify makes a wrong number of rows");
     std::vector<std::vector<std::string>> rows(d.slots.size());
     for (std::size_t b = 0; b < d.slots.size(); b++)
       for (int i = 0; i < d.sizes[b]; i++) {
@@ -583,7 +582,7 @@ class Case {
       case 0: d.slots[b] = bad_slot(); break;
       case 1: d.slots[b] = random_.chance(50) ? spare_ : some_slot(); break;  // an empty one, or one named twice
       case 2: d.slots.push_back(d.slots[b]); break;
-      case 3: d.sizes[b] = random_.pick({0, -1, d.sizes[b] + 1, d.sizes[b] - 1, kMaxNodes + 1, INT_MAX, INT_MIN}); break;
+      case 3: d.sizes[b] = random_.pick({0, -1, d.sizes[b] + 1, d.sizes[b] - 1, kMaxNodes + 1, INT_MAX}); break;
       case 4: d.sizes.pop_back(); break;
       case 5: random_.chance(50) ? d.tokens.pop_back() : d.tokens.push_back(some_token()); break;
       case 6: random_.chance(50) ? d.parents.pop_back() : d.parents.push_back(0); break;
@@ -628,7 +627,7 @@ class Case {
 
   void keep(const std::vector<int>& which, const Paths& paths) {
     const bool valid = shadow_.can_keep(which, paths);
-    quietly("keep", valid, !valid, [&] { engine_.keep(which, paths); });
+    quietly("keep", valid, [&] { engine_.keep(which, paths); });
     if (valid) shadow_.keep(which, paths);
   }
 
@@ -651,16 +650,19 @@ class Case {
         case 2: which.pop_back(); break;
         case 3: path.push_back(node); break;
         case 4: path.insert(path.begin(), node); break;
-        default: path.empty() ? path.push_back(node) : void(path[random_.between(0, int(path.size()) - 1)] = node); break;
+        default:
+          if (path.empty()) path.push_back(node);
+          path[random_.between(0, int(path.size()) - 1)] = node;
+          break;
       }
     }
     keep(which, paths);
   }
 
   void release() {
-    if (random_.chance(15)) return quietly("release", false, true, [&] { engine_.release(bad_slot()); });
+    if (random_.chance(15)) return quietly("release", false, [&] { engine_.release(bad_slot()); });
     const int slot = some_slot();
-    quietly("release", true, false, [&] { engine_.release(slot); });
+    quietly("release", true, [&] { engine_.release(slot); });
     shadow_.slots[slot] = {};
   }
 
@@ -683,7 +685,8 @@ class Case {
     const int most = random_.pick({1, 3, 7, 16, 64});
     for (auto at = tokens.begin(); at != tokens.end();) {
       const auto end = at + std::min<std::ptrdiff_t>(random_.between(1, most), tokens.end() - at);
-      accept("extend for comparison", [&] { road.engine.extend(road.slot, Ids(at, end), last && end == tokens.end()); });
+      const bool makes_row = last && end == tokens.end();
+      accept("extend for comparison", [&] { road.engine.extend(road.slot, Ids(at, end), makes_row); });
       at = end;
     }
   }
@@ -780,18 +783,21 @@ class Case {
     LayerWeights w = model_.layers[index];
     switch (random_.between(0, 3)) {
       case 0: return accept("load_layer again", [&] { engine_.load_layer(index, w); });
-      case 1: return refuse("load_layer", [&] { engine_.load_layer(random_.pick({-1, int(model_.layers.size())}), w); });
+      case 1: {
+        const int bad = random_.pick({-1, int(model_.layers.size()), INT_MAX});
+        return quietly("load_layer", false, [&] { engine_.load_layer(bad, w); });
+      }
       case 2: {
         Source* const parts[] = {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.input_norm, &w.post_norm};
         Source& part = *parts[random_.between(0, 8)];
         part = bad_source(part, store);
-        return quietly("load_layer", false, true, [&] { engine_.load_layer(index, w); });
+        return quietly("load_layer", false, [&] { engine_.load_layer(index, w); });
       }
       default: {
         Source ends[] = {model_.embedding, model_.final_norm, model_.lm_head};
         Source& end = ends[random_.between(0, 2)];
         end = bad_source(end, store);
-        return quietly("load_ends", false, true, [&] { engine_.load_ends(ends[0], ends[1], ends[2]); });
+        return quietly("load_ends", false, [&] { engine_.load_ends(ends[0], ends[1], ends[2]); });
       }
     }
   }
@@ -807,7 +813,8 @@ class Case {
     const Format format = random_.pick({Format::float32, Format::bfloat16, Format::int8, Format::int4});
     refuse("heads", [&] { Heads(engine_, {kind, random_.pick({0, -1, 65}), d.features, format}); });
     refuse("heads", [&] { Heads(engine_, {kind, d.levels, random_.pick({0, -1, 65}), format}); });
-    accept("heads", [&] { d.heads = std::make_unique<Heads>(engine_, HeadsConfig{kind, d.levels, d.features, format}); });
+    const HeadsConfig config{kind, d.levels, d.features, format};
+    accept("heads", [&] { d.heads = std::make_unique<Heads>(engine_, config); });
     std::vector<float> floats(std::size_t(config_.hidden_size) * 8);
     const std::int32_t zero = 0;
     std::int32_t id;
@@ -824,7 +831,8 @@ class Case {
       refuse("load_projection", [&] { d.heads->load_projection(store.weight(random_, size, size * d.features + 1)); });
       accept("load_projection", [&] { d.heads->load_projection(store.weight(random_, size, size * d.features)); });
     }
-    for (int level = 1; level <= last; level++) accept("load_level", [&] { d.heads->load_level(level, some_blocks(d, level)); });
+    for (int level = 1; level <= last; level++)
+      accept("load_level", [&] { d.heads->load_level(level, some_blocks(d, level)); });
     for (int level : {0, last + 1}) refuse("load_level", [&] { d.heads->load_level(level, some_blocks(d, 1)); });
     refuse("load_level", [&] { d.heads->load_level(1, {}); });
     refuse("load_level", [&] { d.heads->load_level(1, {{}}); });
@@ -850,13 +858,11 @@ class Case {
 
   std::vector<BlockWeights> some_blocks(const Drafter& d, int level) {
     const int size = config_.hidden_size;
-    std::vector<BlockWeights> blocks(random_.between(1, 2));
+    const bool recurrent = d.kind == HeadsKind::recurrent;  // has one layer
+    std::vector<BlockWeights> blocks(recurrent ? 1 : random_.between(1, 2));
     for (std::size_t i = 0; i < blocks.size(); i++) {
-      int inputs = size;
-      if (d.kind == HeadsKind::recurrent) inputs = 3 * size;
-      else if (d.kind == HeadsKind::sequential && i == 0) inputs = size * (1 + level);
-      // The input of a recurrent block is one for all its layers, so there is only one.
-      if (d.kind == HeadsKind::recurrent) blocks.resize(1);
+      int inputs = recurrent ? 3 * size : size;
+      if (d.kind == HeadsKind::sequential && i == 0) inputs = size * (1 + level);
       BlockWeights& w = blocks[i];
       if (random_.chance(50)) {
         const int inner = random_.between(20, 70);
@@ -894,10 +900,8 @@ class Case {
   // One draft: a base for each text, then level after level.
   void draft() {
     const Drafter& d = drafters_[random_.between(0, int(drafters_.size()) - 1)];
-    const int size = config_.hidden_size;
-    Question q{1, 1, random_.between(1, 4), 1, 1, begin(d), {}, {}, {}};
-    q.batch = int(q.base.size()) / size;
-    q.nodes = q.base;
+    const std::vector<float> base = begin(d);
+    Question q{1, 1, int(base.size()) / config_.hidden_size, 1, 1, base, base, {}, {}};
     for (; q.level <= d.levels; q.level++) {
       q.width = random_.between(1, 4);
       q.count = random_.chance(20) ? int(d.ids.size()) : random_.between(1, std::min(8, int(d.ids.size())));
@@ -918,6 +922,7 @@ class Case {
     const int size = config_.hidden_size, wide = d.heads->feature_size(), batch = random_.between(1, 4);
     std::vector<float> features(std::size_t(batch) * wide), base(std::size_t(batch) * size), alone(size);
     for (float& v : features) v = random_.real(-2, 2);
+    // Only the first row is sure to belong to a node.
     if (engine_.feature_size() == wide && engine_.rows() > 0) std::copy_n(engine_.features(), wide, features.data());
     accept("begin", [&] { d.heads->begin(features.data(), batch, base.data()); });
     const int b = random_.between(0, batch - 1);
@@ -937,9 +942,10 @@ class Case {
       default: q.tokens[node] = bad_token(); break;
     }
     const int level = q.level;
-    quietly("level", false, true, [&] {
-      std::vector<float> floats(std::size_t(q.batch) * q.width * (d.ids.size() + 1 + std::size_t(config_.hidden_size) * 64));
-      Ids ids(floats.size());
+    const std::size_t room = std::size_t(q.batch) * q.width * (d.ids.size() + 1 + config_.hidden_size * 8);
+    quietly("level", false, [&] {
+      std::vector<float> floats(room);
+      Ids ids(room);
       d.heads->level(level, q.base.data(), q.nodes.data(), q.above, q.parents.data(), q.tokens.data(), q.batch, q.width,
                      q.count, floats.data(), ids.data(), floats.data());
     });
@@ -953,7 +959,8 @@ class Case {
         const float log_p = g.log_p[first + i];
         check(std::isfinite(log_p) && log_p < 1e-3f, "a guess is no probability");
         check(i == 0 || log_p <= g.log_p[first + i - 1], "the guesses are not in order");
-        check(d.ids.count(g.ids[first + i]) && seen.insert(g.ids[first + i]).second, "a guess is not in the vocabulary, or there twice");
+        check(d.ids.count(g.ids[first + i]) == 1, "a guess is not in the draft vocabulary");
+        check(seen.insert(g.ids[first + i]).second, "a guess is there twice");
         sum += std::exp(double(log_p));
       }
       check(sum < 1.001 && (q.count < int(d.ids.size()) || sum > 0.999), "the guesses do not sum to one");
@@ -989,12 +996,13 @@ class Case {
 
 void run(int sequences, unsigned long long seed, int first_case, const std::string& isa) {
   const std::vector<std::string> isas = isa.empty() ? usable_isas() : std::vector<std::string>{isa};
-  // Threads of the engine and of its twin. Most are alone: where there are fewer cores, each barrier costs a time slice.
+  // Threads of the engine and of its twin. Most are alone: with fewer cores than threads, barriers cost time slices.
   constexpr int threads[][2] = {{1, 1}, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {1, 1}, {1, 3}, {2, 1}, {3, 2}};
   while (counts.sequences < sequences) {
     const int number = first_case + int(counts.sequences / kCaseSequences);
     where.number = number;
     where.sequence = 0;
+    where.engine = "an engine in the making";
     alarm(kPatienceSeconds);
     Random random(seed * 0x10001 + std::uint64_t(number) * 0x9e3779b9);
     const auto& [own, others] = threads[random.between(0, 9)];
@@ -1005,6 +1013,10 @@ void run(int sequences, unsigned long long seed, int first_case, const std::stri
 }
 
 }  // namespace
+
+#ifdef MEDUSA_HEAP_BUFFERS
+extern "C" void __ubsan_on_report() { say_where(); }  // UndefinedBehaviorSanitizer calls it, having no death callback
+#endif
 
 int main(int argc, char** argv) {
   const int sequences = argc > 1 ? std::atoi(argv[1]) : 10000;

@@ -103,14 +103,14 @@ void Engine::load_layer(int index, const LayerWeights& w) {
         qkv_bias.push_back(i < head && !values.empty() ? values[h * head + i] : 0.0f);
       }
   }
-  layer.qkv = pack(pool_, c.format, rows, {}, name + "q, k or v");
+  layer.qkv = pack(pool_, arena_, c.format, rows, {}, name + "q, k or v");
   if (biased) layer.qkv.bias = std::move(qkv_bias);
 
   std::vector<int> columns;
   for (int h = 0; h < c.heads; h++)
     for (int i = 0; i < dim_; i++) columns.push_back(i < head ? h * head + i : -1);
   const auto plain = [&](const Source& source, const Source& bias, const std::vector<int>& inputs, const char* what) {
-    Linear linear = pack(pool_, c.format, rows_of(source), inputs, name + what);
+    Linear linear = pack(pool_, arena_, c.format, rows_of(source), inputs, name + what);
     linear.bias = bias_of(bias, source.rows, what);
     if (!linear.bias.empty()) linear.bias.resize(linear.outputs());
     return linear;
@@ -118,7 +118,7 @@ void Engine::load_layer(int index, const LayerWeights& w) {
   layer.o = plain(w.o, w.o_bias, columns, "o");
   layer.down = plain(w.down, w.down_bias, {}, "down");
 
-  layer.gate_up = pack(pool_, c.format, interleaved(w.gate, w.up), {}, name + "gate or up");
+  layer.gate_up = pack(pool_, arena_, c.format, interleaved(w.gate, w.up), {}, name + "gate or up");
   const std::vector<float> gate_bias = bias_of(w.gate_bias, c.intermediate_size, "gate bias");
   const std::vector<float> up_bias = bias_of(w.up_bias, c.intermediate_size, "up bias");
   if (!gate_bias.empty() || !up_bias.empty()) {
@@ -143,7 +143,7 @@ void Engine::load_ends(const Source& embedding, const Source& final_norm, const 
   check_shape(embedding, config_.vocab_size, config_.hidden_size, "the embeddings");
   check_shape(lm_head, config_.vocab_size, config_.hidden_size, "the LM head");
   final_norm_ = vector_of(final_norm, config_.hidden_size, "the final norm");
-  lm_head_ = pack(pool_, lm_format_, rows_of(lm_head), {}, "the LM head");
+  lm_head_ = pack(pool_, arena_, lm_format_, rows_of(lm_head), {}, "the LM head");
   // Tied embeddings have just been looked through.
   if (embedding.data != lm_head.data) {
     std::vector<float> row(config_.hidden_size);
@@ -157,9 +157,9 @@ void Engine::load_ends(const Source& embedding, const Source& final_norm, const 
 }
 
 std::size_t Engine::weight_bytes() const {
-  std::size_t bytes = lm_head_.weights.size();
+  std::size_t bytes = lm_head_.bytes();
   for (const Layer& layer : layers_)
-    bytes += layer.qkv.weights.size() + layer.o.weights.size() + layer.gate_up.weights.size() + layer.down.weights.size();
+    bytes += layer.qkv.bytes() + layer.o.bytes() + layer.gate_up.bytes() + layer.down.bytes();
   return bytes;
 }
 

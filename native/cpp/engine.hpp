@@ -145,6 +145,7 @@ class Engine {
   std::size_t head_bytes_ = 0;
   std::size_t block_bytes_ = 0;
   Format lm_format_ = Format::float32;
+  Arena arena_;  // of the packed weights
   std::vector<Layer> layers_;
   std::vector<Slot> slots_;
   Source embedding_, lm_source_;

@@ -27,7 +27,7 @@ Heads::Heads(Engine& engine, const HeadsConfig& config) : engine_(engine), confi
 void Heads::load_projection(const Source& weight) {
   std::lock_guard lock(engine_.mutex());
   check_shape(weight, hidden_size(), hidden_size() * config_.features, "the projection");
-  projection_ = pack(engine_.pool(), config_.format, rows_of(weight), {}, "heads: the projection");
+  projection_ = pack(engine_.pool(), arena_, config_.format, rows_of(weight), {}, "heads: the projection");
   projects_ = true;
 }
 
@@ -46,11 +46,11 @@ void Heads::load_level(int level, const std::vector<BlockWeights>& layers) {
       check_shape(w.gate, w.gate.rows, inputs, "gate");
       check_shape(w.up, w.gate.rows, inputs, "up");
       check_shape(w.down, hidden_size(), w.gate.rows, "down");
-      block.first = pack(engine_.pool(), config_.format, interleaved(w.gate, w.up), {}, "heads: gate or up");
-      block.down = pack(engine_.pool(), config_.format, rows_of(w.down), {}, "heads: down");
+      block.first = pack(engine_.pool(), arena_, config_.format, interleaved(w.gate, w.up), {}, "heads: gate or up");
+      block.down = pack(engine_.pool(), arena_, config_.format, rows_of(w.down), {}, "heads: down");
     } else {
       check_shape(w.linear, hidden_size(), inputs, "linear");
-      block.first = pack(engine_.pool(), config_.format, rows_of(w.linear), {}, "heads: linear");
+      block.first = pack(engine_.pool(), arena_, config_.format, rows_of(w.linear), {}, "heads: linear");
       if (w.bias.data) {
         check_shape(w.bias, 1, hidden_size(), "bias");
         block.first.bias = read(w.bias, "heads: bias");
@@ -75,7 +75,7 @@ void Heads::load_tied(const std::vector<std::int32_t>& ids) {
   }
   std::lock_guard lock(engine_.mutex());
   lm_heads_.clear();
-  lm_heads_.push_back(pack(engine_.pool(), config_.format, rows, {}, "heads: the LM head"));
+  lm_heads_.push_back(pack(engine_.pool(), arena_, config_.format, rows, {}, "heads: the LM head"));
   rows_ = int(chosen.size());
   ids_ = std::move(chosen);
 }
@@ -86,7 +86,7 @@ void Heads::load_own(const std::vector<Source>& matrices, const std::vector<std:
   std::vector<Linear> packed;
   for (const Source& matrix : matrices) {
     check_shape(matrix, matrices[0].rows, hidden_size(), "an LM head");
-    packed.push_back(pack(engine_.pool(), config_.format, rows_of(matrix), {}, "heads: an LM head"));
+    packed.push_back(pack(engine_.pool(), arena_, config_.format, rows_of(matrix), {}, "heads: an LM head"));
   }
   require(ids.empty() || int(ids.size()) == matrices[0].rows, "the draft vocabulary and the LM heads differ in size");
   lm_heads_ = std::move(packed);

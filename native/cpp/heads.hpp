@@ -68,6 +68,7 @@ class Heads {
 
   Engine& engine_;
   HeadsConfig config_;
+  Arena arena_;  // of the packed weights
   Linear projection_;
   bool projects_ = false;
   std::vector<std::vector<Block>> levels_;

@@ -193,7 +193,7 @@ std::vector<OutputRow> interleaved(const Source& gate, const Source& up) {
   return rows;
 }
 
-Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
+Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
             const std::string& name) {
   int width = int(columns.size());
   for (const OutputRow& row : rows)
@@ -203,7 +203,7 @@ Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const
   linear.inputs = padded_inputs(format, width);
   linear.blocks = int(rows.size()) / kLanes;
   linear.block_bytes = bytes_of_block(format, linear.inputs);
-  linear.weights = Buffer(linear.block_bytes * linear.blocks);
+  linear.weights = arena.take(linear.bytes());
 
   int widest = width;
   for (const OutputRow& row : rows)
@@ -230,7 +230,7 @@ Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const
         float sum = 0;  // times zero: 0, or not a number where a weight is not finite
         for (std::size_t i = 0; i < plain; i++) sum += w[i] * 0.0f;
         if (sum != 0.0f) finite = false;
-        std::byte* out = linear.weights.data() + block * linear.block_bytes;
+        std::byte* out = linear.weights + block * linear.block_bytes;
         switch (format) {
           case Format::float32: pack_float32(w, linear.inputs, out); break;
           case Format::bfloat16: pack_bfloat16(w, linear.inputs, out); break;

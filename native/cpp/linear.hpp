@@ -33,11 +33,12 @@ struct Linear {
   int inputs = 0;  // padded
   int blocks = 0;  // of 16 outputs
   std::size_t block_bytes = 0;
-  Buffer weights;
+  std::byte* weights = nullptr;  // in an arena that outlives the layer
   std::vector<float> bias;  // [16 * blocks] or empty
 
   int outputs() const { return blocks * kLanes; }
-  const std::byte* block(int index) const { return weights.data() + index * block_bytes; }
+  std::size_t bytes() const { return block_bytes * blocks; }
+  const std::byte* block(int index) const { return weights + index * block_bytes; }
 };
 
 // One output of a linear layer: a row of a source, or zeros.
@@ -46,10 +47,10 @@ struct OutputRow {
   int row = 0;
 };
 
-// Packs `rows` (a multiple of 16). Input i comes from column `columns[i]`, or is zero where that is -1; no columns
+// Packs `rows` (a multiple of 16) into `arena`. Input i comes from column `columns[i]`, or is zero where that is -1; no columns
 // means all, in order. Throws std::invalid_argument naming `name` where a weight is not a finite number, and
 // std::bad_alloc.
-Linear pack(Pool& pool, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
+Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow>& rows, const std::vector<int>& columns,
             const std::string& name);
 
 // The rows of one source, padded to a multiple of 16.

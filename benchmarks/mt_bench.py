@@ -2,9 +2,10 @@
 
     python benchmarks/mt_bench.py question.jsonl --limit 80 --out report.jsonl
 
-The methods take turns on each prompt, so that drift of the machine hits all alike. Every method runs on the same
-loaded weights; each prompt's result is appended to `--out`, and a run that was cut short goes on where it stopped. The
-last line printed is one line of JSON. Tokens per second leave the prefill out for all methods.
+The methods take turns on each prompt, so that drift of the machine hits all alike. Every method runs on the same loaded
+weights, but for transformers' generate beside the native engine; each prompt's result is appended to `--out`, and a run
+that was cut short goes on where it stopped. The last line printed is one line of JSON. Tokens per second leave the
+prefill out for all methods.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class FirstTokenTimer:
 def run_transformers(model: medusa.LanguageModel, prompt: str, max_new_tokens: int) -> dict[str, Any]:
     ids = model.encode(prompt)
     timer = FirstTokenTimer()
-    network = model.backend.model  # type: ignore[attr-defined]
+    network = model.backend.model  # type: ignore[attr-defined]  # of a transformers backend
     out = network.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long),
@@ -54,8 +55,8 @@ def run_transformers(model: medusa.LanguageModel, prompt: str, max_new_tokens: i
     return {"tokens": tokens, "steps": len(tokens) - 1, "seconds": seconds}
 
 
-def run_medusa(model: medusa.LanguageModel, prompt: str, max_new_tokens: int) -> dict[str, Any]:
-    done = model.generate(prompt, max_new_tokens=max_new_tokens)
+def run_medusa(model: medusa.LanguageModel, prompt: str, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    done = model.generate(prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
     return {"tokens": list(done.token_ids), "steps": done.stats.steps, "seconds": done.stats.decode_seconds}
 
 
@@ -68,7 +69,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--heads", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--nodes", type=int, default=12)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--nodes", type=int, default=None, help="default: by backend")
+    parser.add_argument("--temperature", type=float, default=0.0, help="above 0: exact sampling with seed 0")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
@@ -76,13 +79,25 @@ def main() -> None:
     questions = [json.loads(line) for line in args.questions.open(encoding="utf-8")]
     stride = max(1, len(questions) // args.limit)
     questions = questions[::stride][: args.limit]
-    model = medusa.load(args.model, heads=args.heads, dtype=args.dtype, nodes=args.nodes, threads=args.threads)
+    model = medusa.load(
+        args.model,
+        heads=args.heads,
+        dtype=args.dtype,
+        backend=args.backend,
+        nodes=args.nodes,
+        threads=args.threads,
+    )
+    other = model
+    if "transformers" in args.methods and model.backend.name != "transformers":
+        # In bfloat16 where the engine holds fewer bits: transformers' int8 is slower.
+        dtype = "float32" if args.dtype == "float32" else "bfloat16"
+        other = medusa.load(args.model, heads="none", dtype=dtype, backend="transformers", threads=args.threads)
     engines = {name: model.with_drafter(name) for name in args.methods if name != "transformers"}
 
     def run(method: str, prompt: str, max_new_tokens: int) -> dict[str, Any]:
         if method == "transformers":
-            return run_transformers(model, prompt, max_new_tokens)
-        return run_medusa(engines[method], prompt, max_new_tokens)
+            return run_transformers(other, prompt, max_new_tokens)
+        return run_medusa(engines[method], prompt, max_new_tokens, args.temperature)
 
     rows = [json.loads(line) for line in args.out.open()] if args.out.exists() else []
     done = {row["question_id"] for row in rows}
@@ -102,7 +117,8 @@ def main() -> None:
             + ", ".join(f"{m} {len(r['tokens']) / r['seconds']:.1f} tokens/s" for m, r in sorted(results.items())),
             flush=True,
         )
-    report(rows, args)
+    facts = model.describe()
+    report(rows, args, {name: facts[name] for name in ("backend", "dtype", "nodes", "threads")})
 
 
 def totals(rows: list[dict[str, Any]], method: str) -> tuple[int, int, float]:
@@ -115,7 +131,7 @@ def totals(rows: list[dict[str, Any]], method: str) -> tuple[int, int, float]:
     )
 
 
-def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def report(rows: list[dict[str, Any]], args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Prints a table, one by category, and the JSON line. Rates are totals; speed-up and identity are against `none`,
     or the first method where that was left out."""
     against = "none" if "none" in args.methods else args.methods[0]
@@ -150,8 +166,7 @@ def report(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
             tokens, steps, _ = totals(some, method)
             cells.append(f"{tokens / steps:12.2f}{speedup(some, method):8.2f}x")
         print(f"{category:14}" + "".join(cells))
-    settings = {"dtype": args.dtype, "nodes": args.nodes, "threads": torch.get_num_threads(), "questions": len(rows)}
-    print(json.dumps({"methods": summary, "settings": settings}))
+    print(json.dumps({"methods": summary, "settings": settings | {"questions": len(rows)}}))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import medusa
 from medusa.decoding.draft import NgramDrafter
 from medusa.decoding.loop import Decoder, decode
+from medusa.models import zoo
 from medusa.models.heads import BaseWeights, Heads, HeadsConfig, save_heads
 from medusa.models.transformers_backend import TransformersBackend
 
@@ -27,23 +29,33 @@ PROMPTS = (
 )
 
 
+@pytest.fixture(scope="module", params=["native", "transformers"])
+def union(request: pytest.FixtureRequest) -> medusa.LanguageModel:
+    if request.param == "native":
+        pytest.importorskip("medusa_native")
+    return medusa.load(backend=request.param, dtype="float32", progress=False)
+
+
 @pytest.fixture(scope="module")
-def union() -> medusa.LanguageModel:
-    return medusa.load(dtype="float32", progress=False)
+def network() -> PreTrainedModel:
+    return zoo.load_model(zoo.resolve("smollm2-135m", progress=False), dtype=torch.float32)
 
 
-def transformers_greedy(model: medusa.LanguageModel, prompt: str, max_new_tokens: int) -> list[int]:
+def transformers_greedy(
+    network: PreTrainedModel, model: medusa.LanguageModel, prompt: str, max_new_tokens: int
+) -> list[int]:
     ids = torch.tensor([model.encode(prompt)])
-    network = model.backend.model  # type: ignore[attr-defined]
     out = network.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False)
     return out[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_is_that_of_plain_decoding_and_of_transformers(union: medusa.LanguageModel, prompt: str) -> None:
+def test_greedy_text_is_that_of_plain_decoding_and_of_transformers(
+    union: medusa.LanguageModel, network: PreTrainedModel, prompt: str
+) -> None:
     ours = union.generate(prompt, max_new_tokens=48)
     assert ours.token_ids == union.with_drafter("none").generate(prompt, max_new_tokens=48).token_ids
-    assert list(ours.token_ids) == transformers_greedy(union, prompt, 48)
+    assert list(ours.token_ids) == transformers_greedy(network, union, prompt, 48)
 
 
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
@@ -52,6 +64,18 @@ def test_heads_alone_give_the_same_text_in_fewer_steps(union: medusa.LanguageMod
     plain = union.with_drafter("none").generate(PROMPTS[1], max_new_tokens=48)
     assert heads.token_ids == plain.token_ids
     assert heads.stats.steps < 0.8 * plain.stats.steps
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
+def test_the_native_engine_gives_the_text_of_plain_decoding_in_every_precision(dtype: str) -> None:
+    pytest.importorskip("medusa_native")
+    union = medusa.load(dtype=dtype, progress=False)
+    assert union.backend.name == "native", "auto takes it where it can"
+    plain = union.with_drafter("none")
+    for options in ({}, {"temperature": 0.9, "seed": 7}):
+        drafted = union.generate(PROMPTS[1], max_new_tokens=64, **options)
+        assert drafted.token_ids == plain.generate(PROMPTS[1], max_new_tokens=64, **options).token_ids
+        assert drafted.stats.steps < 0.9 * len(drafted.token_ids)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -64,7 +88,7 @@ def test_sampled_text_is_that_of_plain_sampling_with_the_same_seed(union: medusa
 
 def test_the_command_prints_its_line_of_json_and_the_text_of_the_library(union: medusa.LanguageModel) -> None:
     command = [sys.executable, "-m", "medusa.cli", "generate", PROMPTS[0], "--json"]
-    command += ["--dtype", "float32", "--max-new-tokens", "24"]
+    command += ["--dtype", "float32", "--max-new-tokens", "24", "--backend", union.backend.name]
     done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     answer = json.loads(done.stdout.splitlines()[-1])
     expected = union.generate(PROMPTS[0], max_new_tokens=24)
@@ -77,7 +101,7 @@ def test_the_command_prints_its_line_of_json_and_the_text_of_the_library(union: 
     }  # fmt: skip
 
 
-def test_heads_of_another_model_are_refused_by_the_command(tmp_path: Path, union: medusa.LanguageModel) -> None:
+def test_heads_of_another_model_are_refused_by_the_command(tmp_path: Path) -> None:
     small = BaseWeights(torch.zeros(50, 8), torch.zeros(50, 8))
     save_heads(Heads(HeadsConfig(hidden_size=8, vocab_size=50), small), tmp_path / "heads")
     command = [sys.executable, "-m", "medusa.cli", "generate", "hi", "--heads", str(tmp_path / "heads")]
@@ -88,9 +112,8 @@ def test_heads_of_another_model_are_refused_by_the_command(tmp_path: Path, union
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from within torch.compile
-def test_compiled_layers_give_the_same_text(union: medusa.LanguageModel) -> None:
-    network = copy.deepcopy(union.backend.model)  # type: ignore[attr-defined]
-    backend = TransformersBackend(network, compile=True)
+def test_compiled_layers_give_the_same_text(union: medusa.LanguageModel, network: PreTrainedModel) -> None:
+    backend = TransformersBackend(copy.deepcopy(network), compile=True)
     prompt = union.encode(PROMPTS[0])
     steps = decode(Decoder(backend, NgramDrafter(), 4), prompt, max_new_tokens=24)
     expected = union.generate(PROMPTS[0], max_new_tokens=24).token_ids

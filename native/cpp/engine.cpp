@@ -106,8 +106,8 @@ void Engine::load_layer(int index, const LayerWeights& w) {
   layer.qkv = pack(pool_, arena_, c.format, rows, {}, name + "q, k or v");
   if (biased) layer.qkv.bias = std::move(qkv_bias);
 
-  std::vector<int> columns;
-  for (int h = 0; h < c.heads; h++)
+  std::vector<int> columns;  // where heads are padded, the inputs of `o` are, too
+  for (int h = 0; dim_ != head && h < c.heads; h++)
     for (int i = 0; i < dim_; i++) columns.push_back(i < head ? h * head + i : -1);
   const auto plain = [&](const Source& source, const Source& bias, const std::vector<int>& inputs, const char* what) {
     Linear linear = pack(pool_, arena_, c.format, rows_of(source), inputs, name + what);

@@ -69,6 +69,27 @@ void pack_bfloat16(const float* w, int inputs, std::byte* out) {
       for (int i = 0; i < 2; i++) y[(k / 2 * kLanes + o) * 2 + i] = to_bfloat16(w[std::size_t(o) * inputs + k + i]);
 }
 
+// 16 rows that are bfloat16 already: as they are, two inputs at a time. False where one is not a finite number.
+bool copy_bfloat16(const OutputRow* rows, int inputs, std::byte* out) {
+  bool whole = true;
+  for (int o = 0; o < kLanes; o++) whole = whole && rows[o].source;
+  const std::vector<std::byte> zeros(whole ? 0 : std::size_t(inputs) * 2);
+  const std::byte* from[kLanes];
+  for (int o = 0; o < kLanes; o++)
+    from[o] = rows[o].source ? rows[o].source->data + std::size_t(rows[o].row) * inputs * 2 : zeros.data();
+  std::uint32_t* y = reinterpret_cast<std::uint32_t*>(out);
+  std::uint32_t infinite = 0;
+  for (int k = 0; k < inputs / 2; k++)
+    for (int o = 0; o < kLanes; o++) {
+      std::uint32_t pair;
+      std::memcpy(&pair, from[o] + 4 * std::size_t(k), 4);
+      // The exponent is all ones just where adding one to it carries over.
+      infinite |= ((pair & 0x7f807f80u) + 0x00800080u) & 0x80008000u;
+      y[k * kLanes + o] = pair;
+    }
+  return infinite == 0;
+}
+
 void pack_int8(const float* w, int inputs, std::byte* out) {
   std::uint8_t* y = reinterpret_cast<std::uint8_t*>(out);
   std::uint16_t* scales = reinterpret_cast<std::uint16_t*>(out + std::size_t(inputs) * kLanes);
@@ -208,6 +229,9 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
   int widest = width;
   for (const OutputRow& row : rows)
     if (row.source) widest = std::max(widest, row.source->columns);
+  bool as_is = format == Format::bfloat16 && columns.empty() && linear.inputs == width;
+  for (const OutputRow& row : rows)
+    if (row.source) as_is = as_is && row.source->dtype == Dtype::bfloat16 && row.source->columns == width;
   const std::size_t plain = std::size_t(kLanes) * linear.inputs;
   const std::size_t scratch = plain + widest;
   Buffer room(scratch * sizeof(float) * pool.threads());
@@ -219,6 +243,11 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
     float* line = w + plain;
     phase.run(thread, linear.blocks, 1, 8, [&](int first, int count) {
       for (int block = first; block < first + count; block++) {
+        if (as_is) {
+          if (!copy_bfloat16(&rows[std::size_t(block) * kLanes], width, linear.weights + block * linear.block_bytes))
+            finite = false;
+          continue;
+        }
         std::fill(w, w + plain, 0.0f);
         for (int o = 0; o < kLanes; o++) {
           const OutputRow& row = rows[std::size_t(block) * kLanes + o];

@@ -13,7 +13,7 @@
 //
 // The first failure is printed with the command that replays it, and the exit code is 1.
 
-#include <unistd.h>
+#include <sys/time.h>
 
 #include <algorithm>
 #include <climits>
@@ -39,17 +39,26 @@
 #include <sys/mman.h>
 
 // Linked in place of the system's (see CMakeLists.txt): AddressSanitizer guards the ends of what comes from the heap,
-// and what is read before it was written is not a number.
-extern "C" void* __wrap_mmap(void*, std::size_t bytes, int, int, int, off_t) {
+// and what is read before it was written is not a number. The chunks of an arena are too large for that.
+constexpr std::size_t kLarge = std::size_t(1) << 25;
+
+extern "C" void* __real_mmap(void* at, std::size_t bytes, int protection, int flags, int file, off_t offset);
+extern "C" int __real_munmap(void* p, std::size_t bytes);
+extern "C" int __real_madvise(void* p, std::size_t bytes, int advice);
+
+extern "C" void* __wrap_mmap(void* at, std::size_t bytes, int protection, int flags, int file, off_t offset) {
+  if (bytes >= kLarge) return __real_mmap(at, bytes, protection, flags, file, offset);
   void* p = nullptr;
   if (posix_memalign(&p, 4096, bytes) != 0) return MAP_FAILED;
   return std::memset(p, 0xff, bytes);
 }
-extern "C" int __wrap_munmap(void* p, std::size_t) {
+extern "C" int __wrap_munmap(void* p, std::size_t bytes) {
+  if (bytes >= kLarge) return __real_munmap(p, bytes);
   std::free(p);
   return 0;
 }
 extern "C" int __wrap_madvise(void* p, std::size_t bytes, int advice) {
+  if (bytes >= kLarge) return __real_madvise(p, bytes, advice);
   if (advice == MADV_DONTNEED) std::memset(p, 0xff, bytes);
   return 0;
 }
@@ -61,7 +70,7 @@ using namespace medusa;
 using Ids = std::vector<std::int32_t>;
 
 constexpr int kCaseSequences = 100;
-constexpr unsigned kPatienceSeconds = 120;  // for one case, before it counts as hung
+constexpr int kPatienceSeconds = 120;  // of processor time for one case, before it counts as hung
 
 // --- what is going on, for the message of a failure -----------------------------------------------------------------
 
@@ -96,18 +105,23 @@ void check(bool good, const char* message) {
 }
 
 void on_signal(int number) {
-  std::fprintf(stderr, "medusa_fuzz: FAILED: %s\n", number == SIGALRM ? "a call does not return" : "crash");
+  std::fprintf(stderr, "medusa_fuzz: FAILED: %s\n", number == SIGPROF ? "a call does not return" : "crash");
   say_where();
   std::_Exit(1);
 }
 
 void watch_for_crashes() {
-  std::signal(SIGALRM, on_signal);
+  std::signal(SIGPROF, on_signal);
 #ifdef MEDUSA_HEAP_BUFFERS
   __sanitizer_set_death_callback(say_where);
 #else
   for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) std::signal(number, on_signal);
 #endif
+}
+
+void restart_timer() {
+  const itimerval patience{{0, 0}, {kPatienceSeconds, 0}};
+  setitimer(ITIMER_PROF, &patience, nullptr);
 }
 
 // --- random numbers: the same ones on every machine -----------------------------------------------------------------
@@ -136,12 +150,14 @@ class Random {
 
 // --- weights --------------------------------------------------------------------------------------------------------
 
-std::uint16_t to_float16(float v) {  // cut off; what is too small becomes the smallest subnormal number
+std::uint16_t to_float16(float v) {  // cut off; what is too small becomes the smallest subnormal number, else infinite
   std::uint32_t bits;
   std::memcpy(&bits, &v, 4);
   const int exponent = int(bits >> 23 & 255) - 112;
   const std::uint32_t sign = bits >> 16 & 0x8000;
-  return std::uint16_t(exponent <= 0 ? sign | 1 : sign | std::uint32_t(exponent) << 10 | (bits >> 13 & 1023));
+  if (exponent <= 0) return std::uint16_t(sign | 1);
+  if (exponent >= 31) return std::uint16_t(sign | 31 << 10);
+  return std::uint16_t(sign | std::uint32_t(exponent) << 10 | (bits >> 13 & 1023));
 }
 
 struct Matrix {
@@ -163,22 +179,36 @@ struct Matrix {
   }
 };
 
-// Owns the matrices whose sources it hands out.
+Dtype random_dtype(Random& random) { return random.pick({Dtype::float32, Dtype::bfloat16, Dtype::float16}); }
+
+// Owns the matrices whose sources it hands out; most are of one type.
 class Store {
  public:
-  Matrix& matrix(Random& random, int rows, int columns, float middle, float spread) {
-    Matrix& m = kept_.emplace_back(random.pick({Dtype::float32, Dtype::bfloat16, Dtype::float16}), rows, columns);
+  explicit Store(Dtype dtype) : dtype_(dtype) {}
+
+  Source uniform(Random& random, int rows, int columns, float middle, float spread) {
+    Matrix& m = kept_.emplace_back(random.chance(80) ? dtype_ : random_dtype(random), rows, columns);
     for (int r = 0; r < rows; r++)
       for (int c = 0; c < columns; c++) m.set(r, c, middle + random.real(-spread, spread));
-    return m;
+    return m.source();
   }
   Source weight(Random& random, int rows, int columns) {  // keeps the variance of its inputs
-    return matrix(random, rows, columns, 0, std::sqrt(3.0f / float(columns))).source();
+    return uniform(random, rows, columns, 0, std::sqrt(3.0f / float(columns)));
   }
-  Source norm(Random& random, int size) { return matrix(random, 1, size, 1, 0.3f).source(); }
-  Source bias(Random& random, int size) { return matrix(random, 1, size, 0, 0.3f).source(); }
+  Source norm(Random& random, int size) { return uniform(random, 1, size, 1, 0.3f); }
+  Source bias(Random& random, int size) { return uniform(random, 1, size, 0, 0.3f); }
+
+  // The same but for one number, which is not finite.
+  Source infinite(Random& random, const Source& source) {
+    Matrix& m = kept_.emplace_back(source.dtype, source.rows, source.columns);
+    std::memcpy(m.bytes.data(), source.data, m.bytes.size());
+    const int row = random.between(0, m.rows - 1), column = random.between(0, m.columns - 1);
+    m.set(row, column, random.pick({INFINITY, -INFINITY, std::nanf("")}));
+    return m.source();
+  }
 
  private:
+  Dtype dtype_;
   std::deque<Matrix> kept_;
 };
 
@@ -187,6 +217,8 @@ struct Model {
   std::vector<LayerWeights> layers;
   Source embedding, final_norm, lm_head;
   Store store;
+
+  explicit Model(Dtype dtype) : store(dtype) {}
 };
 
 Config random_config(Random& random, Format format) {
@@ -236,11 +268,11 @@ LayerWeights random_layer(Random& random, const Config& c, Store& store) {
 }
 
 Model random_model(Random& random, Format format) {
-  Model m;
+  Model m(random_dtype(random));
   m.config = random_config(random, format);
   const Config& c = m.config;
   for (std::size_t i = 0; i < c.layers.size(); i++) m.layers.push_back(random_layer(random, c, m.store));
-  m.embedding = m.store.matrix(random, c.vocab_size, c.hidden_size, 0, 1.7f).source();
+  m.embedding = m.store.uniform(random, c.vocab_size, c.hidden_size, 0, 1.7f);
   m.lm_head = random.chance(25) ? m.embedding : m.store.weight(random, c.vocab_size, c.hidden_size);
   m.final_norm = m.store.norm(random, c.hidden_size);
   return m;
@@ -750,18 +782,12 @@ class Case {
       case 0: return {};
       case 1: bad.rows += random_.pick({-1, 1}); return bad;
       case 2: bad.columns += random_.pick({-1, 1}); return bad;
-      default:
-        Matrix& m = store.matrix(random_, good.rows, good.columns, 0, 1);
-        m.dtype = Dtype::float32;
-        m.bytes.assign(std::size_t(good.rows) * good.columns * 4, std::byte(0));
-        const int row = random_.between(0, good.rows - 1), column = random_.between(0, good.columns - 1);
-        m.set(row, column, random_.pick({NAN, INFINITY}));
-        return m.source();
+      default: return store.infinite(random_, good);
     }
   }
 
   void bad_load() {
-    Store store;
+    Store store(Dtype::float32);
     const int index = random_.between(0, int(model_.layers.size()) - 1);
     LayerWeights w = model_.layers[index];
     switch (random_.between(0, 3)) {
@@ -985,7 +1011,7 @@ void run(int sequences, unsigned long long seed, int first_case, const std::stri
     where.number = number;
     where.sequence = 0;
     where.engine = "an engine in the making";
-    alarm(kPatienceSeconds);
+    restart_timer();
     Random random(seed * 0x10001 + std::uint64_t(number) * 0x9e3779b9);
     const auto& [own, others] = threads[random.between(0, 5)];
     Case one(Random(random.next()), Format(number % kFormats), isas[number / kFormats % isas.size()], own, others);

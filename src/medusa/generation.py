@@ -6,6 +6,7 @@ import copy
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from medusa.models.backend import Backend
     from medusa.models.heads import HeadsRunner
+    from medusa.models.zoo import ModelSource
 
 DRAFTERS = ("union", "heads", "ngram", "none")
 TREES = ("dynamic", "static")
@@ -303,6 +305,15 @@ def make_drafter(name: str, heads: HeadsRunner | None, tree: str = "dynamic") ->
     return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
 
 
+def _load_tokenizer(source: ModelSource, hashed: bool) -> tuple[PreTrainedTokenizerBase, str]:
+    """The tokenizer, and the hash of its vocabulary if that is wanted."""
+    from medusa.models import zoo
+    from medusa.models.heads import vocabulary_hash
+
+    tokenizer = zoo.load_tokenizer(source)
+    return tokenizer, vocabulary_hash(tokenizer.get_vocab()) if hashed else ""
+
+
 def load(
     model: str = "smollm2-135m",
     *,
@@ -351,18 +362,20 @@ def load(
         import torch
 
         torch.set_num_threads(threads)
-    from medusa.models.heads import read_config, vocabulary_hash
+    from medusa.models.heads import check_vocabulary, read_config
 
     source = zoo.resolve(model, progress=progress)
     heads_path = zoo.find_heads(heads, source)
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
     feature_layers = read_config(heads_path).feature_layers if heads_path else ()
-    tokenizer = zoo.load_tokenizer(source)
-    loaded = loading.load_backend(source, settings, feature_layers=feature_layers, progress=progress)
-    runner = None
-    if heads_path is not None:
-        runner = loading.load_heads(heads_path, loaded, settings, vocabulary_hash(tokenizer.get_vocab()))
+    with ThreadPoolExecutor(1) as background:  # the tokenizer's imports take longer than the packing of a small model
+        later = background.submit(_load_tokenizer, source, hashed=heads_path is not None)
+        loaded = loading.load_backend(source, settings, feature_layers=feature_layers, progress=progress)
+        runner = None if heads_path is None else loading.load_heads(heads_path, loaded, settings)
+        tokenizer, vocab_hash = later.result()
+    if runner is not None:
+        check_vocabulary(runner.config, vocab_hash)
     eos = loaded.eos_token_ids or loading.as_token_ids(tokenizer.eos_token_id)
     return LanguageModel(
         model,

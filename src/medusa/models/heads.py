@@ -362,6 +362,15 @@ def read_config(directory: str | Path) -> HeadsConfig:
         raise MedusaError(f"{path} is not valid: {error}") from None
 
 
+def check_vocabulary(config: HeadsConfig, vocab_hash: str) -> None:
+    """Raises MedusaError where both hashes are known and differ: the heads belong to another tokenizer."""
+    if vocab_hash and config.vocab_hash and vocab_hash != config.vocab_hash:
+        raise MedusaError(
+            f"these heads were trained for {config.base_model or 'another model'}, whose tokenizer is another: "
+            "use heads trained for this model, or --heads none"
+        )
+
+
 def load_heads(
     directory: str | Path,
     base: BaseWeights,
@@ -378,11 +387,7 @@ def load_heads(
     """
     directory = Path(directory)
     config = read_config(directory)
-    if vocab_hash and config.vocab_hash and vocab_hash != config.vocab_hash:
-        raise MedusaError(
-            f"the heads in {directory} were trained for {config.base_model or 'another model'}, whose tokenizer is not "
-            "this model's: use heads trained for this model, or --heads none"
-        )
+    check_vocabulary(config, vocab_hash)
     if num_layers is not None and any(i >= num_layers for i in config.feature_layers):
         raise MedusaError(
             f"the heads in {directory} read layer {max(config.feature_layers)}, but the model has {num_layers}"

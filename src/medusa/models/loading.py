@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-NATIVE_NODES = {"float32": 8, "bfloat16": 8, "int8": 8, "int4": 8}
+NATIVE_NODES = {"float32": 8, "bfloat16": 7, "int8": 6, "int4": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +79,16 @@ def load_backend(
     return _load_transformers(source, settings, feature_layers, reason)
 
 
-def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings, vocab_hash: str) -> HeadsRunner:
-    """The heads saved in `path`, running where the model runs. Raises MedusaError when they do not fit it."""
+def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> HeadsRunner:
+    """The heads saved in `path`, running where the model runs. Raises MedusaError when they do not fit its shape; its
+    tokenizer is for the caller to check."""
     import torch
 
     from medusa.models import heads
 
     def read(dtype: torch.dtype) -> heads.Heads:
         base = loaded.backend.base_weights()
-        return heads.load_heads(path, base, vocab_hash=vocab_hash, num_layers=loaded.backend.num_layers, dtype=dtype)
+        return heads.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
 
     if loaded.backend.name == "native":
         from medusa.models.native_heads import NativeHeads

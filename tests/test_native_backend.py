@@ -259,6 +259,18 @@ def test_weights_of_every_float_type_are_read_as_they_are(dtype: torch.dtype) ->
     assert_near(backend.prefill(0, text)[0], plain_logits(model, text)[-1])
 
 
+@every_precision
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", ["qwen2", "llama, odd sizes", "llama, odd heads", "llama, wide heads"])
+def test_a_weight_is_its_number_whatever_type_holds_it(variant: str, dtype: torch.dtype, precision: str) -> None:
+    model = variant_model(variant)
+    config, text = native_config(model.config), list(range(20))
+    small = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    wide = {name: tensor.float() for name, tensor in small.items()}
+    found, expected = (NativeBackend(config, tensors, dtype=precision).prefill(0, text)[0] for tensors in (small, wide))
+    assert torch.equal(found, expected)
+
+
 def test_weights_need_not_be_contiguous_and_may_ask_for_gradients() -> None:
     model, text = shared_model("llama"), list(range(20))
     tensors: dict[str, Tensor] = {}
@@ -541,17 +553,23 @@ def test_a_weight_of_the_wrong_shape_is_named(name: str, shape: str) -> None:
     assert_one_sentence(error)
 
 
-@every_precision
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [*((precision, torch.float32) for precision in PRECISIONS)]
+    + [(precision, dtype) for precision in ("bfloat16", "int8") for dtype in (torch.bfloat16, torch.float16)],
+)
 @every_place
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_weight_that_is_not_a_finite_number_is_an_error_that_names_the_layer(
-    name: str, value: float, precision: str
+    name: str, value: float, precision: str, dtype: torch.dtype
 ) -> None:
     config, tensors = _sound()
     weight = tensors[name].clone()
-    weight.view(-1)[weight.numel() * 2 // 3] = value
+    weight.view(-1)[weight.numel() * 2 // 3 + (value > 0)] = value  # at even and at odd places
     with pytest.raises(MedusaError, match=f"{PLACES[name]}.* not a finite number") as error:
-        NativeBackend(config, {**tensors, name: weight}, dtype=precision)
+        NativeBackend(
+            config, {key: tensor.to(dtype) for key, tensor in {**tensors, name: weight}.items()}, dtype=precision
+        )
     assert_one_sentence(error)
     assert not isinstance(error.value, UsageError)
 

@@ -660,12 +660,15 @@ class Case {
       const int b = random_.between(0, int(which.size()) - 1);
       std::vector<int>& path = paths[b];
       const int node = random_.pick({-1, -2, 0, 1, 2, int(shadow_.slots[which[b]].tree.size()), INT_MAX, INT_MIN});
-      switch (random_.between(0, 5)) {
+      switch (random_.between(0, 6)) {
         case 0: which[b] = bad_slot(); break;
         case 1: which.push_back(which[b]), paths.emplace_back(); break;
         case 2: which.pop_back(); break;
         case 3: path.push_back(node); break;
         case 4: path.insert(path.begin(), node); break;
+        case 5:
+          if (path.size() > 1) path.erase(path.begin() + random_.between(0, int(path.size()) - 2));
+          break;
         default:
           if (path.empty()) path.push_back(node);
           path[random_.between(0, int(path.size()) - 1)] = node;

@@ -7,6 +7,8 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -767,7 +769,7 @@ def test_a_shard_that_lacks_what_the_index_says_is_an_error_of_the_backend(tmp_p
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     weight_map = json.loads(_index(tmp_path).read_text(encoding="utf-8"))["weight_map"]
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file({"other": torch.zeros(1)}, tmp_path / weight_map[name])
+    save_file({"model.rotary_emb.inv_freq": torch.zeros(1)}, tmp_path / weight_map[name])
     with pytest.raises(MedusaError, match="is missing"):
         NativeBackend(native_config(model.config), Checkpoint(tmp_path))
 
@@ -864,3 +866,122 @@ def test_other_threads_run_while_the_engine_computes() -> None:
         done.set()
         noter.join()
     assert sum(any(a < tick < b for tick in ticks) for a, b in middles) >= 3
+
+
+# --- what once went wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["release", "length"])
+@pytest.mark.parametrize("slot", [-1, 1])
+def test_a_slot_that_is_not_there_is_a_usage_error(call: str, slot: int) -> None:
+    backend = native(shared_model("llama"))
+    with pytest.raises(UsageError, match=f"no slot {slot}") as error:
+        getattr(backend, call)(slot)
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize("token", [2**31, 2**40, -(2**40)])
+def test_a_token_of_more_than_32_bits_is_outside_the_vocabulary(token: int) -> None:
+    backend = native(shared_model("llama"))
+    with pytest.raises(UsageError) as error:
+        backend.prefill(0, [1, token])
+    assert_one_sentence(error)
+
+
+def test_a_feature_layer_named_twice_is_delivered_twice() -> None:
+    backend = native(shared_model("llama"), feature_layers=(1, 1))
+    first, second, _ = backend.prefill(0, [1, 2, 3])[1].split(backend.hidden_size)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.bias",
+        "model.embed_positions.weight",
+        "model.layers.3.self_attn.q_proj.weight",  # of three layers
+        "model.layers.0",
+        "model.layers.0.",
+    ],
+)
+def test_a_tensor_anywhere_that_the_engine_would_leave_out_is_refused(name: str) -> None:
+    model = shared_model("llama")
+    with pytest.raises(UnsupportedError, match=name) as error:
+        NativeBackend(native_config(model.config), {**model.state_dict(), name: torch.zeros(160)})
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"sliding_window": 8}),
+        ("llama", {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}),
+        ("llama", {"no_rope_layers": [1, 0, 1]}),
+        ("llama", rope("default", partial_rotary_factor=0.5)),
+        ("qwen3", {"no_rope_layers": [1, 0, 1]}),
+    ],
+)
+def test_settings_of_other_families_are_left_aside_as_transformers_does(family: str, changes: dict[str, Any]) -> None:
+    model, text = make_model(family, **changes), list(range(30))
+    assert_near(native(model).prefill(0, text)[0], plain_logits(model, text)[-1])
+
+
+def test_float32_weights_past_the_range_of_the_format_are_an_error() -> None:
+    model = shared_model("llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    huge = torch.full_like(model.state_dict()[name], torch.finfo(torch.float32).max)
+    with pytest.raises(Exception, match="layer 1"):
+        NativeBackend(native_config(model.config), {**model.state_dict(), name: huge}, dtype="bfloat16")
+
+
+def test_a_prompt_that_is_refused_leaves_its_slot_empty() -> None:
+    backend = native(make_model("llama", max_position_embeddings=1024))
+    with pytest.raises(UsageError, match="vocabulary"):
+        backend.prefill(0, [1] * 300 + [999])
+    assert backend.length(0) == 0
+
+
+HEAD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import resource, threading, torch
+from test_native_backend import native
+from test_transformers_backend import Nodes
+from tiny_models import make_model
+def wide(n): return Nodes((1,) * n, (-1, *([0] * (n - 1))))
+"""
+OLD_VIEW = """
+backend = native(make_model("llama", vocab_size=40000))
+old, _ = backend.prefill(0, [1, 2, 3])
+backend.verify([0], [wide(200)])
+old.sum()
+"""
+TWO_THREADS = """
+backend = native(make_model("llama", vocab_size=4000), num_slots=2)
+for slot in range(2): backend.prefill(slot, [1, 2, 3])
+def work(slot):
+    for n in range(1, 250):
+        try: backend.verify([slot], [wide(n)])[0].sum()
+        except Exception: pass
+threads = [threading.Thread(target=work, args=(slot,)) for slot in range(2)]
+for t in threads: t.start()
+for t in threads: t.join()
+"""
+NO_MEMORY = """
+backend = native(make_model("llama", hidden_size=512, intermediate_size=4096, num_attention_heads=8), threads=1)
+backend.prefill(0, [1, 2, 3])
+used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
+try: backend.verify([0], [wide(256)])
+except Exception as error: assert "memory" in str(error)
+else: raise AssertionError
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+backend.verify([0], [wide(250)])
+"""
+
+
+@pytest.mark.parametrize("script", [OLD_VIEW, TWO_THREADS, NO_MEMORY], ids=["old view", "two threads", "no memory"])
+def test_the_process_survives(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HEAD + script, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -79,6 +79,20 @@ nb::ndarray<nb::numpy, T> made(std::unique_ptr<T[]> data, std::vector<std::size_
   return nb::ndarray<nb::numpy, T>(raw, shape.size(), shape.data(), owner);
 }
 
+// A view of one table of the results, which keeps the memory, whatever becomes of the engine.
+Floats view(const std::shared_ptr<medusa::Buffer>& buffer, const medusa::Results& results, int columns, int stride) {
+  const std::size_t nodes = results.nodes, trees = nodes ? results.rows / nodes : 0;
+  nb::capsule owner(new std::shared_ptr<medusa::Buffer>(buffer),
+                    [](void* p) noexcept { delete static_cast<std::shared_ptr<medusa::Buffer>*>(p); });
+  return Floats(buffer->as<float>(), {trees, nodes, std::size_t(columns)}, owner,
+                {std::int64_t(nodes) * stride, stride, 1});
+}
+
+nb::tuple arrays(const medusa::Engine& engine, const medusa::Results& results) {
+  return nb::make_tuple(view(results.logits, results, engine.config().vocab_size, engine.logits_stride()),
+                        view(results.features, results, engine.feature_size(), engine.feature_size()));
+}
+
 nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const FloatsIn& nodes, const IdsIn& parents,
                 const IdsIn& tokens, int count) {
   const std::size_t batch = tokens.shape(0), width = tokens.shape(1);
@@ -155,29 +169,33 @@ NB_MODULE(_engine, m) {
             engine.load_ends(e, n, l);
           },
           "embedding"_a, "final_norm"_a, "lm_head"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>())
-      .def("extend", &medusa::Engine::extend, "slot"_a, "tokens"_a, "last"_a, Without())
-      .def("verify", &medusa::Engine::verify, "slots"_a, "sizes"_a, "tokens"_a, "parents"_a, Without())
+      .def(
+          "extend",
+          [](medusa::Engine& engine, int slot, const std::vector<std::int32_t>& tokens, bool last) {
+            medusa::Results results;
+            {
+              nb::gil_scoped_release release;
+              results = engine.extend(slot, tokens, last);
+            }
+            return arrays(engine, results);
+          },
+          "slot"_a, "tokens"_a, "last"_a, "See verify; without `last` there are no rows.")
+      .def(
+          "verify",
+          [](medusa::Engine& engine, const std::vector<int>& slots, const std::vector<int>& sizes,
+             const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& parents) {
+            medusa::Results results;
+            {
+              nb::gil_scoped_release release;
+              results = engine.verify(slots, sizes, tokens, parents);
+            }
+            return arrays(engine, results);
+          },
+          "slots"_a, "sizes"_a, "tokens"_a, "parents"_a,
+          "Logits [trees, nodes, vocabulary] and features [trees, nodes, size]: views that the next call overwrites.")
       .def("keep", &medusa::Engine::keep, "slots"_a, "paths"_a, Without())
       .def("release", &medusa::Engine::release, "slot"_a, Without())
       .def("length", &medusa::Engine::length, "slot"_a)
-      .def_prop_ro("nodes", &medusa::Engine::nodes)
-      .def(
-          "logits",
-          [](nb::handle self) {
-            const auto& engine = nb::cast<const medusa::Engine&>(self);
-            return Floats(const_cast<float*>(engine.logits()),
-                          {std::size_t(engine.rows()), std::size_t(engine.config().vocab_size)}, self,
-                          {std::int64_t(engine.logits_stride()), 1});
-          },
-          "What the last call made, [rows, vocabulary]: a view that the next call overwrites.")
-      .def(
-          "features",
-          [](nb::handle self) {
-            const auto& engine = nb::cast<const medusa::Engine&>(self);
-            return Floats(const_cast<float*>(engine.features()),
-                          {std::size_t(engine.rows()), std::size_t(engine.feature_size())}, self);
-          },
-          "[rows, features]: a view that the next call overwrites.")
       .def_prop_ro("isa", [](const medusa::Engine& engine) { return std::string(engine.kernels().name); })
       .def_prop_ro("threads", [](medusa::Engine& engine) { return engine.pool().threads(); })
       .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes);

@@ -195,7 +195,7 @@ void Engine::release(int index) {
   slot.cache.forget(block_bytes_ * (1024 / kLanes));  // what a short text needs stays at hand
 }
 
-void Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last) {
+Results Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last) {
   std::lock_guard lock(mutex_);
   Slot& slot = slot_at(index);
   need_weights();
@@ -212,13 +212,14 @@ void Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last) 
     tokens_.push_back({ids[i], index, at, at, at + 1, 0, 0});
   }
   if (last) output_.back() = 0;
-  nodes_ = rows_ = last ? 1 : 0;
-  pass(rows_);
+  pass(last ? 1 : 0);
+  results_.nodes = results_.rows;
   slot.length += int(ids.size());
+  return results_;
 }
 
-void Engine::verify(const std::vector<int>& slots, const std::vector<int>& sizes,
-                    const std::vector<std::int32_t>& ids, const std::vector<std::int32_t>& parents) {
+Results Engine::verify(const std::vector<int>& slots, const std::vector<int>& sizes,
+                       const std::vector<std::int32_t>& ids, const std::vector<std::int32_t>& parents) {
   std::lock_guard lock(mutex_);
   need_weights();
   require(!slots.empty() && slots.size() == sizes.size(), "each slot needs a tree");
@@ -257,14 +258,15 @@ void Engine::verify(const std::vector<int>& slots, const std::vector<int>& sizes
       output_.push_back(int(b) * widest + i);
     }
   }
+  for (int slot : slots) slots_[slot].parents.clear();
+  pass(widest * int(slots.size()));
+  results_.nodes = widest;
   at = 0;
   for (std::size_t b = 0; b < slots.size(); b++) {
     slots_[slots[b]].parents.assign(parents.begin() + at, parents.begin() + at + sizes[b]);
     at += sizes[b];
   }
-  nodes_ = widest;
-  rows_ = widest * int(slots.size());
-  pass(rows_);
+  return results_;
 }
 
 template <typename T>
@@ -308,9 +310,10 @@ void Engine::keep(const std::vector<int>& slots, const std::vector<std::vector<i
 void Engine::pass(int outputs) {
   const int count = int(tokens_.size());
   const Config& c = config_;
+  results_.rows = results_.nodes = 0;
   if (count > capacity_) {
-    capacity_ = round_up(count, 16);
-    const std::size_t room = sizeof(float) * capacity_;
+    const int capacity = round_up(count, 16);
+    const std::size_t room = sizeof(float) * capacity;
     hidden_.fit(room * c.hidden_size);
     normed_.fit(room * c.hidden_size);
     qkv_.fit(room * dim_ * (c.heads + 2 * c.kv_heads));
@@ -318,14 +321,20 @@ void Engine::pass(int outputs) {
     gated_.fit(room * round_up(c.intermediate_size, kLanes));
     rotary_.fit(room * std::max(1, c.rotary_dim));
     panel_.fit(room * kMaxPanel * kLanes * pool_.threads());
-    input_.fit(capacity_);
-    attention_out_.fit(capacity_);
-    mlp_.fit(capacity_);
-    lm_input_.fit(capacity_);
-    lm_tokens_.reserve(capacity_);
+    input_.fit(capacity);
+    attention_out_.fit(capacity);
+    mlp_.fit(capacity);
+    lm_input_.fit(capacity);
+    lm_tokens_.reserve(capacity);
+    capacity_ = capacity;  // only now: any of these may find no memory
   }
-  logits_.fit(std::size_t(outputs) * lm_head_.outputs() * sizeof(float));
-  features_.fit(std::size_t(outputs) * feature_size() * sizeof(float));
+  // Whoever still holds smaller results keeps them.
+  const auto grow = [](std::shared_ptr<Buffer>& buffer, std::size_t bytes) {
+    if (!buffer || buffer->size() < bytes) buffer = std::make_shared<Buffer>(bytes);
+  };
+  grow(results_.logits, std::size_t(outputs) * lm_head_.outputs() * sizeof(float));
+  grow(results_.features, std::size_t(outputs) * feature_size() * sizeof(float));
+  results_.rows = outputs;
   lm_tokens_.clear();
   for (int t = 0; t < count; t++)
     if (output_[t] >= 0) lm_tokens_.push_back(t);
@@ -372,7 +381,7 @@ void Engine::run(int thread) {
   float* normed = normed_.as<float>();
   float* qkv = qkv_.as<float>();
   float* gated = gated_.as<float>();
-  float* features = features_.as<float>();
+  float* features = results_.features->as<float>();
   Phase* phase = phases_.data();
   const auto each_token = [&](auto work) {
     (phase++)->run(thread, count, 1, 4, [&](int first, int n) {
@@ -383,12 +392,11 @@ void Engine::run(int thread) {
   each_token([&](int t) { embed(t); });
   for (int l = 0; l < int(layers_.size()); l++) {
     const Layer& layer = layers_[l];
-    const auto place = std::find(c.feature_layers.begin(), c.feature_layers.end(), l) - c.feature_layers.begin();
-    const bool feature = place < std::ptrdiff_t(c.feature_layers.size());
     each_token([&](int t) {
       const float* row = hidden + std::size_t(t) * size;
-      if (feature && output_[t] >= 0)
-        std::memcpy(features + std::size_t(output_[t]) * feature_size() + place * size, row, size * sizeof(float));
+      for (std::size_t i = 0; output_[t] >= 0 && i < c.feature_layers.size(); i++)
+        if (c.feature_layers[i] == l)
+          std::memcpy(features + std::size_t(output_[t]) * feature_size() + i * size, row, size * sizeof(float));
       kernels_.rms_norm(row, layer.input_norm.data(), c.epsilon, size, normed + std::size_t(t) * size);
       input_.set(kernels_, t, normed + std::size_t(t) * size, size);
     });
@@ -422,7 +430,7 @@ void Engine::run(int thread) {
     kernels_.rms_norm(hidden + std::size_t(t) * size, final_norm_.data(), c.epsilon, size, final);
     lm_input_.set(kernels_, i, final, size);
   });
-  float* logits = logits_.as<float>();
+  float* logits = results_.logits->as<float>();
   product(lm_head_, lm_input_, 1, thread, *phase++, &layers_[0].qkv, [=](int i, int first, int n, const float* y) {
     std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));
   });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -51,6 +52,12 @@ struct LayerWeights {
   Source input_norm, post_norm;
 };
 
+// What a pass made. The memory stays while somebody holds it, but the engine's next pass may write to it.
+struct Results {
+  std::shared_ptr<Buffer> logits, features;  // [rows, logits_stride], [rows, feature_size] of float
+  int rows = 0, nodes = 0;
+};
+
 class Engine {
  public:
   // Throws std::invalid_argument (bad configuration, unknown instruction set) and std::bad_alloc.
@@ -62,12 +69,12 @@ class Engine {
   void load_ends(const Source& embedding, const Source& final_norm, const Source& lm_head);
 
   // Adds tokens to an unfinished prompt in `slot`. With `last` the logits and features of the last token are made.
-  void extend(int slot, const std::vector<std::int32_t>& tokens, bool last);
+  Results extend(int slot, const std::vector<std::int32_t>& tokens, bool last);
 
   // Verifies one tree for each slot; tokens and parents of all trees one after the other. Row b * nodes() + i of the
   // results belongs to node i of tree b.
-  void verify(const std::vector<int>& slots, const std::vector<int>& sizes, const std::vector<std::int32_t>& tokens,
-              const std::vector<std::int32_t>& parents);
+  Results verify(const std::vector<int>& slots, const std::vector<int>& sizes, const std::vector<std::int32_t>& tokens,
+                 const std::vector<std::int32_t>& parents);
 
   // The nodes of each path, root first, join the text of the slot that was verified last.
   void keep(const std::vector<int>& slots, const std::vector<std::vector<int>>& paths);
@@ -75,11 +82,11 @@ class Engine {
   int length(int slot) const;
 
   // What the last `extend` or `verify` made.
-  int rows() const { return rows_; }
-  int nodes() const { return nodes_; }
-  const float* logits() const { return logits_.as<float>(); }  // [rows][logits_stride]
+  int rows() const { return results_.rows; }
+  int nodes() const { return results_.nodes; }
+  const float* logits() const { return results_.logits->as<float>(); }  // [rows][logits_stride]
   int logits_stride() const { return lm_head_.outputs(); }
-  const float* features() const { return features_.as<float>(); }  // [rows][feature_size]
+  const float* features() const { return results_.features->as<float>(); }  // [rows][feature_size]
   int feature_size() const { return config_.hidden_size * (1 + int(config_.feature_layers.size())); }
 
   const Config& config() const { return config_; }
@@ -164,8 +171,7 @@ class Engine {
   std::size_t score_stride_ = 0;
   ActivationBuffer input_, attention_out_, mlp_, lm_input_;
 
-  int rows_ = 0, nodes_ = 0;
-  Buffer logits_, features_;
+  Results results_;
 };
 
 }  // namespace medusa

@@ -258,6 +258,8 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
         }
         float sum = 0;  // times zero: 0, or not a number where a weight is not finite
         for (std::size_t i = 0; i < plain; i++) sum += w[i] * 0.0f;
+        if (format == Format::bfloat16)  // which rounds the largest of float32 to infinity
+          for (std::size_t i = 0; i < plain; i++) sum += from_bfloat16(to_bfloat16(w[i])) * 0.0f;
         if (sum != 0.0f) finite = false;
         std::byte* out = linear.weights + block * linear.block_bytes;
         switch (format) {

@@ -132,33 +132,37 @@ class NativeBackend:
         check_prompt(token_ids, self.max_length)
         with _explained():
             self.engine.release(slot)
-            for start in range(0, len(token_ids), self._chunk):
-                chunk = list(token_ids[start : start + self._chunk])
-                self.engine.extend(slot, chunk, start + len(chunk) == len(token_ids))
-        return torch.from_numpy(self.engine.logits()[0]), torch.from_numpy(self.engine.features()[0].copy())
+            try:
+                for start in range(0, len(token_ids), self._chunk):
+                    chunk = list(token_ids[start : start + self._chunk])
+                    last = start + len(chunk) == len(token_ids)
+                    logits, features = self.engine.extend(slot, chunk, last)
+            except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
+                self.engine.release(slot)
+                raise
+        return torch.from_numpy(logits)[0, 0], torch.from_numpy(features.copy())[0, 0]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
-        sizes = [len(draft.tokens) for draft in drafts]
         with _explained():
-            self.engine.verify(
+            logits, features = self.engine.verify(
                 list(slots),
-                sizes,
+                [len(draft.tokens) for draft in drafts],
                 [token for draft in drafts for token in draft.tokens],
                 [parent for draft in drafts for parent in draft.parents],
             )
-        shape = (len(sizes), self.engine.nodes, -1)
-        logits = torch.from_numpy(self.engine.logits().reshape(shape))
-        return logits, torch.from_numpy(self.engine.features().copy().reshape(shape))
+        return torch.from_numpy(logits), torch.from_numpy(features.copy())
 
     def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         with _explained():
             self.engine.keep(list(slots), [list(path) for path in paths])
 
     def release(self, slot: int) -> None:
-        self.engine.release(slot)
+        with _explained():
+            self.engine.release(slot)
 
     def length(self, slot: int) -> int:
-        return int(self.engine.length(slot))
+        with _explained():
+            return int(self.engine.length(slot))
 
     def base_weights(self) -> BaseWeights:
         return BaseWeights(self._embedding, self._lm_head)
@@ -172,6 +176,8 @@ def _explained() -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         raise (MedusaError if "finite" in message or "expected" in message else UsageError)(message) from None
+    except TypeError as error:  # from the bindings, with a page of signatures
+        raise UsageError("a slot, token, parent or node is not a whole number of 32 bits") from error
     except MemoryError:
         raise MedusaError("there is not enough memory: take a smaller dtype, model, max_length or num_slots") from None
 
@@ -186,13 +192,14 @@ class _Names:
         self.embedding = self._get("model.embed_tokens.weight")
         self.lm_head = self.embedding if config.tied else self._get("lm_head.weight")
         self.final_norm = self._get("model.norm.weight")
-        known = {f"{part}.{kind}" for part, kind in self._parts().values()}
-        for name in tensors:
-            if not name.startswith("model.layers."):
-                continue
-            part = name.split(".", 3)[3]
-            if part not in known and not part.endswith("rotary_emb.inv_freq"):  # old checkpoints hold the latter
-                raise UnsupportedError(f"the checkpoint holds {name}, which the engine does not know")
+        parts = [f"{part}.{kind}" for part, kind in self._parts().values()]
+        known = {f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in parts}
+        known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        # Old checkpoints hold the frequencies of the rotary embedding.
+        if unknown := sorted(
+            name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")
+        ):
+            raise UnsupportedError(f"the checkpoint holds {unknown[0]}, which the engine does not know")
 
     def matrix_size(self) -> int:
         """How many weights the packed matrices hold, by the configuration."""

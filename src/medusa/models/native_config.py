@@ -108,7 +108,7 @@ def native_config(config: Any) -> NativeConfig:
         mlp_bias=bool(getattr(c, "mlp_bias", False)),
         inverse_frequencies=frequencies,
         rotary_scale=scale,
-        layers=_layers(c),
+        layers=_layers(c, kind),
     )
 
 
@@ -117,8 +117,7 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
     if kind == "default":
         import torch
 
-        dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -126,13 +125,16 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
     return tuple(frequencies.tolist()), float(scale)
 
 
-def _layers(c: Any) -> tuple[tuple[bool, int], ...]:
+def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
+    """For each layer, whether it rotates and its window. What transformers ignores in a family is ignored here, too."""
     count: int = c.num_hidden_layers
-    window: int = getattr(c, "sliding_window", None) or 0
-    kinds = getattr(c, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
+    window: int = 0 if kind == "llama" else getattr(c, "sliding_window", None) or 0
+    kinds = ["sliding_attention" if window else "full_attention"] * count
+    if kind in ("qwen2", "qwen3", "smollm3"):
+        kinds = getattr(c, "layer_types", None) or ["full_attention"] * count
     if other := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UnsupportedError(f"it does not know attention of the kind {', '.join(sorted(other))}")
-    rotates = getattr(c, "no_rope_layers", None) or [1] * count  # of SmolLM3; 1 means that the layer does rotate
+    rotates = (getattr(c, "no_rope_layers", None) if kind == "smollm3" else None) or [1] * count  # 1: it does rotate
     return tuple(
-        (bool(turn), window if kind == "sliding_attention" else 0) for turn, kind in zip(rotates, kinds, strict=True)
+        (bool(turn), window if of == "sliding_attention" else 0) for turn, of in zip(rotates, kinds, strict=True)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,18 @@ def test_what_the_native_engine_cannot_do_is_said_where_it_is_asked_for(saved: d
         load(saved["llama"], backend="native", device="cuda")
     with pytest.raises(UsageError, match="int4 needs the native backend"):
         load(saved["llama"], backend="transformers", dtype="int4")
+
+
+@pytest.mark.parametrize("backend", ["native", "transformers"])
+def test_what_is_done_meanwhile_is_done_by_the_callers_thread(saved: dict[str, Path], backend: str) -> None:
+    """Two threads that import transformers get in each other's way."""
+    if backend == "native":
+        pytest.importorskip("medusa_native")
+    threads = []
+    source = zoo.resolve(str(saved["llama"]))
+    settings = loading.EngineSettings(backend=backend)
+    loading.load_backend(source, settings, progress=False, meanwhile=lambda: threads.append(threading.get_ident()))
+    assert set(threads) == {threading.get_ident()}
 
 
 def test_without_the_extension_everything_runs_on_transformers(

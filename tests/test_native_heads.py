@@ -45,7 +45,9 @@ def make_heads(engine: NativeBackend, kind: str) -> Heads:
     ids = torch.arange(VOCAB - 1, -1, -2)[: config.draft_vocab] if config.draft_vocab else None
     if ids is not None and len(ids) < config.draft_vocab:
         ids = torch.arange(config.draft_vocab)
-    heads = Heads(config, engine.base_weights(), ids)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        heads = Heads(config, engine.base_weights(), ids)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in heads.parameters():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -369,11 +369,12 @@ def load(
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
     feature_layers = read_config(heads_path).feature_layers if heads_path else ()
-    with ThreadPoolExecutor(1) as background:  # the tokenizer's imports take longer than the packing of a small model
-        later = background.submit(_load_tokenizer, source, hashed=heads_path is not None)
-        loaded = loading.load_backend(source, settings, feature_layers=feature_layers, progress=progress)
-        runner = None if heads_path is None else loading.load_heads(heads_path, loaded, settings)
-        tokenizer, vocab_hash = later.result()
+    tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
+    loaded = loading.load_backend(
+        source, settings, feature_layers=feature_layers, progress=progress, meanwhile=tokenizer_of
+    )
+    runner = None if heads_path is None else loading.load_heads(heads_path, loaded, settings)
+    tokenizer, vocab_hash = tokenizer_of()
     if runner is not None:
         check_vocabulary(runner.config, vocab_hash)
     eos = loaded.eos_token_ids or loading.as_token_ids(tokenizer.eos_token_id)

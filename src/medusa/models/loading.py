@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,9 +58,18 @@ class LoadedModel:
 
 
 def load_backend(
-    source: zoo.ModelSource, settings: EngineSettings, *, feature_layers: Sequence[int] = (), progress: bool = True
+    source: zoo.ModelSource,
+    settings: EngineSettings,
+    *,
+    feature_layers: Sequence[int] = (),
+    progress: bool = True,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
     """Loads a model on the backend that is asked for, or with `auto` on the native engine where that can run it.
+
+    `meanwhile` (loading the tokenizer, say) is called on this thread, once or more, before the weights are loaded or
+    while another thread packs them. Only this thread may import transformers: its modules import each other when they
+    are first used, which fails now and then when two threads do it.
 
     Raises:
         UsageError: a bad argument, or one that the backend does not take.
@@ -68,7 +78,7 @@ def load_backend(
     refusal = None if settings.backend == "transformers" else _native_refusal(settings)
     if settings.backend != "transformers" and refusal is None:
         try:
-            return _load_native(source, settings, feature_layers, progress)
+            return _load_native(source, settings, feature_layers, progress, meanwhile)
         except UnsupportedError as error:
             refusal = str(error)
     if settings.backend == "native":
@@ -76,6 +86,7 @@ def load_backend(
     reason = "asked for" if refusal is None else f"not native: {refusal}"
     if settings.dtype == "int4":
         raise UsageError(f"int4 needs the native backend ({reason}): take --dtype int8")
+    meanwhile()
     return _load_transformers(source, settings, feature_layers, reason)
 
 
@@ -121,15 +132,20 @@ def _native_refusal(settings: EngineSettings) -> str | None:
 
 
 def _load_native(
-    source: zoo.ModelSource, settings: EngineSettings, feature_layers: Sequence[int], progress: bool
+    source: zoo.ModelSource,
+    settings: EngineSettings,
+    feature_layers: Sequence[int],
+    progress: bool,
+    meanwhile: Callable[[], object],
 ) -> LoadedModel:
     from medusa.models.native_backend import Checkpoint, NativeBackend
 
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    with _bar(f"Packing {source.name}", progress) as tell:
-        backend = NativeBackend(
+    with _bar(f"Packing {source.name}", progress) as tell, ThreadPoolExecutor(1) as background:
+        packing = background.submit(
+            NativeBackend,
             native,
             Checkpoint(directory),
             dtype=settings.dtype,
@@ -139,6 +155,8 @@ def _load_native(
             threads=settings.threads,
             progress=tell,
         )
+        meanwhile()
+        backend = packing.result()
     facts: dict[str, object] = {
         "architecture": (config.architectures or [config.model_type])[0],
         "location": source.location,

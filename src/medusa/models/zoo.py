@@ -25,7 +25,6 @@ import re
 import shutil
 import socket
 import sys
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 HEADS_DIR = Path(__file__).parent.parent / "heads"
 CACHE_FORMAT = 1  # raise it when what a conversion writes changes: older ones are then made anew
 MANIFEST = "medusa.json"
-_QUIET = threading.RLock()
 STALE_SECONDS = 24 * 3600.0  # a conversion this old that cannot be asked about is taken for dead
 
 
@@ -338,8 +336,7 @@ def _hub_is_reachable() -> bool:
 def _quiet() -> Iterator[None]:
     """No progress bars and warnings of transformers; its settings are as before on leaving.
 
-    Bars of downloads stay, on a terminal: a silent wait of minutes helps nobody. One thread at a time, as the settings
-    belong to the process.
+    Bars of downloads stay, on a terminal: a silent wait of minutes helps nobody.
     """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
@@ -348,25 +345,24 @@ def _quiet() -> Iterator[None]:
     )
     from transformers.utils import logging
 
-    with _QUIET:
-        verbosity, bars, hub_bars = (
-            logging.get_verbosity(),
-            logging.is_progress_bar_enabled(),
-            not are_progress_bars_disabled(),
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()  # turns those of the Hub off too, and back on below
-            if hub_bars and sys.stderr.isatty():
-                enable_progress_bars()
-            try:
-                yield
-            finally:
-                logging.set_verbosity(verbosity)
-                if bars:
-                    logging.enable_progress_bar()
-                (enable_progress_bars if hub_bars else disable_progress_bars)()
+    verbosity, bars, hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()  # turns those of the Hub off too, and back on below
+        if hub_bars and sys.stderr.isatty():
+            enable_progress_bars()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+            (enable_progress_bars if hub_bars else disable_progress_bars)()
 
 
 @contextlib.contextmanager

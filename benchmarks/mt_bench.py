@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     args = parser.parse_args()
+    if args.temperature and "transformers" in args.methods:
+        parser.error("transformers' generate is greedy here: leave it out of --methods")
 
     questions = [json.loads(line) for line in args.questions.open(encoding="utf-8")]
     stride = max(1, len(questions) // args.limit)

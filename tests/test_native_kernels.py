@@ -242,6 +242,28 @@ RULER = 32
 TOKENS = 8
 
 
+def two_layers(hidden_size: int, *, heads: int, **sizes: int) -> NativeConfig:
+    """A model of two layers whose heads share one key-value head: no biases, norms that change nothing of note."""
+    head_dim = hidden_size // heads
+    return NativeConfig(
+        hidden_size=hidden_size,
+        heads=heads,
+        kv_heads=1,
+        head_dim=head_dim,
+        epsilon=1e-12,
+        gate="silu",
+        tied=False,
+        qk_norm=False,
+        attention_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        inverse_frequencies=(1.0,) * (head_dim // 2),
+        rotary_scale=1.0,
+        layers=((True, 0), (True, 0)),
+        **sizes,
+    )
+
+
 def ruled(rows: int, generator: torch.Generator, extremes: tuple[int, int], sparse: bool = False) -> Tensor:
     """Weights [rows, WIDTH] that every format holds exactly: from -4 to 4, and the extremes at inputs 0 and 1 of each
     group. `sparse`: three in a row beside them, so that sums stay small."""
@@ -305,25 +327,7 @@ class Exact:
                 weights[f"model.layers.{layer}.{where}.{name}_proj.weight"] = matrix
             for name in ("input_layernorm", "post_attention_layernorm"):
                 weights[f"model.layers.{layer}.{name}.weight"] = norm if layer == 0 else ones
-        config = NativeConfig(
-            hidden_size=WIDTH,
-            heads=WIDTH // RULER,
-            kv_heads=1,
-            head_dim=RULER,
-            intermediate_size=WIDTH,
-            vocab_size=TOKENS,
-            context=32,
-            epsilon=1e-12,
-            gate="silu",
-            tied=False,
-            qk_norm=False,
-            attention_bias=False,
-            output_bias=False,
-            mlp_bias=False,
-            inverse_frequencies=(1.0,) * (RULER // 2),
-            rotary_scale=1.0,
-            layers=((True, 0), (True, 0)),
-        )
+        config = two_layers(WIDTH, heads=WIDTH // RULER, intermediate_size=WIDTH, vocab_size=TOKENS, context=32)
         tensors = {name: tensor.float() for name, tensor in weights.items()}
         self.backend = NativeBackend(config, tensors, dtype=precision, isa=isa, feature_layers=(1,), threads=1)
 
@@ -389,25 +393,7 @@ def packed(weights: Tensor, precision: str, isa: str) -> Tensor:
     """What the engine makes of weights [64, 64], read back through the output projection of the attention: token j
     gives it an input that is zero but for place j."""
     size = 64
-    config = NativeConfig(
-        hidden_size=size,
-        heads=1,
-        kv_heads=1,
-        head_dim=size,
-        intermediate_size=16,
-        vocab_size=size,
-        context=4,
-        epsilon=1e-12,
-        gate="silu",
-        tied=False,
-        qk_norm=False,
-        attention_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        inverse_frequencies=(1.0,) * (size // 2),
-        rotary_scale=1.0,
-        layers=((True, 0), (True, 0)),
-    )
+    config = two_layers(size, heads=1, intermediate_size=16, vocab_size=size, context=4)
     one = 15.0 if precision == "int4" else 127.0  # that each format holds exactly beside zeros
     tensors = {"model.embed_tokens.weight": 8 * torch.eye(size), "lm_head.weight": torch.eye(size)}
     tensors["model.norm.weight"] = torch.ones(size)

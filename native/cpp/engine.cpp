@@ -363,16 +363,6 @@ void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, 
   multiply(kernels_, linear, x.view(), count, unit, thread, phase, panel, then, epilogue);
 }
 
-void Engine::add_to(const Linear& linear, const ActivationBuffer& x, int thread, Phase& phase, const Linear* next) {
-  const int size = config_.hidden_size;
-  float* hidden = hidden_.as<float>();
-  product(linear, x, 1, thread, phase, next, [=](int t, int first, int count, const float* y) {
-    float* row = hidden + std::size_t(t) * size + first;
-    count = std::min(count, size - first);
-    for (int i = 0; i < count; i++) row[i] += y[i];
-  });
-}
-
 void Engine::run(int thread) {
   const Config& c = config_;
   const int count = int(tokens_.size()), size = c.hidden_size, outputs = int(lm_tokens_.size());
@@ -400,9 +390,7 @@ void Engine::run(int thread) {
       kernels_.rms_norm(row, layer.input_norm.data(), c.epsilon, size, normed + std::size_t(t) * size);
       input_.set(kernels_, t, normed + std::size_t(t) * size, size);
     });
-    product(layer.qkv, input_, 1, thread, *phase++, &layer.o, [=](int t, int first, int n, const float* y) {
-      std::memcpy(qkv + std::size_t(t) * wide + first, y, n * sizeof(float));
-    });
+    product(layer.qkv, input_, 1, thread, *phase++, &layer.o, copied_to(qkv, wide));
     each_token([&](int t) { rotate(t, l); });
     (phase++)->run(thread, int(tiles_.size()), 1, 2, [&](int first, int n) {
       for (int i = first; i < first + n; i++) attend(tiles_[i], thread, l);
@@ -410,18 +398,16 @@ void Engine::run(int thread) {
     each_token([&](int t) {
       attention_out_.set(kernels_, t, attended_.as<float>() + std::size_t(t) * dim_ * c.heads, dim_ * c.heads);
     });
-    add_to(layer.o, attention_out_, thread, *phase++, &layer.gate_up);
+    product(layer.o, attention_out_, 1, thread, *phase++, &layer.gate_up, added_to(hidden, size));
     each_token([&](int t) {
       kernels_.rms_norm(hidden + std::size_t(t) * size, layer.post_norm.data(), c.epsilon, size,
                         normed + std::size_t(t) * size);
       input_.set(kernels_, t, normed + std::size_t(t) * size, size);
     });
-    product(layer.gate_up, input_, 2, thread, *phase++, &layer.down, [=](int t, int first, int n, const float* y) {
-      for (int i = 0; i < n; i += 2 * kLanes)
-        kernels_.gated(config_.gate, y + i, y + i + kLanes, gated + std::size_t(t) * inner + (first + i) / 2);
-    });
+    product(layer.gate_up, input_, 2, thread, *phase++, &layer.down, gated_to(kernels_, c.gate, gated, inner));
     each_token([&](int t) { mlp_.set(kernels_, t, gated + std::size_t(t) * inner, inner); });
-    add_to(layer.down, mlp_, thread, *phase++, l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_);
+    const Linear* next = l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_;
+    product(layer.down, mlp_, 1, thread, *phase++, next, added_to(hidden, size));
   }
   if (outputs == 0) return;
   (phase++)->run(thread, outputs, 1, 1, [&](int i, int) {

@@ -136,7 +136,6 @@ class Engine {
   template <typename Epilogue>
   void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase, const Linear* next,
                Epilogue epilogue);
-  void add_to(const Linear& linear, const ActivationBuffer& x, int thread, Phase& phase, const Linear* next);
   template <typename T>
   void write_cache(std::byte* block, int lane, const float* k, const float* v) const;
   template <typename T>
@@ -147,7 +146,7 @@ class Engine {
   const Kernels& kernels_;
   Pool pool_;
   std::mutex mutex_;
-  int dim_ = 0;        // head_dim, padded to 16
+  int dim_ = 0;         // head_dim, padded to 16
   int cache_item_ = 0;  // bytes of a cached number
   std::size_t head_bytes_ = 0;
   std::size_t block_bytes_ = 0;
@@ -164,7 +163,7 @@ class Engine {
   std::vector<int> output_;  // [tokens] row of the results, or -1
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;
-  std::vector<int> lm_tokens_;  // rows of the LM head's input -> row of the results
+  std::vector<int> lm_tokens_;  // row of the LM head's input -> token
   std::vector<Phase> phases_;
   int capacity_ = 0;  // tokens for which there is room
   Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_;

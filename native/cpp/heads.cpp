@@ -135,11 +135,9 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
   }
   run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(count) * kMaxPanel * kLanes * thread;
-    phases_[0].run(thread, count, 1, 1, [&](int t, int) { activation_.set(kernels, t, x + std::size_t(t) * width, width); });
-    const auto add = [&](int t, int first, int n, const float* y) {
-      float* row = hidden + std::size_t(t) * size + first;
-      for (int i = 0; i < std::min(n, size - first); i++) row[i] += y[i];
-    };
+    phases_[0].run(thread, count, 1, 1,
+                   [&](int t, int) { activation_.set(kernels, t, x + std::size_t(t) * width, width); });
+    const auto add = added_to(hidden, size);
     if (!block.gated) {
       multiply(kernels, block.first, activation_.view(), count, 1, thread, phases_[1], panel, nullptr,
                [&](int t, int first, int n, float* y) {
@@ -150,10 +148,7 @@ void Heads::apply(const Block& block, const float* x, int width, int count, floa
     }
     float* between = inner_.as<float>();
     multiply(kernels, block.first, activation_.view(), count, 2, thread, phases_[1], panel, nullptr,
-             [&](int t, int first, int n, const float* y) {
-               for (int i = 0; i < n; i += 2 * kLanes)
-                 kernels.gated(Gate::silu, y + i, y + i + kLanes, between + std::size_t(t) * inner + (first + i) / 2);
-             });
+             gated_to(kernels, Gate::silu, between, inner));
     phases_[2].run(thread, count, 1, 1, [&](int t, int) {
       between_.set(kernels, t, between + std::size_t(t) * inner, std::min(inner, block.down.inputs));
     });
@@ -165,7 +160,8 @@ void Heads::begin(const float* features, int batch, float* base) {
   std::lock_guard lock(engine_.mutex());
   const int size = hidden_size(), wide = size * config_.features;
   if (!projects_) {
-    for (int b = 0; b < batch; b++) std::memcpy(base + std::size_t(b) * size, features + std::size_t(b + 1) * wide - size, size * sizeof(float));
+    for (int b = 0; b < batch; b++)  // the final hidden state
+      std::memcpy(base + std::size_t(b) * size, features + std::size_t(b + 1) * wide - size, size * sizeof(float));
     return;
   }
   fit(batch, std::size_t(wide));
@@ -185,9 +181,7 @@ void Heads::begin(const float* features, int batch, float* base) {
   run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(batch) * kMaxPanel * kLanes * thread;
     multiply(kernels, projection_, activation_.view(), batch, 1, thread, phases_[0], panel, nullptr,
-             [&](int b, int first, int n, const float* y) {
-               std::memcpy(base + std::size_t(b) * size + first, y, std::min(n, size - first) * sizeof(float));
-             });
+             copied_to(base, size));
   });
 }
 
@@ -250,17 +244,18 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
   const std::size_t stride = lm.outputs();
   run([&](int thread) {
     float* panel = panel_.as<float>() + std::size_t(rows) * kMaxPanel * kLanes * thread;
-    phases_[0].run(thread, rows, 1, 1, [&](int r, int) { activation_.set(kernels, r, hidden + std::size_t(r) * size, size); });
-    multiply(kernels, lm, activation_.view(), rows, 1, thread, phases_[1], panel, nullptr, [&](int r, int first, int n, const float* y) {
-      std::memcpy(logits + r * stride + first, y, n * sizeof(float));
-    });
+    phases_[0].run(thread, rows, 1, 1,
+                   [&](int r, int) { activation_.set(kernels, r, hidden + std::size_t(r) * size, size); });
+    multiply(kernels, lm, activation_.view(), rows, 1, thread, phases_[1], panel, nullptr,
+             copied_to(logits, int(stride)));
     phases_[2].run(thread, rows, 1, 1, [&](int r, int) {
       float total;
-      kernels.top_k(logits + r * stride, rows_, count, log_p + std::size_t(r) * count, ids + std::size_t(r) * count, &total);
+      float* row_log_p = log_p + std::size_t(r) * count;
+      std::int32_t* row_ids = ids + std::size_t(r) * count;
+      kernels.top_k(logits + r * stride, rows_, count, row_log_p, row_ids, &total);
       for (int i = 0; i < count; i++) {
-        log_p[std::size_t(r) * count + i] -= total;
-        std::int32_t& id = ids[std::size_t(r) * count + i];
-        id = ids_[id];
+        row_log_p[i] -= total;
+        row_ids[i] = ids_[row_ids[i]];
       }
     });
   });

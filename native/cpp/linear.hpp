@@ -1,7 +1,9 @@
 // Linear layers in packed form. Layouts: see kernels.hpp.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -94,6 +96,27 @@ void multiply(const Kernels& kernels, const Linear& linear, const Activations& x
       epilogue(t, first * kLanes, int(width), y);
     }
   });
+}
+
+// What `multiply` does with a row: copied to, or added to, rows of `size` floats; outputs past them only fill a block.
+inline auto copied_to(float* rows, int size) {
+  return [=](int t, int first, int n, const float* y) {
+    std::memcpy(rows + std::size_t(t) * size + first, y, std::min(n, size - first) * sizeof(float));
+  };
+}
+inline auto added_to(float* rows, int size) {
+  return [=](int t, int first, int n, const float* y) {
+    float* row = rows + std::size_t(t) * size + first;
+    n = std::min(n, size - first);
+    for (int i = 0; i < n; i++) row[i] += y[i];
+  };
+}
+// Of `interleaved` outputs: gate(g) * u goes to rows of `size` floats, a multiple of 16.
+inline auto gated_to(const Kernels& kernels, Gate gate, float* rows, int size) {
+  return [=, &kernels](int t, int first, int n, const float* y) {
+    for (int i = 0; i < n; i += 2 * kLanes)
+      kernels.gated(gate, y + i, y + i + kLanes, rows + std::size_t(t) * size + (first + i) / 2);
+  };
 }
 
 }  // namespace medusa

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa.errors import UsageError
+from medusa.models.backend import PlainTree
 from medusa.models.native_backend import NativeBackend, native_module
 
 if TYPE_CHECKING:
@@ -35,12 +36,6 @@ class Profile:
     def limit_seconds(self) -> float | None:
         """No pass can be faster than its weights are read."""
         return self.bytes / self.bandwidth if self.bytes and self.bandwidth else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
 
 
 def profile(
@@ -88,8 +83,8 @@ def _bandwidth(backend: NativeBackend) -> float:
     return float(module.read_bandwidth(backend.engine.threads))
 
 
-def _binary_tree(size: int, vocab_size: int) -> _Tree:
-    return _Tree(
+def _binary_tree(size: int, vocab_size: int) -> PlainTree:
+    return PlainTree(
         tuple((11 * i + 5) % vocab_size for i in range(size)),
         tuple((i - 1) // 2 for i in range(size)),  # the root's parent is -1
     )

@@ -16,7 +16,7 @@ layers).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from medusa.errors import UsageError
 
@@ -38,6 +38,13 @@ class TokenTree(Protocol):
 
     @property
     def parents(self) -> Parents: ...
+
+
+class PlainTree(NamedTuple):
+    """A TokenTree and nothing more: to check or to time a pass with."""
+
+    tokens: tuple[int, ...]
+    parents: Parents
 
 
 class Backend(Protocol):
@@ -80,11 +87,23 @@ class Backend(Protocol):
         ...
 
 
-def check_max_length(max_length: int | None, context: int, default: int) -> int:
-    """Positions of a slot: `max_length`, or the context but at most `default`. UsageError: it is past the context."""
+def check_max_length(max_length: int | None, context: int) -> int:
+    """Positions of a slot: `max_length`, or the context but at most 32,768. UsageError: it is past the context."""
     if max_length is not None and not 1 <= max_length <= context:
         raise UsageError(f"max_length must be from 1 to the model's context of {context}, not {max_length}")
-    return max_length or min(context, default)
+    return max_length or min(context, DEFAULT_MAX_LENGTH)
+
+
+def check_slots(num_slots: int) -> None:
+    """Raises UsageError for a backend without slots."""
+    if num_slots < 1:
+        raise UsageError("num_slots must be at least 1")
+
+
+def check_feature_layers(feature_layers: Sequence[int], num_layers: int) -> None:
+    """Raises UsageError for a layer that is not there, or whose output is the final hidden state."""
+    if any(not 1 <= i < num_layers for i in feature_layers):
+        raise UsageError(f"feature_layers must be from 1 to {num_layers - 1}")
 
 
 def check_prompt(token_ids: Sequence[int], max_length: int) -> None:

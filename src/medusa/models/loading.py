@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from medusa.models.backend import Backend
     from medusa.models.heads import HeadsRunner
-    from medusa.models.native_backend import NativeBackend
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -96,16 +95,16 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
     import torch
 
     from medusa.models import heads
+    from medusa.models.native_backend import NativeBackend
 
     def read(dtype: torch.dtype) -> heads.Heads:
         base = loaded.backend.base_weights()
         return heads.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
 
-    if loaded.backend.name == "native":
+    if isinstance(loaded.backend, NativeBackend):
         from medusa.models.native_heads import NativeHeads
 
-        backend: NativeBackend = loaded.backend  # type: ignore[assignment]
-        return NativeHeads(backend, read(torch.bfloat16))
+        return NativeHeads(loaded.backend, read(torch.bfloat16))
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
     fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -113,7 +112,7 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
 
 
 def default_nodes(backend: Backend, dtype: str) -> int:
-    """How many nodes a draft tree has where nobody says: the best of 6 to 16 on MT-bench questions, see
+    """How many nodes a draft tree has where nobody says: the best of 5 to 12 on MT-bench questions, see
     docs/decisions.md."""
     return NATIVE_NODES[dtype] if backend.name == "native" else 12
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import MedusaError, UsageError
-from medusa.models.backend import DEFAULT_MAX_LENGTH, TokenTree, check_max_length, check_prompt
+from medusa.models.backend import TokenTree, check_feature_layers, check_max_length, check_prompt, check_slots
 from medusa.models.heads import BaseWeights
 from medusa.models.native_config import NativeConfig, UnsupportedError
 
@@ -80,16 +80,14 @@ class NativeBackend:
             raise MedusaError("the native engine is not installed: run pip install ./native, or use another backend")
         if dtype not in PRECISIONS:
             raise UsageError(f"unknown dtype {dtype}: use one of {', '.join(PRECISIONS)}")
-        if num_slots < 1:
-            raise UsageError("num_slots must be at least 1")
+        check_slots(num_slots)
         self.config = config
         self.num_slots = num_slots
         self.num_layers = len(config.layers)
         self.hidden_size = config.hidden_size
         self.vocab_size = config.vocab_size
-        self.max_length = check_max_length(max_length, config.context, DEFAULT_MAX_LENGTH)
-        if any(not 1 <= i < self.num_layers for i in feature_layers):
-            raise UsageError(f"feature_layers must be from 1 to {self.num_layers - 1}")
+        self.max_length = check_max_length(max_length, config.context)
+        check_feature_layers(feature_layers, self.num_layers)
         self.max_nodes: int = module.MAX_NODES
         self._chunk: int = module.CHUNK
         names = _Names(config, tensors)

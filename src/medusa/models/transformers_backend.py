@@ -14,14 +14,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
-from medusa.models.backend import DEFAULT_MAX_LENGTH, TokenTree, check_max_length, check_prompt
+from medusa.models.backend import (
+    DEFAULT_MAX_LENGTH,
+    PlainTree,
+    TokenTree,
+    check_feature_layers,
+    check_max_length,
+    check_prompt,
+    check_slots,
+)
 from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
 from medusa.models.kv_cache import Cursor, SlotCache
@@ -79,8 +87,7 @@ class TransformersBackend:
         compile: bool = False,
         self_check: bool = True,
     ) -> None:
-        if num_slots < 1:
-            raise UsageError("num_slots must be at least 1")
+        check_slots(num_slots)
         config = model.config.get_text_config()
         _refuse_unsupported(model, config)
         self.model = model
@@ -89,9 +96,8 @@ class TransformersBackend:
         self.hidden_size: int = config.hidden_size
         lm_head = model.get_output_embeddings()
         self.vocab_size: int = lm_head.weight.shape[0]
-        self.max_length = check_max_length(max_length, _context(config), DEFAULT_MAX_LENGTH)
-        if any(not 1 <= i < self.num_layers for i in feature_layers):
-            raise UsageError(f"feature_layers must be from 1 to {self.num_layers - 1}")
+        self.max_length = check_max_length(max_length, _context(config))
+        check_feature_layers(feature_layers, self.num_layers)
         self.feature_layers = tuple(feature_layers)
         self._masks = _MaskMaker(config, model.dtype)
         self._lm_head = lm_head
@@ -279,11 +285,6 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
         raise MedusaError(f"{name} has no LM head: load it as a causal language model")
 
 
-class _Probe(NamedTuple):
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-
-
 def check_tree_attention(backend: TransformersBackend) -> None:
     """Compares a small tree in one pass with each of its paths run alone, without cache, by the model itself.
 
@@ -292,7 +293,7 @@ def check_tree_attention(backend: TransformersBackend) -> None:
     """
     vocab = backend.vocab_size
     prompt = [(7 * i + 3) % vocab for i in range(6)]
-    draft = _Probe(tuple((11 * i + 5) % vocab for i in range(6)), (-1, 0, 0, 1, 1, 4))
+    draft = PlainTree(tuple((11 * i + 5) % vocab for i in range(6)), (-1, 0, 0, 1, 1, 4))
     limit, backend.max_length = (
         backend.max_length,
         len(prompt) + len(draft.tokens),

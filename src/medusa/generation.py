@@ -200,6 +200,10 @@ class LanguageModel:
         assert chunk.finish_reason is not None
         return Completion("".join(pieces), tuple(token_ids), chunk.stats, chunk.finish_reason)
 
+    def runs_on(self) -> dict[str, object]:
+        """What decides a token beside weights and seed: backend and number format."""
+        return {"backend": self.backend.name, "dtype": self._facts.get("dtype")}
+
     def describe(self) -> dict[str, object]:
         """What is loaded, for people and for bug reports."""
         import torch

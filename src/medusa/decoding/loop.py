@@ -8,13 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from medusa.decoding.accept import accept, first_token
 from medusa.decoding.draft import MODEL, Drafter, Row
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.models.backend import Backend
+from medusa.models.backend import Backend, PlainTree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RESUME_CHUNK = 32  # tokens in a pass: each costs a row of logits
 
 FinishReason = Literal["stop", "length"]
 
@@ -84,16 +89,7 @@ class Decoder:
         except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
             self.backend.release(slot)
             raise
-        row = Row(
-            slot=slot,
-            tokens=list(prompt),
-            prompt_tokens=len(prompt),
-            max_new_tokens=min(max_new_tokens, self.backend.max_length - len(prompt)),
-            eos_token_ids=frozenset(eos_token_ids),
-            sampling=sampling,
-            features=features,
-        )
-        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,), drafted=1)
+        return self._begin(slot, prompt, sampling, max_new_tokens, eos_token_ids, logits, features)
 
     def step(self, rows: Sequence[Row]) -> list[Step]:
         """One forward pass for all of `rows`, none of which may be finished."""
@@ -111,19 +107,62 @@ class Decoder:
         accepted = [
             accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
         ]
-        # keep
-        self.backend.keep(slots, [choice.path for choice in accepted])
         steps = []
         for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
             row.features = features[b, choice.path[-1]]
             tokens = (*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)
             sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)
             steps.append(self._extend(row, tokens, sources, len(draft)))
+        # keep: all of a row's tokens but the last, which is the next root
+        paths = [choice.path[: len(step.tokens)] for choice, step in zip(accepted, steps, strict=True)]
+        self.backend.keep(slots, paths)
         return steps
+
+    def resume(
+        self,
+        row: Row,
+        tokens: Sequence[int],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> tuple[Row, Step]:
+        """Goes on with the text of a finished row after `tokens` more, in its slot: what is in the cache stays there.
+        The new row's prompt is all of the text so far. Arguments and errors as for `start`; the old row is used up."""
+        prompt = [*row.tokens, *tokens]
+        self.check(prompt, max_new_tokens)
+        sampling = sampling.seeded()
+        unread = prompt[self.backend.length(row.slot) :]  # the last token of a row is not in the cache yet
+        for start in range(0, len(unread), RESUME_CHUNK):
+            chunk = unread[start : start + RESUME_CHUNK]
+            logits, features = self.backend.verify([row.slot], [PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))])
+            self.backend.keep([row.slot], [range(len(chunk))])
+        return self._begin(row.slot, prompt, sampling, max_new_tokens, eos_token_ids, logits[0, len(chunk) - 1], features[0, len(chunk) - 1])
 
     def finish(self, row: Row) -> None:
         """Gives the slot of a row back, finished or not."""
         self.backend.release(row.slot)
+
+    def _begin(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        eos_token_ids: Iterable[int],
+        logits: Tensor,  # [V] of the last token of the prompt
+        features: Tensor,  # [F*H] of it
+    ) -> tuple[Row, Step]:
+        row = Row(
+            slot=slot,
+            tokens=list(prompt),
+            prompt_tokens=len(prompt),
+            max_new_tokens=min(max_new_tokens, self.backend.max_length - len(prompt)),
+            eos_token_ids=frozenset(eos_token_ids),
+            sampling=sampling,
+            features=features,
+        )
+        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,), drafted=1)
 
     def _extend(self, row: Row, tokens: tuple[int, ...], sources: tuple[str, ...], drafted: int) -> Step:
         """Adds tokens to a row, up to the first that ends it."""

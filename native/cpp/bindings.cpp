@@ -181,6 +181,17 @@ NB_MODULE(_engine, m) {
           },
           "slot"_a, "tokens"_a, "last"_a, "See verify; without `last` there are no rows.")
       .def(
+          "read",
+          [](medusa::Engine& engine, int slot, const std::vector<std::int32_t>& tokens) {
+            medusa::Results results;
+            {
+              nb::gil_scoped_release release;
+              results = engine.read(slot, tokens);
+            }
+            return view(results.features, results, engine.feature_size(), engine.feature_size());
+          },
+          "slot"_a, "tokens"_a, "Extends a slot; features [1, tokens, size], a view that the next call overwrites.")
+      .def(
           "verify",
           [](medusa::Engine& engine, const std::vector<int>& slots, const std::vector<int>& sizes,
              const std::vector<std::int32_t>& tokens, const std::vector<std::int32_t>& parents) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "cpu.hpp"
@@ -196,6 +197,12 @@ void Engine::release(int index) {
 }
 
 Results Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last) {
+  return append(index, ids, last ? Wanted::last : Wanted::nothing);
+}
+
+Results Engine::read(int index, const std::vector<std::int32_t>& ids) { return append(index, ids, Wanted::features); }
+
+Results Engine::append(int index, const std::vector<std::int32_t>& ids, Wanted wanted) {
   std::lock_guard lock(mutex_);
   Slot& slot = slot_at(index);
   need_weights();
@@ -211,8 +218,9 @@ Results Engine::extend(int index, const std::vector<std::int32_t>& ids, bool las
     const int at = slot.length + i;
     tokens_.push_back({ids[i], index, at, at, at + 1, 0, 0});
   }
-  if (last) output_.back() = 0;
-  pass(last ? 1 : 0);
+  if (wanted == Wanted::last) output_.back() = 0;
+  if (wanted == Wanted::features) std::iota(output_.begin(), output_.end(), 0);
+  pass(wanted == Wanted::features ? int(ids.size()) : wanted == Wanted::last, wanted != Wanted::features);
   results_.nodes = results_.rows;
   slot.length += int(ids.size());
   return results_;
@@ -259,7 +267,7 @@ Results Engine::verify(const std::vector<int>& slots, const std::vector<int>& si
     }
   }
   for (int slot : slots) slots_[slot].parents.clear();
-  pass(widest * int(slots.size()));
+  pass(widest * int(slots.size()), true);
   results_.nodes = widest;
   at = 0;
   for (std::size_t b = 0; b < slots.size(); b++) {
@@ -307,8 +315,9 @@ void Engine::keep(const std::vector<int>& slots, const std::vector<std::vector<i
 
 // --- one pass -------------------------------------------------------------------------------------------------------
 
-void Engine::pass(int outputs) {
+void Engine::pass(int outputs, bool with_logits) {
   const int count = int(tokens_.size());
+  with_logits_ = with_logits;
   const Config& c = config_;
   results_.rows = results_.nodes = 0;
   if (count > capacity_) {
@@ -332,7 +341,7 @@ void Engine::pass(int outputs) {
   const auto grow = [](std::shared_ptr<Buffer>& buffer, std::size_t bytes) {
     if (!buffer || buffer->size() < bytes) buffer = std::make_shared<Buffer>(bytes);
   };
-  grow(results_.logits, std::size_t(outputs) * lm_head_.outputs() * sizeof(float));
+  grow(results_.logits, std::size_t(with_logits ? outputs : 0) * lm_head_.outputs() * sizeof(float));
   grow(results_.features, std::size_t(outputs) * feature_size() * sizeof(float));
   results_.rows = outputs;
   lm_tokens_.clear();
@@ -416,6 +425,7 @@ void Engine::run(int thread) {
     kernels_.rms_norm(hidden + std::size_t(t) * size, final_norm_.data(), c.epsilon, size, final);
     lm_input_.set(kernels_, i, final, size);
   });
+  if (!with_logits_) return;
   float* logits = results_.logits->as<float>();
   product(lm_head_, lm_input_, 1, thread, *phase++, &layers_[0].qkv, [=](int i, int first, int n, const float* y) {
     std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));

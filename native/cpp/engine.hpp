@@ -70,6 +70,8 @@ class Engine {
 
   // Adds tokens to an unfinished prompt in `slot`. With `last` the logits and features of the last token are made.
   Results extend(int slot, const std::vector<std::int32_t>& tokens, bool last);
+  // The same, but the results are the features of every token, and no logits.
+  Results read(int slot, const std::vector<std::int32_t>& tokens);
 
   // Verifies one tree for each slot; tokens and parents of all trees one after the other. Row b * nodes() + i of the
   // results belongs to node i of tree b.
@@ -128,7 +130,9 @@ class Engine {
   const Slot& slot_at(int slot) const { return const_cast<Engine*>(this)->slot_at(slot); }
   void need_weights() const;
   void check_token(std::int32_t token) const;
-  void pass(int outputs);  // over tokens_; the tokens with output_ >= 0 get logits and features
+  enum class Wanted { nothing, last, features };
+  Results append(int slot, const std::vector<std::int32_t>& tokens, Wanted wanted);
+  void pass(int outputs, bool with_logits);  // over tokens_; those with output_ >= 0 get features and, if wanted, logits
   void run(int thread);
   void embed(int token);
   void attend(const Tile& tile, int thread, int layer);
@@ -160,6 +164,7 @@ class Engine {
 
   // one pass
   std::vector<Token> tokens_;
+  bool with_logits_ = true;
   std::vector<int> output_;  // [tokens] row of the results, or -1
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, get_type_hint
 import typer
 from typer.core import TyperGroup
 
+from medusa import cli_training
 from medusa.chat import (
     OUT_OF_MEMORY,
     Answer,
@@ -382,6 +383,9 @@ def demo(
             raise KeyboardInterrupt
         runs.append((drafted, plainly))
     print(_comparison(runs), flush=True)
+
+
+cli_training.add_to(app)
 
 
 def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:

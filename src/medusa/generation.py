@@ -332,6 +332,7 @@ def load(
     compile: bool = False,
     num_slots: int = 1,
     max_length: int | None = None,
+    feature_layers: Sequence[int] = (),
     progress: bool = True,
 ) -> LanguageModel:
     """Loads a model, its heads and a backend.
@@ -349,6 +350,7 @@ def load(
         compile: compile the verify step (slow first steps, faster later ones).
         num_slots: how many texts can be decoded at once.
         max_length: positions per slot; None is the model's context.
+        feature_layers: hidden states that the backend delivers beside the final one, for training; heads name theirs.
 
     Raises:
         UsageError: a bad argument. MedusaError: a model or heads that cannot be used.
@@ -372,7 +374,7 @@ def load(
     heads_path = zoo.find_heads(heads, source)
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
-    feature_layers = read_config(heads_path).feature_layers if heads_path else ()
+    feature_layers = read_config(heads_path).feature_layers if heads_path else tuple(feature_layers)
     tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
     loaded = loading.load_backend(
         source, settings, feature_layers=feature_layers, progress=progress, meanwhile=tokenizer_of

@@ -135,9 +135,19 @@ class Decoder:
         unread = prompt[self.backend.length(row.slot) :]  # the last token of a row is not in the cache yet
         for start in range(0, len(unread), RESUME_CHUNK):
             chunk = unread[start : start + RESUME_CHUNK]
-            logits, features = self.backend.verify([row.slot], [PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))])
+            logits, features = self.backend.verify(
+                [row.slot], [PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))]
+            )
             self.backend.keep([row.slot], [range(len(chunk))])
-        return self._begin(row.slot, prompt, sampling, max_new_tokens, eos_token_ids, logits[0, len(chunk) - 1], features[0, len(chunk) - 1])
+        return self._begin(
+            row.slot,
+            prompt,
+            sampling,
+            max_new_tokens,
+            eos_token_ids,
+            logits[0, len(chunk) - 1],
+            features[0, len(chunk) - 1],
+        )
 
     def finish(self, row: Row) -> None:
         """Gives the slot of a row back, finished or not."""

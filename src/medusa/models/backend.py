@@ -64,6 +64,11 @@ class Backend(Protocol):
         """
         ...
 
+    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        """Fills an empty slot as `prefill` does, and returns the features [T, F*H] of every token: what heads learn
+        from."""
+        ...
+
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
         """Runs B trees in one forward pass, each after the text of its slot; every node sees that text and its
         ancestors. Returns logits [B, N, V] and features [B, N, F*H], N the largest tree; rows past the end of a

@@ -334,8 +334,7 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
             for name, tensor in heads.state_dict().items()
         }
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        config = json.dumps({"format": FORMAT, **asdict(heads.config)}, indent=1)
-        (new / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
+        write_config(heads.config, new)
         if exists:
             directory.replace(old)
         new.replace(directory)
@@ -343,6 +342,14 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
         if old.exists() and not directory.exists():  # interrupted between the two
             old.replace(directory)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_config(config: HeadsConfig, directory: Path) -> None:
+    """Writes `config.json`, whole or not at all."""
+    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
+    scratch = directory / f".{CONFIG_FILE}.partial"
+    scratch.write_text(text + "\n", encoding="utf-8")
+    scratch.replace(directory / CONFIG_FILE)
 
 
 def read_config(directory: str | Path) -> HeadsConfig:

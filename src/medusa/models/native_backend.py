@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,18 +128,26 @@ class NativeBackend:
     # --- the protocol -------------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        *_, (logits, features) = self._fill(slot, token_ids, self.engine.extend)
+        return torch.from_numpy(logits)[0, 0], torch.from_numpy(features.copy())[0, 0]
+
+    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        chunks = self._fill(slot, token_ids, lambda slot, chunk, _: self.engine.read(slot, chunk)[0].copy())
+        return torch.from_numpy(np.concatenate(chunks))
+
+    def _fill(self, slot: int, token_ids: Sequence[int], call: Callable[[int, list[int], bool], Any]) -> list[Any]:
+        """What `call` (slot, chunk, whether it is the last) gives for each piece of a text, in an emptied slot."""
         check_prompt(token_ids, self.max_length)
         with _explained():
             self.engine.release(slot)
             try:
-                for start in range(0, len(token_ids), self._chunk):
-                    chunk = list(token_ids[start : start + self._chunk])
-                    last = start + len(chunk) == len(token_ids)
-                    logits, features = self.engine.extend(slot, chunk, last)
+                return [
+                    call(slot, list(token_ids[start : start + self._chunk]), start + self._chunk >= len(token_ids))
+                    for start in range(0, len(token_ids), self._chunk)
+                ]
             except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
                 self.engine.release(slot)
                 raise
-        return torch.from_numpy(logits)[0, 0], torch.from_numpy(features.copy())[0, 0]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
         with _explained():

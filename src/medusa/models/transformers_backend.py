@@ -121,6 +121,15 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        *_, (logits, features) = self._fill(slot, token_ids)
+        return logits[0, -1], features[0, -1]
+
+    @torch.inference_mode()
+    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
+        return torch.cat([features[0] for _, features in self._fill(slot, token_ids, every=True)])
+
+    def _fill(self, slot: int, token_ids: Sequence[int], every: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Puts a text into an emptied slot, piece by piece; logits and features of each piece's last token, or all."""
         check_prompt(token_ids, self.max_length)
         self._lengths[slot] = 0
         for start in range(0, len(token_ids), PREFILL_CHUNK):
@@ -129,9 +138,9 @@ class TransformersBackend:
             tokens = torch.tensor([chunk])
             depths = np.arange(count)[None]
             visible = np.tril(np.ones((1, count, count), dtype=np.bool_))
-            logits, features = self._forward([slot], tokens, depths, visible, last_only=True)
+            out = self._forward([slot], tokens, depths, visible, prefill=True, last_only=not every)
             self._lengths[slot] += count
-        return logits[0, -1], features[0, -1]
+            yield out
 
     @torch.inference_mode()
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
@@ -179,6 +188,8 @@ class TransformersBackend:
         tokens: Tensor,  # [B, N]
         depths: np.ndarray,  # [B, N]
         visible: np.ndarray,  # [B, N, N]
+        *,
+        prefill: bool = False,
         last_only: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Logits and features [B, N, ...] of N new tokens per row, or of the last one only."""
@@ -186,7 +197,7 @@ class TransformersBackend:
         count = tokens.shape[1]
         needed = max(lengths) + count
         self._cache.reserve(needed)
-        static = self._compiled and not last_only
+        static = self._compiled and not prefill
         bucket = 1 << max(8, (needed - 1).bit_length()) if static else -(-needed // BUCKET) * BUCKET
         used = min(bucket, self._cache.capacity)
         self._cache.cursor = Cursor(slots, lengths, count, used, static=static)

@@ -157,7 +157,7 @@ def talk_in_slots(
             steps = decoder.step([row for _, _, row, _ in running.values()])
             spent(sum(len(step.tokens) for step in steps))
             for (slot, (number, talk, row, watch)), step in zip(list(running.items()), steps, strict=True):
-                looped = any([watch.push(token) for token in step.tokens])
+                looped = sum(watch.push(token) for token in step.tokens) > 0  # all are pushed
                 if row.finish_reason is not None or looped:
                     del running[slot]
                     said = Said(row.tokens[row.prompt_tokens :], row.finish_reason or "loop")
@@ -202,7 +202,7 @@ class Speaker:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
         assert isinstance(text, str)
         return text
 
@@ -402,19 +402,30 @@ def _short(value: object) -> str:
 
 
 @dataclass(slots=True)
-class Progress:
+class Written:
     """Where a run stands. `spent` counts all tokens that the model wrote in this run, kept or not."""
 
     rows: int = 0
-    tokens: int = 0
+    tokens: int = 0  # of answers, those of earlier runs included
     wanted: int = 0
     spent: int = 0
     seconds: float = 0.0
+    before: int = 0  # of `tokens`, what earlier runs wrote
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> conversations
 
     @property
     def tokens_per_second(self) -> float:
         return self.spent / self.seconds if self.seconds else 0.0
+
+    @property
+    def kept_per_second(self) -> float:
+        return (self.tokens - self.before) / self.seconds if self.seconds else 0.0
+
+    def summary(self) -> str:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+        return f"{self.rows} conversations, {self.tokens} tokens of answers" + (
+            f"; dropped: {dropped}" if dropped else ""
+        )
 
 
 def distill(
@@ -423,8 +434,8 @@ def distill(
     settings: DistillSettings,
     *,
     prompts: Sequence[Prompt] | None = None,
-    tell: Callable[[Progress], None] = lambda progress: None,
-) -> Progress:
+    tell: Callable[[Written], None] = lambda written: None,
+) -> Written:
     """Writes conversations of `lm` to `out` until there are `settings.tokens` tokens of answers, or no prompt is left.
 
     Args:
@@ -438,39 +449,62 @@ def distill(
         MedusaError: the file is not one of distilled text.
     """
     speaker = Speaker(lm.tokenizer, frozenset(lm.eos_token_ids), settings, lm.backend.max_length)
-    header = {"model": lm.name, "seed": settings.seed, "settings": {**settings.shape(), **lm.runs_on()}}
-    if prompts is not None:
-        header["settings"]["prompts"] = _digest(prompts)
-    file = TextFile(out, header)
-    progress = Progress(file.rows, file.tokens, settings.tokens)
+    decoder = Decoder(lm.backend, NoDrafter(), 1)
+
+    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+        return talk_in_slots(decoder, _talks(speaker, start, prompts), spent)
+
+    header = row_header(lm.name, settings, prompts, lm.runs_on())
+    return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
+
+
+def row_header(
+    model: str, settings: DistillSettings, prompts: Sequence[Prompt] | None, runs_on: Mapping[str, object]
+) -> dict[str, Any]:
+    """What every row says of how it came about."""
+    asked = {} if prompts is None else {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
+    return {"model": model, "seed": settings.seed, "settings": {**settings.shape(), **runs_on, **asked}}
+
+
+def write_in_order(
+    file: TextFile,
+    wanted: int,
+    finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]],
+    tell: Callable[[Written], None],
+) -> Written:
+    """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations.
+
+    `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
+    order in which they end.
+    """
+    written = Written(file.rows, file.tokens, wanted, before=file.tokens)
     started = time.perf_counter()
 
     def spent(tokens: int) -> None:
-        progress.spent += tokens
-        progress.seconds = time.perf_counter() - started
-        tell(progress)
+        written.spent += tokens
+        written.seconds = time.perf_counter() - started
+        tell(written)
 
     waiting: dict[int, Talked] = {}
     number = file.next_number
-    talks = _talks(speaker, number, prompts)
-    finished = talk_in_slots(Decoder(lm.backend, NoDrafter(), 1), talks, spent)
+    talks = finished(number, spent)
     try:
-        while file.tokens < settings.tokens:
-            if number not in waiting:  # rows are written in order, whichever conversation ends first
-                ended = next(finished, None)
+        while file.tokens < wanted:
+            if number not in waiting:
+                ended = next(talks, None)
                 if ended is None:
                     break
                 waiting[ended[0]] = ended[1]
                 continue
             if reason := file.add(number, waiting.pop(number)):
-                progress.dropped[reason] += 1
+                written.dropped[reason] += 1
             number += 1
-            progress.rows, progress.tokens = file.rows, file.tokens
-            tell(progress)
+            written.rows, written.tokens = file.rows, file.tokens
+            tell(written)
     finally:
-        finished.close()  # type: ignore[attr-defined]
+        talks.close()  # type: ignore[attr-defined]
         file.close()
-    return progress
+    return written
 
 
 class Prompt(NamedTuple):
@@ -478,10 +512,6 @@ class Prompt(NamedTuple):
 
     users: tuple[str, ...]
     system: str | None = None
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def _talks(speaker: Speaker, start: int, prompts: Sequence[Prompt] | None) -> Iterator[tuple[int, Talk]]:

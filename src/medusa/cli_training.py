@@ -1,0 +1,309 @@
+"""Commands that make heads: `medusa distill`, `medusa train`, `medusa calibrate`; cli.py adds them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medusa.chat import notice
+from medusa.errors import MedusaError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+SECONDS_BETWEEN_LINES = 10.0
+NEEDED = {"yaml": "pyyaml", "pydantic": "pydantic", "accelerate": "accelerate"}
+
+Model = Annotated[str, typer.Option(help="Short name, Hub id or directory of a model.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end.")]
+
+
+def distill(
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is gone on with.")],
+    model: Model = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of answers to write.")] = 300_000,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|HUB-ID",
+            help="What users say: JSONL, Parquet, text or a data set; without it the model invents it.",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible server that runs the model (key: $OPENAI_API_KEY).",
+            show_default=False,
+        ),
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="The model's name at the endpoint.", show_default="the same name")
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Most user turns in a conversation.")] = 3,
+    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 320,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="Of answers; repeat it for a mix.", show_default="0, 0 and 0.7 in turn"),
+    ] = None,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    slots: Annotated[int, typer.Option(min=1, help="Conversations side by side.")] = 24,
+    backend: Annotated[str, typer.Option(help="What runs the model: auto, native or transformers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16, int8 or int4.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let the model write training text: questions and its answers to them."""
+    _need_extra()
+    import medusa
+    from medusa.training import distill as writing
+    from medusa.training.text import read_prompt_file, shown_by
+
+    settings = writing.DistillSettings(
+        tokens=tokens,
+        seed=seed,
+        turns=turns,
+        max_answer_tokens=max_answer_tokens,
+        temperatures=tuple(temperature or (0.0, 0.0, 0.7)),
+        top_p=top_p,
+    )
+    with _reporter() as reporter:
+        asked = None if prompts is None else read_prompt_file(prompts, reporter.say)
+        if endpoint is not None:
+            from medusa.training.endpoint import distill_remotely
+
+            written = distill_remotely(
+                endpoint,
+                model,
+                out,
+                settings,
+                served_model=served_model or model,
+                prompts=asked,
+                parallel=slots,
+                tell=shown_by(reporter),
+            )
+        else:
+            reporter.stage(f"Loading {model}")
+            lm = medusa.load(
+                model,
+                heads="none",
+                drafter="none",
+                backend=backend,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                num_slots=slots,
+                progress=False,
+            )
+            reporter.stage("Writing")
+            written = writing.distill(lm, out, settings, prompts=asked, tell=shown_by(reporter))
+        reporter.say(written.summary())
+    if written.tokens < tokens:
+        notice(f"The prompts ended before {tokens} tokens were written.")
+    if as_json:
+        print(json.dumps({"file": str(out), "conversations": written.rows, "tokens": written.tokens}))
+
+
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Any setting of run.yaml.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings, as run.yaml holds them.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Short name, Hub id or directory of a model.", show_default="smollm2-135m")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Directory of the run.", show_default="medusa-MODEL")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|HUB-ID", help="Learn from this text; may be repeated.", show_default="the model's own"
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|HUB-ID", help="Let the model answer these prompts.", show_default="it invents them"),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of answers to write.", show_default="300000")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="How often the text is read.", show_default="3")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.", show_default=False)] = None,
+    train_base: Annotated[
+        str | None, typer.Option(metavar="none|lora", help="Train the model too (Medusa-2).", show_default="none")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Number format of the frozen model.", show_default="bfloat16")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cpu")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make heads for a model, from nothing but the model."""
+    _need_extra()
+    from medusa.training.config import load_config
+    from medusa.training.run import RUN_FILE, describe, run_directory
+    from medusa.training.run import train as run
+
+    options: dict[str, Any] = {
+        "model": model,
+        "out": out,
+        "text.data": data,
+        "text.prompts": prompts,
+        "text.tokens": tokens,
+        "training.epochs": epochs,
+        "training.max_steps": max_steps,
+        "train_base": train_base,
+        "engine.dtype": dtype,
+        "engine.device": device,
+    }
+    if resume and config is None:  # what was asked for then, and what is asked for now
+        there = run_directory(load_config(None, options, settings or [])) / RUN_FILE
+        config = there if there.is_file() else None
+    wanted = load_config(config, options, settings or [])
+    with _reporter() as reporter:
+        result = run(wanted, resume=resume, reporter=reporter)
+    name = result.heads if result.model is None else f"{result.heads} --model {result.model}"
+    if as_json:
+        print(json.dumps({"heads": str(result.heads), "steps": result.steps, **result.accuracy.facts()}))
+        return
+    print(f"Learned from {result.tokens} tokens of {result.rows} conversations in {result.steps} steps.")
+    print(f"On held-out text: {describe(result.accuracy)}.")
+    for line in result.report:
+        print(line)
+    print(f"The heads are in {result.heads} ({result.size_bytes / 1e6:.1f} MB, {result.seconds / 60:.1f} min). Try:")
+    print(f'    medusa generate "Why is the sky blue?" --model {wanted.model} --heads {name}')
+
+
+def calibrate(
+    model: Model = "smollm2-135m",
+    heads: Annotated[str, typer.Option(metavar="NAME|PATH", help="Medusa heads.")] = "auto",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|HUB-ID",
+            help="Text that the heads have not learned from; may be repeated.",
+            show_default="the model writes some",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure on.")] = 20_000,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Save the calibrated heads here.", show_default="where they are"),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, native or transformers.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure heads and this machine: the best tree, and how large it should be here."""
+    _need_extra()
+    from medusa.training.run import calibrate_heads, describe
+
+    with _reporter() as reporter:
+        result = calibrate_heads(
+            model,
+            heads,
+            data=data or (),
+            tokens=tokens,
+            out=out,
+            engine={"backend": backend, "dtype": dtype, "device": device, "threads": threads},
+            reporter=reporter,
+        )
+    if as_json:
+        print(json.dumps({"heads": str(result.heads), **result.accuracy.facts(), "nodes": result.best.nodes}))
+        return
+    print(f"{describe(result.accuracy)} ({result.accuracy.positions} positions).")
+    for line in result.report:
+        print(line)
+    print(f"Tree and pictures are in {result.heads}.")
+
+
+def _need_extra() -> None:
+    for module, package in NEEDED.items():
+        if importlib.util.find_spec(module) is None:
+            raise MedusaError(f"{package} is not installed: pip install 'medusa-decode[train]'")
+
+
+# --- how far it is ----------------------------------------------------------------------------------------------------
+
+
+class Lines:
+    """For logs: a line now and then, on stderr."""
+
+    def __init__(self) -> None:
+        self._title, self._last = "", 0.0
+
+    def stage(self, title: str) -> None:
+        self._title, self._last = title, time.monotonic()
+        notice(f"{title} ...")
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            notice(f"{self._title}: {done} of {total}, {text}")
+
+    def say(self, text: str) -> None:
+        notice(text)
+
+
+class Bars:
+    """For people: one bar a stage, on stderr."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def stage(self, title: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(title, total=None, text="")
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        if self._task is not None:
+            self._progress.update(self._task, completed=done, total=total, text=text)
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+
+@contextmanager
+def _reporter() -> Iterator[Lines | Bars]:
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, TextColumn("{task.fields[text]}"), console=Console(file=sys.stderr), transient=True
+    ) as bars:
+        yield Bars(bars)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for command in (distill, train, calibrate):
+        app.command()(command)

@@ -1,0 +1,91 @@
+"""How good heads are: at which rank the true token stands at each level, and what trees follow from that."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa.decoding.tree import RankPath
+from medusa.models.heads import Heads
+from medusa.training.features import Batch
+from medusa.training.objective import draft_labels
+
+DEEPEST = 64  # ranks from here on are not told apart
+TREE_NODES = 64
+TOPS = (1, 5, 10)
+SIZES = (4, 8, 16, 64)
+
+
+@torch.inference_mode()
+def ranks(heads: Heads, batches: Iterable[Batch]) -> Tensor:
+    """Rank of the true token at each level, given the true tokens before it: [P, K], 0 is the best guess.
+
+    DEEPEST stands for all lower ranks and for tokens that cannot be guessed; positions with an answer too short for
+    all K heads are left out.
+    """
+    found = []
+    for batch in batches:
+        whole = (batch.tokens >= 0).all(dim=1)
+        if not bool(whole.any()):
+            continue
+        tokens = batch.tokens[whole].to(heads.device)
+        labels = draft_labels(heads, tokens[:, 1:])
+        with torch.autocast(heads.device.type, torch.bfloat16):
+            logits = heads(batch.features[whole].to(heads.device), tokens[:, :-1])
+        levels = []
+        for k, level in enumerate(logits):
+            level, label = level.float(), labels[:, k]
+            value = level.gather(1, label.clamp_min(0)[:, None])
+            rank = (level > value).sum(1).clamp_max(DEEPEST)
+            levels.append(torch.where(label < 0, DEEPEST, rank))
+        found.append(torch.stack(levels, dim=1).cpu())
+    return torch.cat(found) if found else torch.empty(0, heads.config.num_heads, dtype=torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What held-out text says. `top[n][k]` is how often the true token was among the best n of head k + 1 (given the
+    right tokens before it); `tree` the rank paths that are right most often, with how often, best first."""
+
+    positions: int
+    top: dict[int, tuple[float, ...]]
+    tree: tuple[tuple[RankPath, float], ...]
+
+    @classmethod
+    def of(cls, table: Tensor, nodes: int = TREE_NODES) -> Accuracy:
+        """From the ranks [P, K]."""
+        top = {n: tuple(round(x, 4) for x in (table < n).float().mean(0).tolist()) for n in TOPS}
+        return cls(len(table), top, best_paths(table.tolist(), nodes))
+
+    def expected_tokens(self, nodes: int) -> float:
+        """E(N) = 1 + the sum over the best N - 1 paths: tokens per step of the fixed tree of `nodes` nodes."""
+        return 1 + sum(f for _, f in self.tree[: nodes - 1])
+
+    def facts(self) -> dict[str, object]:
+        """For logs and the heads' config."""
+        return {
+            "positions": self.positions,
+            **{f"top{n}": list(shares) for n, shares in self.top.items()},
+            "tokens_per_step": {str(n): round(self.expected_tokens(n), 3) for n in SIZES},
+        }
+
+
+def best_paths(table: Iterable[Sequence[int]], nodes: int) -> tuple[tuple[RankPath, float], ...]:
+    """The `nodes` - 1 rank paths that are right most often, counted jointly over positions: f falls along paths and
+    siblings, so the best of them are always a tree, and the optimal one of that size."""
+    counts: collections.Counter[RankPath] = collections.Counter()
+    positions = 0
+    for row in table:
+        positions += 1
+        path: RankPath = ()
+        for rank in row:
+            if rank >= DEEPEST:
+                break
+            path = (*path, rank)
+            counts[path] += 1
+    best = sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[: nodes - 1]
+    return tuple((path, round(count / positions, 5)) for path, count in best)

@@ -1,0 +1,420 @@
+"""A training run from nothing but a model to heads that work: write text, read features, train, calibrate, report.
+
+    OUT/run.yaml          every setting; `medusa train --config` takes it
+    OUT/text.jsonl        what the model wrote (with its model, settings and seed in each row)
+    OUT/features/         hidden states; may be deleted when the run is over
+    OUT/checkpoint.pt     where training stands
+    OUT/log.jsonl         losses and evaluations
+    OUT/heads/            the result: config.json, heads.safetensors, run.yaml, pictures
+
+A run that was killed goes on with `--resume`, from wherever it was.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import medusa
+from medusa.errors import MedusaError, UsageError
+from medusa.evaluation.profile import profile
+from medusa.generation import LanguageModel
+from medusa.models import zoo
+from medusa.models.heads import (
+    WEIGHTS_FILE,
+    Heads,
+    HeadsConfig,
+    load_heads,
+    read_config,
+    save_heads,
+    vocabulary_hash,
+)
+from medusa.training.accuracy import SIZES, Accuracy, ranks
+from medusa.training.calibrate import Size, best_size, draw, measure, sizes, store
+from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_config
+from medusa.training.data import Example
+from medusa.training.features import FeatureCache, LiveFeatures
+from medusa.training.text import Reporter, frequent_tokens, read_text, split, text_digest, write_text
+from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer
+
+RUN_FILE = "run.yaml"
+TEXT_FILE = "text.jsonl"
+DEFAULT_DRAFT_VOCAB = 8192
+CALIBRATION_SLOTS = 16
+CALIBRATION_SEED = 1_000_000  # training begins from 0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a run; `report` are lines for people."""
+
+    heads: Path
+    accuracy: Accuracy
+    steps: int
+    rows: int  # conversations learned from
+    tokens: int  # of answers in them
+    seconds: float
+    size_bytes: int
+    report: tuple[str, ...]
+    model: Path | None = None  # where the base was trained too
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured; `best` is the size of tree that is fastest here."""
+
+    heads: Path
+    accuracy: Accuracy
+    best: Size
+    report: tuple[str, ...]
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """OUT: as configured, or named after the model."""
+    name = re.sub(r"[^\w.-]+", "-", config.model.rstrip("/").split("/")[-1]).removesuffix(".gguf")
+    return Path(config.out or f"medusa-{name}").expanduser()
+
+
+def open_run(config: TrainConfig, resume: bool) -> Path:
+    """Makes the directory of a run and writes run.yaml.
+
+    Raises:
+        UsageError: a run is there already and is not to be resumed, or there is none to resume, or its text, model or
+            heads are not what `config` says.
+    """
+    out = run_directory(config)
+    path = out / RUN_FILE
+    if path.is_file():
+        if not resume:
+            raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
+        before = load_config(path, {})
+        if before.model != config.model:
+            raise UsageError(f"{out} holds a run of {before.model}, not of {config.model}: name another --out")
+    elif resume:
+        raise UsageError(f"there is no run in {out} to resume: leave out --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(config.dump(), encoding="utf-8")
+    scratch.replace(path)
+    return out
+
+
+def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> Result:
+    """The whole run.
+
+    Raises:
+        UsageError, MedusaError: see the stages. InterruptedTrainingError: asked to stop; all that was done is saved.
+    """
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    started = time.perf_counter()
+    accelerator = Accelerator(
+        cpu=config.engine.device == "cpu",
+        mixed_precision="bf16" if config.training.precision == "bfloat16" else "no",
+        log_with=[name for name in config.log if _is_installed(name)],
+        project_dir=run_directory(config),
+        # The others wait for the first, which writes the text and reads the features.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    main = accelerator.is_main_process
+    if main:
+        open_run(config, resume)
+    out = run_directory(config)
+    reporter.stage("Loading")
+    lm = load_model(config)
+    if main and not config.text.data:
+        write_text(config.text, lm, out / TEXT_FILE, reporter)
+    accelerator.wait_for_everyone()
+    sources = config.text.data or (str(out / TEXT_FILE),)
+    learned, held_out = split(read_text(sources, lm, config.text.max_length, reporter.say), config.text.held_out)
+    if main:
+        read_features(config, lm, out, learned, held_out, reporter)
+    accelerator.wait_for_everyone()
+
+    held = FeatureCache(out / "features" / "held-out", lm.backend.hidden_size)
+    rows: FeatureCache | LiveFeatures
+    if config.training.cache_features:
+        rows = FeatureCache(out / "features" / "train", lm.backend.hidden_size)
+    else:
+        rows = LiveFeatures(lm.backend, learned)
+    heads, lm_head = make_heads(config, lm, learned)
+    reporter.stage("Training")
+    accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
+    log = (out / "log.jsonl").open("a", encoding="utf-8") if main else None
+
+    def tell(progress: Progress) -> None:
+        facts = {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+        facts |= {"learning_rate": progress.learning_rate, "positions_per_second": progress.positions_per_second}
+        accuracy = progress.accuracy.facts() if progress.accuracy is not None else {}
+        accelerator.log({**facts, **_flat(accuracy)}, step=progress.step)
+        if log is not None:
+            print(json.dumps({"step": progress.step, **_rounded(facts), **accuracy}), file=log, flush=True)
+        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
+        reporter.progress(
+            progress.step, progress.steps, f"loss {shown}, {progress.positions_per_second:.0f} positions/s"
+        )
+        if progress.accuracy is not None:
+            reporter.say(f"step {progress.step}: {describe(progress.accuracy)}")
+
+    trainer = Trainer(
+        heads,
+        lm_head,
+        rows,
+        held,
+        config.training,
+        out,
+        accelerator=accelerator,
+        facts=checkpoint_facts(config, learned),
+        tell=tell,
+    )
+    try:
+        if resume and trainer.resume():
+            reporter.say(f"going on after step {trainer.state.step}")
+        trainer.run()
+    finally:
+        accelerator.end_training()
+        if log is not None:
+            log.close()
+    accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
+    tokens = sum(end - start for example in learned for start, end in example.spans)
+    if main:
+        heads.config = replace(
+            heads.config,
+            tree=accuracy.tree,
+            training={
+                "run": config.model_dump(mode="json", by_alias=True),
+                "conversations": len(learned),
+                "tokens": tokens,
+                "text_sha256": text_digest([*learned, *held_out]),
+                "steps": trainer.state.step,
+                "held_out": accuracy.facts(),
+                "medusa": medusa.__version__,
+            },
+        )
+        save_heads(heads, out / "heads")
+        (out / "heads" / RUN_FILE).write_text(config.dump(), encoding="utf-8")
+        reporter.stage("Calibrating")
+        draw(accuracy, out / "heads")
+    accelerator.wait_for_everyone()
+    return Result(
+        heads=out / "heads",
+        accuracy=accuracy,
+        steps=trainer.state.step,
+        rows=len(learned),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        size_bytes=(out / "heads" / WEIGHTS_FILE).stat().st_size,
+        report=speed_report(sizes(accuracy, profile(lm.backend).seconds)) if main else (),
+    )
+
+
+def calibrate_heads(
+    model: str,
+    heads: str,
+    *,
+    data: Sequence[str],
+    tokens: int,
+    out: Path | None,
+    engine: Mapping[str, Any],
+    reporter: Reporter,
+) -> Calibration:
+    """Measures heads on text, and the machine with `engine` (arguments of `medusa.load`); stores tree and pictures.
+
+    Args:
+        heads: as for `medusa.load`; those found are calibrated in place, or a copy of them in `out`.
+        data: texts; without any the model writes `tokens` tokens of answers, other ones than those for training.
+
+    Raises:
+        UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
+    """
+    source = zoo.resolve(model)
+    found = zoo.find_heads(heads, source)
+    if found is None:
+        raise UsageError(f"there are no heads for {model}: give --heads PATH")
+    reporter.stage("Loading")
+    layers = read_config(found).feature_layers
+    lm = medusa.load(
+        model,
+        heads="none",
+        drafter="none",
+        num_slots=CALIBRATION_SLOTS,
+        feature_layers=layers,
+        progress=False,
+        **engine,
+    )
+    module = load_heads(
+        found,
+        lm.backend.base_weights(),
+        vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
+        num_layers=lm.backend.num_layers,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        if not data:
+            text = Path(scratch) / TEXT_FILE
+            write_text(TextConfig(tokens=tokens, seed=CALIBRATION_SEED), lm, text, reporter)
+            data = [str(text)]
+        reporter.stage("Measuring the heads")
+        examples = read_text(data, lm, TextConfig().max_length, reporter.say)
+    accuracy = measure(module, lm.backend, examples)
+    reporter.stage("Measuring the machine")
+    candidates = sizes(accuracy, profile(lm.backend).seconds)
+    target = found if out is None else out
+    try:
+        if out is not None:
+            save_heads(module, out)
+        store(module, accuracy, target)
+    except OSError as error:
+        raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
+    return Calibration(target, accuracy, best_size(candidates), speed_report(candidates))
+
+
+def speed_report(candidates: Sequence[Size]) -> tuple[str, ...]:
+    """A table of what trees of each size cost and give here, and which is best."""
+    best = best_size(candidates)
+    lines = ["Nodes:              " + " ".join(f"{size.nodes:6}" for size in candidates)]
+    lines.append("Tokens per step:    " + " ".join(f"{size.expected_tokens:6.2f}" for size in candidates))
+    lines.append("Time of a pass, ms: " + " ".join(f"{1e3 * size.seconds:6.1f}" for size in candidates))
+    lines.append("Faster than plain:  " + " ".join(f"{size.speed_up:5.2f}x" for size in candidates))
+    if best.nodes > 1:
+        lines.append(f"Best here with heads alone: {best.nodes} nodes, {best.speed_up:.2f}x (drafting not counted).")
+    else:
+        lines.append("No tree pays here: plain decoding is as fast.")
+    return tuple(lines)
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def load_model(config: TrainConfig) -> LanguageModel:
+    """The frozen model, with a slot for each conversation that is written side by side."""
+    engine = config.engine
+    layers = zoo.load_config(zoo.resolve(config.model)).get_text_config().num_hidden_layers
+    own_text = not config.text.data
+    return medusa.load(
+        config.model,
+        heads="none",
+        drafter="none",
+        backend=engine.backend,
+        dtype=engine.dtype,
+        device=engine.device,
+        threads=engine.threads,
+        num_slots=engine.slots if own_text else 1,
+        max_length=None,
+        feature_layers=feature_layers(config.heads, layers),
+        progress=False,
+    )
+
+
+def feature_layers(options: HeadsOptions, num_layers: int) -> tuple[int, ...]:
+    """The middle layers that heads read: a third and two thirds of the way up, where nothing else is asked for."""
+    if options.feature_layers is not None:
+        return options.feature_layers
+    return tuple(layer for layer in (num_layers // 3, 2 * num_layers // 3) if layer > 0)
+
+
+def read_features(
+    config: TrainConfig,
+    lm: LanguageModel,
+    out: Path,
+    learned: Sequence[Example],
+    held_out: Sequence[Example],
+    reporter: Reporter,
+) -> None:
+    """Hidden states to disk; of the held-out text always, of the rest unless they are to be computed as needed."""
+    reporter.stage("Reading hidden states")
+    layers = zoo.load_config(zoo.resolve(config.model)).get_text_config().num_hidden_layers
+    facts = {
+        "model": config.model,
+        "feature_layers": feature_layers(config.heads, layers),
+        **lm.runs_on(),
+    }
+    parts = [("held-out", held_out), *([("train", learned)] if config.training.cache_features else [])]
+    for name, examples in parts:
+        total = sum(len(example.token_ids) for example in examples)
+        begun = time.perf_counter()
+
+        def tell(done: int, count: int, begun: float = begun, total: int = total) -> None:
+            seconds = time.perf_counter() - begun
+            reporter.progress(done, count, f"{total * done / count / seconds:.0f} tokens/s")
+
+        FeatureCache.build(out / "features" / name, lm.backend, examples, facts, tell)
+
+
+def make_heads(config: TrainConfig, lm: LanguageModel, learned: Sequence[Example]) -> tuple[Heads, Tensor]:
+    """New heads, and the rows of the model's LM head for the tokens that they can guess."""
+    options = config.heads
+    source = zoo.resolve(config.model)
+    base = lm.backend.base_weights()
+    vocab, size = base.embedding.shape
+    draft_vocab = min(DEFAULT_DRAFT_VOCAB, vocab) if options.draft_vocab is None else options.draft_vocab
+    draft_vocab = 0 if draft_vocab >= vocab else draft_vocab
+    ids = frequent_tokens(learned, vocab, draft_vocab, lm.eos_token_ids) if draft_vocab else None
+    torch.manual_seed(config.training.seed)
+    heads = Heads(
+        HeadsConfig(
+            hidden_size=size,
+            vocab_size=vocab,
+            kind=options.kind,
+            num_heads=options.num_heads,
+            num_layers=options.num_layers,
+            tie_lm_head=options.tie_lm_head,
+            draft_vocab=draft_vocab,
+            mlp_width=2 * size if options.mlp_width is None else options.mlp_width,
+            feature_layers=feature_layers(options, lm.backend.num_layers),
+            base_model=source.hub_id or source.name,
+            vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
+        ),
+        base,
+        ids,
+    )
+    return heads, base.lm_head if ids is None else base.lm_head[ids.to(base.lm_head.device)]
+
+
+def checkpoint_facts(config: TrainConfig, learned: Sequence[Example]) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from."""
+    return {
+        "model": config.model,
+        "heads": config.heads.model_dump(mode="json"),
+        "training": config.training.model_dump(mode="json", by_alias=True, exclude={"save_every", "eval_every"}),
+        "text": text_digest(learned),
+    }
+
+
+def describe(accuracy: Accuracy) -> str:
+    """One line for people."""
+    top = " ".join(f"{share:.2f}" for share in accuracy.top[1])
+    expected = " / ".join(f"{accuracy.expected_tokens(n):.2f}" for n in SIZES)
+    return f"top-1 {top}; {expected} tokens per step with {' / '.join(map(str, SIZES))} nodes"
+
+
+def _is_installed(tracker: str) -> bool:
+    package = {"tensorboard": "tensorboard", "wandb": "wandb"}[tracker]
+    return importlib.util.find_spec(package) is not None
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings or figures under slashed names, as trackers take them."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value) and value:
+            flat |= {f"{prefix}{name}/{i}": v for i, v in enumerate(value, start=1)}
+        else:
+            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}

@@ -1,0 +1,115 @@
+"""The text of a run: what the model writes or a data set holds, read, cut and split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from medusa.errors import MedusaError
+from medusa.training.config import TextConfig
+from medusa.training.data import Example, Reader, read_prompts
+from medusa.training.distill import DistillSettings, Prompt, Written, distill
+from medusa.training.features import count_rows
+
+if TYPE_CHECKING:
+    from medusa.generation import LanguageModel
+
+
+class Reporter(Protocol):
+    """Where a run says how far it is."""
+
+    def stage(self, title: str) -> None:
+        """A part of the run begins."""
+        ...
+
+    def progress(self, done: int, total: int, text: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+def write_text(config: TextConfig, lm: LanguageModel, out: Path, reporter: Reporter) -> None:
+    """The model's own text, to the file `out`."""
+    reporter.stage("Writing text")
+    prompts = None if config.prompts is None else read_prompt_file(config.prompts, reporter.say)
+    written = distill(lm, out, distill_settings(config), prompts=prompts, tell=shown_by(reporter))
+    reporter.say(written.summary())
+
+
+def distill_settings(text: TextConfig) -> DistillSettings:
+    names = DistillSettings.__dataclass_fields__
+    return DistillSettings(**{name: value for name, value in text if name in names})
+
+
+def read_text(sources: Sequence[str], lm: LanguageModel, limit: int, report: Callable[[str], None]) -> list[Example]:
+    """All that can be learned from, in order, each text cut to `limit` tokens. Raises MedusaError for too little."""
+    reader = Reader(lm.tokenizer, lm.name, lm.backend.vocab_size, report)
+    limit = min(limit, lm.backend.max_length)
+    examples, silent = [], 0
+    for example in reader.examples(sources):
+        if count_rows(example, limit):
+            examples.append(cut(example, limit))
+        else:
+            silent += 1
+    if silent:
+        report(f"{silent} conversations have nothing to learn from (no answer) and are skipped")
+    if len(examples) < 2:
+        raise MedusaError("training needs at least two conversations with an answer: one of them measures the heads")
+    return examples
+
+
+def cut(example: Example, limit: int) -> Example:
+    """The first `limit` tokens."""
+    spans = tuple((start, min(end, limit)) for start, end in example.spans if start < limit)
+    return replace(example, token_ids=example.token_ids[:limit], spans=spans)
+
+
+def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
+    """What is learned from, and every n-th conversation to measure with."""
+    every = max(2, round(1 / held_out))
+    return [e for i, e in enumerate(examples) if i % every], [e for i, e in enumerate(examples) if i % every == 0]
+
+
+def text_digest(examples: Sequence[Example]) -> str:
+    """Of the tokens and labels learned from and measured with, whatever file they were in."""
+    lines = sorted(json.dumps([example.token_ids, example.spans]) for example in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def shown_by(reporter: Reporter) -> Callable[[Written], None]:
+    """Tells a reporter how far distilling is."""
+
+    def tell(written: Written) -> None:
+        left = (written.wanted - written.tokens) / written.kept_per_second if written.kept_per_second else 0
+        reporter.progress(
+            min(written.tokens, written.wanted),
+            written.wanted,
+            f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s, {left / 60:.0f} min left",
+        )
+
+    return tell
+
+
+def read_prompt_file(path: str, report: Callable[[str], None]) -> list[Prompt]:
+    """What users say, from a file of prompts or conversations."""
+    return [
+        Prompt(
+            tuple(message["content"] for message in conversation.messages if message["role"] == "user"),
+            next((message["content"] for message in conversation.messages if message["role"] == "system"), None),
+        )
+        for conversation in read_prompts(path, report)
+    ]
+
+
+def frequent_tokens(examples: Sequence[Example], vocab: int, count: int, always: Sequence[int]) -> Tensor:
+    """The `count` tokens that answers hold most often, ascending; those in `always` are among them."""
+    tokens = [torch.tensor(e.token_ids[start:end]) for e in examples for start, end in e.spans]
+    frequency = torch.bincount(torch.cat(tokens), minlength=vocab)
+    frequency[list(always)] = int(frequency.max()) + 1
+    return frequency.argsort(descending=True, stable=True)[:count].sort().values

@@ -1,0 +1,287 @@
+"""Medusa-1: heads learn from cached features, the model stays frozen and is not even needed.
+
+Step s is a function of the seed and s alone, so a run that is killed goes on from its last checkpoint as if nothing had
+happened. Several processes (`accelerate launch`) take every n-th row of each batch and share gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from medusa.errors import MedusaError, UsageError
+from medusa.models.heads import Heads
+from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.config import OptimiserConfig
+from medusa.training.features import Batch, FeatureCache, Rows
+from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CHECKPOINT = "checkpoint.pt"
+JUDGED_NODES = 16  # early stopping looks at the tokens per step of this tree
+EVALUATION_ROWS = 1024
+_NO_LIMIT = 2**63 - 1
+
+
+class InterruptedTrainingError(MedusaError):
+    """SIGTERM or Ctrl-C: the checkpoint is written."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the training stands; `losses` are per head, of the last step. `accuracy` is new after an evaluation."""
+
+    step: int
+    steps: int
+    losses: tuple[float, ...] = ()
+    learning_rate: float = 0.0
+    positions_per_second: float = 0.0
+    accuracy: Accuracy | None = None
+
+
+@dataclass(slots=True)
+class State:
+    """What a checkpoint holds besides weights and optimiser. `best` is the weights of the best evaluation."""
+
+    step: int = 0
+    best_score: float = 0.0
+    best: dict[str, Tensor] = field(default_factory=dict)
+    bad_evaluations: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
+
+
+class Trainer:
+    """Trains `heads` on `rows`.
+
+    Args:
+        heads: on any device; float32 parameters.
+        lm_head: the model's LM head rows of the draft vocabulary [V', H], for distillation.
+        rows, held_out: to learn from, and to measure.
+        config: see OptimiserConfig.
+        directory: where checkpoints go.
+        facts: what a checkpoint must agree on to be gone on from.
+        tell: hears of each step.
+        log: tracker names for accelerate ("tensorboard", "wandb").
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        lm_head: Tensor,
+        rows: Rows,
+        held_out: FeatureCache,
+        config: OptimiserConfig,
+        directory: Path,
+        *,
+        accelerator: Accelerator,
+        facts: Mapping[str, Any],
+        tell: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self.config = config
+        self.heads = heads.to(accelerator.device)
+        self.held_out = held_out
+        self.rows = rows
+        self.state = State()
+        self._lm_head = lm_head
+        self._directory = directory
+        self._accelerator = accelerator
+        self._facts = dict(facts)
+        self._tell = tell
+        size = min(config.batch_size, rows.num_rows)
+        if size < 1:
+            raise MedusaError("there is nothing to learn from: no labelled token in the training text")
+        self.batch_size = size
+        self.epoch_steps = rows.num_rows // size
+        self.steps = min(config.epochs * self.epoch_steps, config.max_steps or _NO_LIMIT)
+        for parameter in heads.parameters():
+            parameter.requires_grad_(True)
+        self._optimizer = torch.optim.AdamW(
+            heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+        )
+        self._module = accelerator.prepare_model(heads)
+
+    # --- the run --------------------------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Takes up the checkpoint in the directory; False where there is none.
+
+        Raises:
+            UsageError: it belongs to a run of other settings. MedusaError: it is damaged.
+        """
+        path = self._directory / CHECKPOINT
+        if not path.is_file():
+            return False
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            facts, weights, state = saved["facts"], saved["heads"], saved["state"]
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+            raise MedusaError(f"{path} is damaged ({error}): delete it to begin again") from None
+        if facts != self._facts:
+            name = next(name for name in self._facts if facts.get(name) != self._facts[name])
+            raise UsageError(
+                f"{path} belongs to a run with another {name}: go on with the run.yaml beside it, or take another --out"
+            )
+        self.heads.load_state_dict(weights)
+        self._optimizer.load_state_dict(saved["optimizer"])
+        self.state = State(**state)
+        return True
+
+    def run(self) -> None:
+        """Trains up to the last step, or until evaluations stop getting better; `heads` hold the best weights then.
+
+        Raises:
+            MedusaError: the loss is no longer a number; the last good checkpoint stays.
+            InterruptedTrainingError: SIGTERM or Ctrl-C, after saving.
+        """
+        state, config = self.state, self.config
+        every = config.eval_every or self.epoch_steps
+        started, first = time.perf_counter(), state.step
+        with _stop_signals() as stopped:
+            for batch in self._batches():
+                if state.step >= self.steps or (config.patience and state.bad_evaluations >= config.patience):
+                    break
+                values = self._step(batch)
+                state.step += 1
+                rate = (state.step - first) * self.batch_size / (time.perf_counter() - started)
+                progress = Progress(state.step, self.steps, values, self._learning_rate(state.step - 1), rate)
+                last, stop = state.step == self.steps, self._any(stopped.is_set())
+                if state.step % every == 0 or last:
+                    progress.accuracy = self._evaluate()
+                if state.step % config.save_every == 0 or progress.accuracy is not None or stop:
+                    self.save()
+                self._tell(progress)
+                if stop:
+                    raise InterruptedTrainingError(
+                        f"stopped at step {state.step} of {self.steps}; run the same command again with --resume"
+                    )
+        if state.best:
+            self.heads.load_state_dict(state.best)
+
+    def save(self) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        if not self._accelerator.is_main_process:
+            return
+        path = self._directory / CHECKPOINT
+        scratch = path.with_suffix(".partial")
+        state = {name: getattr(self.state, name) for name in State.__dataclass_fields__}
+        saved = {
+            "facts": self._facts,
+            "heads": self.heads.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "state": state,
+        }
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            torch.save(saved, scratch)
+            scratch.replace(path)
+        except (OSError, RuntimeError) as error:
+            scratch.unlink(missing_ok=True)
+            raise MedusaError(f"cannot write {path}: {error}; make room and go on with --resume") from None
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        """From the step that comes next to the end of the last epoch."""
+        epoch, start = divmod(self.state.step, self.epoch_steps)
+        while epoch < self.config.epochs:
+            yield from self.rows.batches(
+                self.heads.config.num_heads,
+                self.batch_size,
+                seed=self.config.seed,
+                epoch=epoch,
+                start=start,
+                finals=self.config.distillation > 0,
+            )
+            epoch, start = epoch + 1, 0
+
+    def _step(self, batch: Batch) -> tuple[float, ...]:
+        """One update of the weights; the mean loss of each head."""
+        accelerator, config = self._accelerator, self.config
+        mine = slice(accelerator.process_index, None, accelerator.num_processes)
+        tokens = batch.tokens[mine].to(accelerator.device)
+        teacher = None
+        with accelerator.autocast():
+            logits = self._module(batch.features[mine].to(accelerator.device).float(), tokens[:, :-1].clamp_min(0))
+            if batch.finals is not None:
+                teacher = teacher_logits(batch.finals[mine].to(accelerator.device), self._lm_head)
+        found = losses(logits, draft_labels(self.heads, tokens[:, 1:]), teacher, config.distillation)
+        # Over all processes; gradients are averaged over them, so each one's share is multiplied by their number.
+        counts = accelerator.reduce(found.counts, "sum").clamp_min(1)
+        weights = head_weights(len(counts), config.lambda_, counts.device)
+        loss = (weights * found.sums / counts).sum() * accelerator.num_processes
+        means = accelerator.reduce(found.sums.detach(), "sum") / counts
+        if not bool(torch.isfinite(means).all()):
+            raise MedusaError(
+                f"the loss is not a number at step {self.state.step + 1}: the checkpoint of an earlier step is kept; "
+                "go on with --resume and a smaller training.learning_rate"
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(self.state.step)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self._module.parameters(), config.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return tuple(means.tolist())
+
+    def _learning_rate(self, step: int) -> float:
+        """Of the update after `step` others: it rises over the warm-up and falls by a cosine to zero."""
+        warm = math.ceil(self.config.warmup * self.steps)
+        if step < warm:
+            return self.config.learning_rate * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is set in any process: all must leave the loop at the same step."""
+        if self._accelerator.num_processes == 1:
+            return flag
+        return bool(self._accelerator.reduce(torch.tensor(float(flag), device=self._accelerator.device), "sum") > 0)
+
+    def _evaluate(self) -> Accuracy:
+        """Measures the heads on held-out text and remembers the best."""
+        state = self.state
+        self.heads.eval()
+        accuracy = Accuracy.of(ranks(self.heads, self.held_out.in_order(self.heads.config.num_heads, EVALUATION_ROWS)))
+        self.heads.train()
+        score = accuracy.expected_tokens(JUDGED_NODES)
+        state.history.append({"step": state.step, **accuracy.facts()})
+        if score > state.best_score:
+            state.best_score, state.bad_evaluations = score, 0
+            state.best = {name: tensor.detach().cpu().clone() for name, tensor in self.heads.state_dict().items()}
+        else:
+            state.bad_evaluations += 1
+        return accuracy
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """SIGTERM and the first Ctrl-C ask for a stop after the step at hand; a second Ctrl-C stops at once."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if stopped.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

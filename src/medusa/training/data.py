@@ -596,7 +596,7 @@ def _marked_answers(messages: list[Message], text: str, tokenizer: PreTrainedTok
 
 
 def _end_of_answer(text: str, start: int, end: int, end_of_turn: str) -> int:
-    """Where the answer in [start, end) ends, be its end-of-turn token the last of it, or before a line's end, or next."""
+    """Where the answer in [start, end) ends: after its end-of-turn token, which may be within, or come next."""
     stripped = start + len(text[start:end].rstrip())
     if end_of_turn and text.endswith(end_of_turn, start, stripped):
         return stripped

@@ -222,6 +222,9 @@ class Speaker:
             return seam[1:], False
         if talked.token_ids[-1] in self.eos_token_ids:
             talked.token_ids.pop()
+            if talked.labels and talked.labels[-1][1] > len(talked.token_ids):
+                start, end = talked.labels[-1]
+                talked.labels[-1] = start, end - 1
             return seam, True
         return seam, False
 

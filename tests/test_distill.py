@@ -1,0 +1,237 @@
+"""Distilling: conversations side by side, the same file whatever the slots and however often a run is killed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import RandomTreeDrafter, ToyBackend, ToyModel
+from medusa.decoding.draft import NoDrafter
+from medusa.decoding.loop import Decoder
+from medusa.decoding.sampling import Sampling
+from medusa.errors import MedusaError, UsageError
+from medusa.generation import LanguageModel
+from medusa.models.transformers_backend import TransformersBackend
+from medusa.training.distill import DistillSettings, LoopWatch, Prompt, Written, distill
+from medusa.training.turns import Turns
+from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
+
+# A tiny random model ends a turn only by chance: it must be hot, and many tokens must end a text.
+ENDS = (2, *range(10, 30))
+HOT = DistillSettings(
+    tokens=200,
+    turns=3,
+    max_user_tokens=40,
+    max_answer_tokens=24,
+    temperatures=(0.0, 6.0),
+    user_temperature=6.0,
+    top_p=1.0,
+)
+
+
+def model(slots: int = 3, template: str | None = CHAT_TEMPLATE, ends: Sequence[int] = ENDS) -> LanguageModel:
+    backend = TransformersBackend(make_model(vocab_size=TOKENIZER_VOCAB, max_position_embeddings=1024), num_slots=slots)
+    return LanguageModel("tiny", make_tokenizer(template), backend, drafter="none", nodes=1, eos_token_ids=ends)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a run that nothing disturbed."""
+    path = tmp_path_factory.mktemp("whole") / "text.jsonl"
+    distill(model(), path, HOT)
+    return path
+
+
+def test_rows_say_where_they_come_from_and_what_is_learned(whole: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = rows_of(whole)
+    assert sum(end - start for row in rows for start, end in row["labels"]) >= HOT.tokens
+    assert [row["number"] for row in rows] == sorted({row["number"] for row in rows})
+    assert any(len(row["labels"]) > 1 for row in rows)  # some conversations have several turns
+    for row in rows:
+        assert row["model"] == "tiny"
+        assert row["seed"] == 0
+        assert row["settings"]["max_answer_tokens"] == 24
+        assert row["settings"]["backend"] == "transformers"
+        assert row["temperature"] == HOT.temperatures[row["number"] % 2]
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        found = [
+            tokenizer.decode(row["token_ids"][start:end], skip_special_tokens=True) for start, end in row["labels"]
+        ]
+        # An end of text that is not the template's own end of a turn gives way to that one, where the text goes on.
+        for answer, part in zip(answers, found, strict=True):
+            assert answer.startswith(part)
+            assert len(answer) - len(part) <= 1
+        text = tokenizer.decode(row["token_ids"])
+        assert text.startswith("<|start|>user: ")
+        for start, _ in row["labels"]:
+            assert tokenizer.decode(row["token_ids"][:start]).endswith("<|end|><|start|>assistant: ")
+
+
+def test_a_turn_goes_on_from_the_text_before_it(whole: Path) -> None:
+    """Greedy answers are those that the model gives to the whole text so far, read at once."""
+    lm = model(1)
+    checked = 0
+    for row in rows_of(whole):
+        if row["temperature"] == 0 and len(row["labels"]) > 1:
+            start, end = row["labels"][-1]
+            decoder = Decoder(lm.backend, NoDrafter(), 1)
+            decoded, _ = decoder.start(0, row["token_ids"][:start], Sampling(), max_new_tokens=24, eos_token_ids=ENDS)
+            while decoded.finish_reason is None:
+                decoder.step([decoded])
+            assert decoded.tokens[: len(row["token_ids"])] == row["token_ids"]
+            assert end == len(row["token_ids"])
+            decoder.finish(decoded)
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_the_file_is_the_same_for_any_number_of_slots(whole: Path, slots: int, tmp_path: Path) -> None:
+    distill(model(slots), tmp_path / "text.jsonl", HOT)
+    assert (tmp_path / "text.jsonl").read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(whole: Path, seed: int, tmp_path: Path) -> None:
+    path, chance = tmp_path / "text.jsonl", random.Random(seed)
+
+    class Killed(BaseException):
+        pass
+
+    kills = 0
+    lm = model()
+    while kills < 40:
+        passes = chance.randrange(5, 150)
+
+        def tell(written: Written) -> None:
+            nonlocal passes
+            passes -= 1
+            if passes == 0:
+                raise Killed
+
+        try:
+            distill(lm, path, HOT, tell=tell)
+            break
+        except Killed:
+            kills += 1
+            assert all(lm.backend.length(slot) == 0 for slot in range(3))
+            if chance.random() < 0.5 and path.exists():  # in the middle of a write
+                with path.open("ab") as file:
+                    file.write(b'{"number": 99, "model": "ti')
+    assert kills
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_file_is_left_as_it_is_and_more_tokens_go_on(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(whole.read_bytes())
+    written = distill(model(), path, HOT)
+    assert written.spent == 0
+    assert path.read_bytes() == whole.read_bytes()
+    more = DistillSettings(**{**{n: getattr(HOT, n) for n in HOT.__dataclass_fields__}, "tokens": HOT.tokens + 100})
+    distill(model(), path, more)
+    assert path.read_bytes().startswith(whole.read_bytes())
+    assert len(path.read_bytes()) > len(whole.read_bytes())
+
+
+def test_other_settings_do_not_go_on_with_a_file(whole: Path) -> None:
+    changed = DistillSettings(tokens=10_000, seed=1)
+    with pytest.raises(UsageError, match=r"was made with seed 0, not 1"):
+        distill(model(), whole, changed)
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"messages": []}\n')
+    with pytest.raises(MedusaError, match="line 1, is not a row of distilled text"):
+        distill(model(), path, HOT)
+    assert path.read_text() == '{"messages": []}\n'
+
+
+def test_given_prompts_are_answered_once_each(tmp_path: Path) -> None:
+    prompts = [Prompt(("What is it?", "And why is that?")), Prompt(("Tell me more.",)), Prompt(("what is  IT?",))]
+    written = distill(model(2, ends=[2]), tmp_path / "text.jsonl", HOT, prompts=prompts)
+    rows = rows_of(tmp_path / "text.jsonl")
+    assert [row["number"] for row in rows] == [0, 1]
+    assert written.dropped == {"repeated": 1}
+    assert rows[0]["messages"][0] == {"role": "user", "content": "What is it?"}
+    assert (
+        make_tokenizer()
+        .decode(rows[1]["token_ids"])
+        .startswith("<|start|>user: Tell me more.<|end|><|start|>assistant: ")
+    )
+
+
+def test_a_system_prompt_joins_the_first_turn_where_the_template_has_no_such_role(tmp_path: Path) -> None:
+    distill(model(2), tmp_path / "text.jsonl", HOT, prompts=[Prompt(("Who are you?",), "Be brief.")])
+    (row,) = rows_of(tmp_path / "text.jsonl")
+    assert make_tokenizer().decode(row["token_ids"]).startswith("<|start|>user: Be brief.\n\nWho are you?<|end|>")
+
+
+def test_a_model_without_a_chat_template_writes_plain_text(tmp_path: Path) -> None:
+    distill(model(template=None), tmp_path / "text.jsonl", HOT)
+    rows = rows_of(tmp_path / "text.jsonl")
+    assert all(row["token_ids"][0] == 1 and row["labels"] == [[1, len(row["token_ids"])]] for row in rows)
+
+
+def test_loops_are_noticed_and_other_text_is_not() -> None:
+    watch = LoopWatch(window=16)
+    assert not any(watch.push(token) for token in range(200))
+    pushed = [watch.push(token % 5) for token in range(60)]
+    assert True in pushed
+    assert not any(pushed[:14])
+
+
+def test_turns_are_the_seams_of_the_template() -> None:
+    turns = Turns.of(make_tokenizer())
+    assert turns == Turns("<|start|>user: ", "<|end|><|start|>assistant: ", "<|end|><|start|>user: ")
+    forgetful = CHAT_TEMPLATE.replace("{% for m in messages %}", "{% for m in messages[-1:] %}")
+    assert Turns.of(make_tokenizer(forgetful)).before_next is None
+    with pytest.raises(UsageError, match="no chat template"):
+        Turns.of(make_tokenizer(None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 0}, "tokens must be at least 1"),
+        ({"temperatures": ()}, "temperatures must be one temperature or more"),
+        ({"temperatures": (-1.0,)}, "temperature must be 0"),
+        ({"top_p": 1.5}, "top_p must be"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        DistillSettings(**changes)
+
+
+def test_resuming_a_row_equals_starting_with_its_text() -> None:
+    """Whatever was drafted, and wherever in a draft the text ended."""
+    toy = ToyModel(seed=3)
+    for seed in range(20):
+        chance = random.Random(seed)
+        backend = ToyBackend(toy, num_slots=1)
+        decoder = Decoder(backend, RandomTreeDrafter(toy, seed, right=0.7), 14)
+        row, _ = decoder.start(0, [1, 2], Sampling(seed=seed, temperature=1.0), max_new_tokens=chance.randrange(2, 9))
+        while row.finish_reason is None:
+            decoder.step([row])
+        more = [chance.randrange(toy.vocab) for _ in range(chance.randrange(1, 40))]
+        text = [*row.tokens, *more]
+        row, _ = decoder.resume(row, more, Sampling(), max_new_tokens=6)
+        while row.finish_reason is None:
+            decoder.step([row])
+        fresh = Decoder(ToyBackend(toy, num_slots=1), NoDrafter(), 1)
+        expected, _ = fresh.start(0, text, Sampling(), max_new_tokens=6)
+        while expected.finish_reason is None:
+            fresh.step([expected])
+        assert row.tokens == expected.tokens

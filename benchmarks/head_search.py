@@ -114,7 +114,7 @@ def run(name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[E
         held,
         training,
         work / "checkpoints" / name,
-        accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+        accelerator=Accelerator(cpu=True),
         facts={},
         tell=tell,
     )

@@ -295,7 +295,7 @@ def trainer(
         *caches,
         config,
         directory,
-        accelerator=Accelerator(cpu=True, mixed_precision="bf16"),
+        accelerator=Accelerator(cpu=True),
         facts=facts or {},
         tell=tell,
     )

@@ -121,7 +121,6 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     started = time.perf_counter()
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
-        mixed_precision="bf16" if config.training.precision == "bfloat16" else "no",
         log_with=[name for name in config.log if _is_installed(name)],
         project_dir=run_directory(config),
         # The others wait for the first, which writes the text and reads the features.

@@ -213,7 +213,8 @@ class Trainer:
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         tokens = batch.tokens[mine].to(accelerator.device)
         teacher = None
-        with accelerator.autocast():
+        half = config.precision == "bfloat16"
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
             logits = self._module(batch.features[mine].to(accelerator.device).float(), tokens[:, :-1].clamp_min(0))
             if batch.finals is not None:
                 teacher = teacher_logits(batch.finals[mine].to(accelerator.device), self._lm_head)

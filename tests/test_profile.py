@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from medusa import cli
 from medusa.errors import UsageError
-from medusa.evaluation.profile import profile
+from medusa.models.profile import profile
 from medusa.models.native_backend import NativeBackend
 from medusa.models.native_config import native_config
 from medusa.models.transformers_backend import TransformersBackend
@@ -25,7 +25,7 @@ def test_a_profile_of_transformers_has_times_and_no_limit() -> None:
 
 def test_a_profile_of_the_native_engine_knows_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("medusa_native")
-    monkeypatch.setattr("medusa.evaluation.profile._bandwidth", lambda _: 1e9)
+    monkeypatch.setattr("medusa.models.profile._bandwidth", lambda _: 1e9)
     model = make_model(head_dim=16)  # no output is padded
     backend = NativeBackend(native_config(model.config), model.state_dict(), dtype="float32")
     found = profile(backend, sizes=(1, 2), context=20, repeats=6)
@@ -52,7 +52,7 @@ def test_info_shows_a_line_for_each_number_of_tokens(tmp_path: object, monkeypat
             return {"model": "tiny"}
 
     monkeypatch.setattr(cli, "_load", lambda _: Model())
-    monkeypatch.setattr("medusa.evaluation.profile.SIZES", (1, 2))
+    monkeypatch.setattr("medusa.models.profile.SIZES", (1, 2))
     shown = CliRunner().invoke(cli.app, ["info", "--profile"])
     assert shown.exit_code == 0, shown.output
     assert "profile 1 tokens" in shown.output

@@ -88,8 +88,8 @@ class Share:
 @dataclass(slots=True)
 class Asking:
     """Whether a drafter that costs time is worth asking, by what asking gained lately (in tokens, the time that it
-    costs taken off at the rate of not asking). After a loss it is left alone for 4 steps, after each further loss for
-    twice as many, up to 32; then one step tries again."""
+    costs taken off at the rate of not asking). When it loses it is left alone for 4 steps; then one step tries again,
+    and each further loss doubles the pause, up to 32 steps."""
 
     gain: float = 0.5  # decayed sum; it starts with the benefit of the doubt
     pause: int = 0
@@ -102,8 +102,11 @@ class Asking:
         return True
 
     def learn(self, gain: float) -> None:
-        self.gain = max(0.9 * self.gain + gain, -1.0)  # bounded, so that one good trial can end a long pause
-        self.pause = min(2 * self.pause or 4, 32) if self.gain < 0 else 0
+        self.gain = max(0.9 * self.gain + gain, -1.0)  # bounded, so that a few good trials make up for a bad past
+        if self.gain >= 0:
+            self.pause = 0
+        else:
+            self.pause = 4 if gain > 0 else min(2 * self.pause or 4, 32)
         self.waiting = self.pause
 
 

@@ -44,6 +44,7 @@ class HeadsDrafter:
 
     name = "heads"
     weight = 4.0  # the prior, that the heads are right about themselves, counts like this many expected guesses
+    fade = 0.95  # of what was observed, with each observation
 
     def __init__(self, heads: HeadsRunner, tree: Tree | None = None) -> None:
         if tree is not None and tree.depth > heads.config.num_heads:
@@ -80,18 +81,15 @@ class HeadsDrafter:
         return drafts
 
     def _learn(self, memory: HeadsMemory, tokens: Sequence[int]) -> None:
-        """Compares the last draft with what the text became, whether or not its nodes were verified. What is old
-        fades with every token, so that a pause gives the heads their good name back."""
+        """Compares the last draft with what the text became, whether or not its nodes were verified."""
         if memory.draft is not None:
-            faded = 0.98 ** (len(tokens) - memory.start)
-            memory.right *= faded
-            memory.expected *= faded
             draft, node = memory.draft, 0
             for token in tokens[memory.start :]:
                 mass = sum(p for p, parent in zip(draft.probabilities, draft.parents, strict=True) if parent == node)
                 if draft.probabilities[node] <= 0 or mass <= 0:
                     break
-                memory.expected += mass / draft.probabilities[node] / memory.ratio
+                memory.right *= self.fade
+                memory.expected = self.fade * memory.expected + mass / draft.probabilities[node] / memory.ratio
                 child = draft.child(node, token)
                 if child is None:
                     break
@@ -100,9 +98,7 @@ class HeadsDrafter:
         memory.draft, memory.start = None, len(tokens)
         memory.ratio = (memory.right + self.weight) / (memory.expected + self.weight)
 
-    def _static(
-        self, features: torch.Tensor, roots: torch.Tensor, tree: Tree, ratios: Sequence[float]
-    ) -> list[Draft]:
+    def _static(self, features: torch.Tensor, roots: torch.Tensor, tree: Tree, ratios: Sequence[float]) -> list[Draft]:
         levels = tree.levels
         drafted = [roots]  # per level, [B, nodes of the level]
         tokens, parents = roots, torch.zeros_like(roots)
@@ -124,9 +120,7 @@ class HeadsDrafter:
             for row, ratio in zip(table.tolist(), ratios, strict=True)
         ]
 
-    def _dynamic(
-        self, features: torch.Tensor, roots: torch.Tensor, nodes: int, ratios: Sequence[float]
-    ) -> list[Draft]:
+    def _dynamic(self, features: torch.Tensor, roots: torch.Tensor, nodes: int, ratios: Sequence[float]) -> list[Draft]:
         # The trees grow in plain lists: for the few dozen candidates of a level, a tensor operation costs more.
         branch = min(nodes - 1, 10, self.heads.lm_head_rows)
         beam = max(2, min(16, (nodes + 2) // 4))

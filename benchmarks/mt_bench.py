@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--heads", default="auto")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--nodes", type=int, default=None, help="default: by backend")
+    parser.add_argument("--nodes", default="auto", type=lambda text: text if text == "auto" else int(text))
     parser.add_argument("--temperature", type=float, default=0.0, help="above 0: exact sampling with seed 0")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import medusa
+from medusa.decoding.budget import PassTimes
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, LanguageModel
 from medusa.models.heads import Heads, HeadsConfig, save_heads, vocabulary_hash
@@ -342,6 +344,30 @@ def test_with_drafter_leaves_the_model_as_it_was() -> None:
     assert model.with_drafter("ngram").nodes == 9
 
 
+def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed() -> None:
+    asked: list[int] = []
+
+    def times() -> PassTimes:
+        asked.append(1)
+        return PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}, draft_seconds=0.1)
+
+    model = make(heads=True, nodes=5, times=times)
+    plain_model = model.with_drafter("none", nodes="auto")
+    assert (plain_model.describe()["nodes"], asked) == ("auto", [])
+    auto = model.with_drafter("union", nodes="auto")
+    assert auto.nodes == "auto"
+    assert re.fullmatch(r"auto \(up to 16; \d+ expected\)", str(auto.describe()["nodes"]))
+    assert asked
+    options: dict[str, Any] = {"max_new_tokens": 40}
+    assert auto.generate(PROMPT, **options).token_ids == plain_model.generate(PROMPT, **options).token_ids
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 1.5, "many", "7", True, None])
+def test_nodes_are_auto_or_a_number(model: LanguageModel, nodes: Any) -> None:
+    with pytest.raises(UsageError, match="nodes must be auto or a whole number from 1"):
+        make(nodes=nodes)
+
+
 def test_an_impossible_drafter_is_an_error(model: LanguageModel) -> None:
     for wrong, message in (("medusa", "unknown drafter medusa"), ("heads", "needs heads")):
         with pytest.raises(UsageError, match=message):
@@ -476,6 +502,24 @@ def test_load_takes_a_directory_in_every_precision(saved: Path, dtype: str) -> N
     assert facts["dtype"] == dtype
     assert facts["parameters"] == sum(p.numel() for p in writer().parameters())
     assert model.with_drafter("none").generate(PROMPT, max_new_tokens=60).token_ids == done.token_ids
+
+
+def test_load_measures_the_machine_once_and_only_for_a_drafter(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from medusa.models import profile
+
+    measure, measured = profile.profile, []
+    monkeypatch.setattr(profile, "profile", lambda *args, **options: (measured.append(1), measure(*args, **options))[1])
+    medusa.load(str(saved), heads="none", drafter="none")
+    medusa.load(str(saved), heads="none", nodes=3)
+    assert measured == []
+    model = medusa.load(str(saved), heads="none")
+    assert "measuring this machine once ..." in capsys.readouterr().err
+    assert str(model.describe()["nodes"]).startswith("auto (up to ")
+    medusa.load(str(saved), heads="none")
+    assert measured == [1]
+    assert "measuring" not in capsys.readouterr().err
 
 
 def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Path, tmp_path: Path) -> None:

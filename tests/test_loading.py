@@ -37,10 +37,10 @@ def load(path: Path, **options: object) -> medusa.LanguageModel:
 def test_auto_takes_the_native_engine_where_it_can_run_the_model(saved: dict[str, Path]) -> None:
     pytest.importorskip("medusa_native")
     facts = load(saved["llama"]).describe()
-    assert (facts["backend"], facts["nodes"]) == ("native", loading.NATIVE_NODES["bfloat16"])
+    assert facts["backend"] == "native"
     assert facts["backend_reason"] == "it can run this model here"
     other = load(saved["gpt2"]).describe()
-    assert (other["backend"], other["nodes"]) == ("transformers", 12)
+    assert other["backend"] == "transformers"
     assert "not gpt2" in str(other["backend_reason"])
 
 

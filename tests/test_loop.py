@@ -24,6 +24,7 @@ from helpers import (
     slow_probabilities,
 )
 from medusa.decoding.accept import Accepted
+from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
 from medusa.decoding.loop import Decoder, Step, decode
 from medusa.decoding.sampling import Sampling
@@ -38,14 +39,14 @@ def run(
     *,
     max_new_tokens: int = 20,
     eos: Iterable[int] = (),
-    nodes: int = 12,
+    nodes: int | NodeBudget = 12,
     max_length: int = 64,
 ) -> tuple[list[Step], ToyBackend]:
     backend = ToyBackend(model, max_length=max_length)
     decoder = Decoder(backend, drafter, nodes)
     steps = list(decode(decoder, prompt, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos))
     assert backend.text == {}, "the slot is free again"
-    assert backend.largest <= nodes
+    assert backend.largest <= (nodes.most if isinstance(nodes, NodeBudget) else nodes)
     assert [step.finish_reason for step in steps[:-1]] == [None] * (len(steps) - 1)
     return steps, backend
 
@@ -109,7 +110,17 @@ any_sampling = st.one_of(
 models = st.builds(ToyModel, vocab=st.integers(2, 9), seed=st.integers(0, 99), order=st.sampled_from([None, 1, 2]))
 
 
-def check_lossless(model: ToyModel, text: Text, drafter: Drafter, nodes: int, max_length: int = 40) -> None:
+# A pass is from free to dear, and drafting too: all that may be chosen is chosen somewhere.
+budgets = st.builds(
+    lambda steps, draft: NodeBudget(PassTimes(tuple(itertools.accumulate(steps, initial=1.0)), draft)),
+    st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.5]), min_size=1, max_size=20),
+    st.sampled_from([0.0, 0.2, 2.0]),
+)
+
+
+def check_lossless(
+    model: ToyModel, text: Text, drafter: Drafter, nodes: int | NodeBudget, max_length: int = 40
+) -> None:
     steps, _ = run(
         model,
         drafter,
@@ -147,6 +158,14 @@ def test_a_repetition_penalty_is_lossless(data: st.DataObject, model: ToyModel, 
     check_lossless(model, text, RandomTreeDrafter(model, seed, 0.7), 12)
 
 
+@given(st.data(), models, st.integers(0, 2**32), st.floats(0, 1), budgets)
+def test_any_choice_of_nodes_is_lossless(
+    data: st.DataObject, model: ToyModel, seed: int, right: float, budget: NodeBudget
+) -> None:
+    drafter = UnionDrafter(RandomTreeDrafter(model, seed, right), NgramDrafter())
+    check_lossless(model, data.draw(texts(model.vocab, any_sampling)), drafter, budget)
+
+
 @given(st.data(), models, any_sampling)
 def test_every_drafter_is_lossless(data: st.DataObject, model: ToyModel, sampling: Sampling) -> None:
     text = data.draw(texts(model.vocab, st.just(sampling)))
@@ -171,15 +190,15 @@ def test_the_test_of_losslessness_notices_a_wrong_acceptance(monkeypatch: pytest
 
 
 @settings(max_examples=80)
-@given(st.data(), models, st.integers(1, 4), st.randoms(use_true_random=False))
+@given(st.data(), models, st.integers(1, 4), st.one_of(st.just(8), budgets))
 def test_rows_of_a_batch_are_decoded_as_if_alone(
-    data: st.DataObject, model: ToyModel, num_slots: int, random: Callable[..., float]
+    data: st.DataObject, model: ToyModel, num_slots: int, nodes: int | NodeBudget
 ) -> None:
     """Texts of all lengths come and go, in any slot; a step takes any of the running rows, in any order."""
     wanted = data.draw(st.lists(texts(model.vocab, any_sampling, longest=12), min_size=1, max_size=7))
     backend = ToyBackend(model, num_slots=num_slots, max_length=16)
     drafter = UnionDrafter(RandomTreeDrafter(model, seed=len(wanted), right=0.6), NgramDrafter())
-    decoder = Decoder(backend, drafter, nodes=8)
+    decoder = Decoder(backend, drafter, nodes)
     waiting, running, free = list(enumerate(wanted)), {}, list(range(num_slots))
     found: dict[int, tuple[list[int], str | None]] = {}
 

@@ -37,8 +37,8 @@ from medusa.chat import (
 from medusa.errors import MedusaError, UsageError
 
 if TYPE_CHECKING:
-    from medusa.evaluation.profile import Profile
     from medusa.generation import Chunk, LanguageModel
+    from medusa.models.profile import Profile
 
 DEMO_PROMPTS = (
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -49,6 +49,14 @@ WARM_UP_TOKENS = 16
 
 
 # --- options that commands share: a dataclass parameter of a command becomes one option per field -----------
+
+
+def _parse_nodes(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if text.isascii() and text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise typer.BadParameter(f"give auto or a whole number from 1, not {text}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +98,14 @@ class EngineOptions:
         int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel="Engine")
     ] = None
     nodes: Annotated[
-        int | None,
+        Any,  # int | Literal["auto"], which Typer has no type for
         typer.Option(
-            help="Tokens verified in one step (size of the draft tree).",
-            show_default="by backend",
+            parser=_parse_nodes,
+            metavar="auto|N",
+            help="Most tokens verified in one step (size of the draft tree); auto takes what pays.",
             rich_help_panel="Engine",
         ),
-    ] = None
+    ] = "auto"
     compile: Annotated[
         bool,
         typer.Option("--compile", help="Use torch.compile: slow start, faster steps.", rich_help_panel="Engine"),
@@ -324,7 +333,7 @@ def info(
     lm = _load(engine)
     facts = lm.describe()
     if profile:
-        from medusa.evaluation.profile import profile as measure
+        from medusa.models.profile import profile as measure
 
         if sys.stderr.isatty():
             notice("Measuring ...")

@@ -6,11 +6,12 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
 from medusa.decoding.loop import Decoder, FinishReason, decode
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
@@ -18,6 +19,7 @@ from medusa.errors import UsageError
 from medusa.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from medusa.models.backend import Backend
@@ -28,6 +30,7 @@ DRAFTERS = ("union", "heads", "ngram", "none")
 TREES = ("dynamic", "static")
 
 Message = Mapping[str, str]
+Nodes = int | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,8 @@ class LanguageModel:
         heads: HeadsRunner | None = None,
         drafter: str = "union",
         tree: str = "dynamic",
-        nodes: int = 12,
+        nodes: Nodes = "auto",
+        times: Callable[[bool], PassTimes] = lambda refresh: PassTimes.typical(),
         eos_token_ids: Sequence[int] = (),
         facts: Mapping[str, object] | None = None,
     ) -> None:
@@ -105,17 +109,22 @@ class LanguageModel:
         self.nodes = nodes
         self.eos_token_ids = tuple(eos_token_ids)
         self.drafter = make_drafter(drafter, heads, tree)
-        self._decoder = Decoder(backend, self.drafter, nodes)
+        self._times = times  # asked for only where nodes are chosen by them, since it may take seconds
+        self._decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self.pass_times))
         self._facts = dict(facts or {})
 
-    def with_drafter(self, drafter: str, *, tree: str | None = None, nodes: int | None = None) -> LanguageModel:
+    def with_drafter(self, drafter: str, *, tree: str | None = None, nodes: Nodes | None = None) -> LanguageModel:
         """The same engine with another drafter; the two must not generate at the same time."""
         other = copy.copy(self)
         other.tree = tree or self.tree
         other.nodes = self.nodes if nodes is None else nodes
         other.drafter = make_drafter(drafter, self.heads, other.tree)
-        other._decoder = Decoder(self.backend, other.drafter, other.nodes)
+        other._decoder = Decoder(self.backend, other.drafter, choose_nodes(other.nodes, other.drafter, self.pass_times))
         return other
+
+    def pass_times(self, refresh: bool = False) -> PassTimes:
+        """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`."""
+        return self._times(refresh)
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """Token ids of a prompt.
@@ -211,6 +220,9 @@ class LanguageModel:
 
         import medusa
 
+        nodes: object = self.nodes
+        if isinstance(self._decoder.nodes, NodeBudget):
+            nodes = f"auto (up to {self._decoder.nodes.most}; {self._decoder.nodes.expected} expected)"
         heads: dict[str, object] | None = None
         if self.heads is not None:
             config = self.heads.config
@@ -233,7 +245,7 @@ class LanguageModel:
             "heads": heads,
             "drafter": self.drafter.name,
             "tree": self.tree,
-            "nodes": self.nodes,
+            "nodes": nodes,
             "versions": {
                 "medusa": medusa.__version__,
                 "torch": torch.__version__,
@@ -309,6 +321,57 @@ def make_drafter(name: str, heads: HeadsRunner | None, tree: str = "dynamic") ->
     return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
 
 
+def check_nodes(nodes: object) -> None:
+    """Raises UsageError for what is neither "auto" nor a whole number from 1."""
+    if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
+        raise UsageError(f"nodes must be auto or a whole number from 1 (the root counts), not {nodes}")
+
+
+def choose_nodes(nodes: Nodes, drafter: Drafter, times: Callable[[], PassTimes]) -> int | NodeBudget:
+    """What a Decoder takes for `nodes`. Raises UsageError, see `check_nodes`."""
+    from medusa.decoding.heads_drafter import HeadsDrafter
+
+    check_nodes(nodes)
+    if nodes != "auto":
+        return nodes
+    if isinstance(drafter, NoDrafter):
+        return 1
+    parts = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
+    takes_time = any(isinstance(part, HeadsDrafter) for part in parts)
+    return NodeBudget(times() if takes_time else times().free_drafts())
+
+
+def measured_times(
+    backend: Backend, heads: HeadsRunner | None, facts: Mapping[str, object], *, progress: bool = False, **options: Any
+) -> PassTimes:
+    """The times of this machine, from the cache or measured now (`medusa.models.profile.measured_profile`, which takes
+    the other options); typical ones where none can be measured. `facts` are those of `loading.LoadedModel`."""
+    from medusa.models.profile import measured_profile
+
+    key: dict[str, object] = {name: facts.get(name) for name in _TIMING_FACTS}
+    draft: Callable[[Tensor], object] | None = None
+    if heads is not None:
+        from medusa.decoding.heads_drafter import HeadsDrafter
+
+        config = heads.config
+        key["heads"] = [
+            config.kind, config.num_heads, config.num_layers, config.mlp_width, config.tie_lm_head,
+            list(config.feature_layers), heads.lm_head_rows, str(heads.dtype),
+        ]  # fmt: skip
+        drafter = HeadsDrafter(heads)
+
+        def draft(features: Tensor) -> object:
+            row = Row(0, [1], 1, 1, frozenset(), Sampling(), features)
+            return drafter.propose([row], DRAFTED_NODES)
+
+    found = measured_profile(backend, key, draft=draft, progress=progress, **options)
+    return PassTimes.typical() if found is None else PassTimes.measured(found.seconds, found.draft_seconds or 0.0)
+
+
+_TIMING_FACTS = ("parameters", "dtype", "device", "compile", "instruction_set", "threads")
+DRAFTED_NODES = 12  # of the draft that is timed: levels of heads take the time, hardly their width
+
+
 def _load_tokenizer(source: ModelSource, hashed: bool) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, and the hash of its vocabulary if that is wanted."""
     from medusa.models import zoo
@@ -327,7 +390,7 @@ def load(
     backend: str = "auto",
     dtype: str = "bfloat16",
     device: str = "cpu",
-    nodes: int | None = None,
+    nodes: Nodes = "auto",
     threads: int | None = None,
     compile: bool = False,
     num_slots: int = 1,
@@ -345,7 +408,8 @@ def load(
         backend: transformers, native (a CPU engine for models of the Llama kind) or auto: native where it can.
         dtype: of the weights: float32, bfloat16, int8, or (native only) int4.
         device: a torch device, or "auto" to spread a large model over all devices.
-        nodes: the most nodes of a tree; the root counts. None takes what was best in our measurements of the backend.
+        nodes: the most nodes of a tree; the root counts. "auto" chooses at each step what is likely to pay, by the
+            times of passes on this machine, which are measured once (about 3 seconds) and kept in the cache.
         threads: CPU threads; None is one for each core.
         compile: compile the verify step (slow first steps, faster later ones).
         num_slots: how many texts can be decoded at once.
@@ -358,8 +422,7 @@ def load(
     for name, value, known in (("drafter", drafter, DRAFTERS), ("tree", tree, TREES)):
         if value not in known:
             raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
-    if nodes is not None and nodes < 1:
-        raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
+    check_nodes(nodes)
 
     from medusa.models import loading, zoo
 
@@ -391,7 +454,10 @@ def load(
         heads=runner,
         drafter=drafter,
         tree=tree,
-        nodes=nodes or loading.default_nodes(loaded.backend, dtype),
+        nodes=nodes,
+        times=functools.cache(
+            lambda refresh: measured_times(loaded.backend, runner, loaded.facts, refresh=refresh, progress=progress)
+        ),
         eos_token_ids=eos,
         facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},
     )

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+from medusa.decoding.budget import PassTimes
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.generation import make_drafter
+from medusa.generation import Nodes, choose_nodes, make_drafter, measured_times
 from medusa.models.loading import as_token_ids
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def custom_generate(
     *,
     heads: str | Path | None = None,
     drafter: str = "union",
-    nodes: int = 12,
+    nodes: Nodes = "auto",
     seed: int | None = None,
     **typical: Any,
 ) -> Callable[..., Tensor]:
@@ -77,6 +79,8 @@ def custom_generate(
 
     The returned function raises UsageError for settings that Medusa does not do (beam search and the like).
     """
+
+    known: WeakKeyDictionary[PreTrainedModel, PassTimes] = WeakKeyDictionary()  # measured once, even without a cache
 
     def generate(
         model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **inputs: Any
@@ -95,7 +99,20 @@ def custom_generate(
         layers = read_config(heads).feature_layers if heads else ()
         backend = TransformersBackend(model, feature_layers=layers)
         loaded = load_heads(heads, backend.base_weights(), dtype=model.dtype) if heads else None
-        decoder = Decoder(backend, make_drafter(drafter, loaded), nodes)
+
+        def times() -> PassTimes:
+            if model not in known:
+                facts = {
+                    "parameters": model.num_parameters(),
+                    "dtype": str(model.dtype),
+                    "device": str(model.device),
+                    "threads": torch.get_num_threads(),
+                }
+                known[model] = measured_times(backend, loaded, facts)
+            return known[model]
+
+        proposer = make_drafter(drafter, loaded)
+        decoder = Decoder(backend, proposer, choose_nodes(nodes, proposer, times))
         sampling = Sampling(
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 0.0,
             top_k=(generation_config.top_k or 0) if generation_config.do_sample else 0,

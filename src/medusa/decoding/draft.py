@@ -35,11 +35,17 @@ class Row:
     sampling: Sampling
     features: Tensor  # [F*H] of the last accepted token
     finish_reason: str | None = None
+    frugal: bool = False  # only drafters that cost no time are to draft for it: see `budget.py`
     notes: dict[object, Any] = field(default_factory=dict)  # what a drafter remembers of this row, under its own key
 
     @property
     def new_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def room(self) -> int:
+        """How deep a draft may be: a path of d drafted nodes yields d + 1 tokens."""
+        return self.max_new_tokens - self.new_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

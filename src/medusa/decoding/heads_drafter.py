@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,14 +21,30 @@ from medusa.errors import UsageError
 from medusa.models.heads import HeadsRunner
 
 
+@dataclass(slots=True)
+class HeadsMemory:
+    """What the drafter knows of one row: its last draft, and how often its guesses came true."""
+
+    draft: Draft | None = None
+    start: int = 0  # where the last draft began
+    ratio: float = 1.0  # as it was then
+    right: float = 0.0  # decayed count of guesses that came true
+    expected: float = 0.0  # and of those that the heads themselves expected to
+
+
 class HeadsDrafter:
     """`tree` is the fixed tree; without one each step grows its own.
 
     The dynamic tree expands, at each level, the `beam` nodes of greatest probability (the product along the path)
     with their `branch` best children, and keeps the best N nodes of all; `beam` and `branch` follow from N.
+
+    Heads may be surer than they should be, by the text. So each row keeps what they expected of the children of right
+    nodes beside what came true, and the ratio corrects every estimate of a child, given its parent.
     """
 
     name = "heads"
+    weight = 4.0  # the prior, that the heads are right about themselves, counts like this many expected guesses
+    fade = 0.95  # of what was observed, with each observation
 
     def __init__(self, heads: HeadsRunner, tree: Tree | None = None) -> None:
         if tree is not None and tree.depth > heads.config.num_heads:
@@ -41,15 +58,47 @@ class HeadsDrafter:
 
     @torch.inference_mode()
     def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
-        if nodes < 2:
-            return [Draft((row.tokens[-1],)) for row in rows]
+        drafts = [Draft((row.tokens[-1],)) for row in rows]
+        asked = [b for b, row in enumerate(rows) if not row.frugal]
+        if nodes >= 2 and asked:
+            for b, draft in zip(asked, self._propose([rows[b] for b in asked], nodes), strict=True):
+                drafts[b] = draft
+        return drafts
+
+    def _propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
+        memories: list[HeadsMemory] = [row.notes.setdefault(self, HeadsMemory()) for row in rows]
+        for memory, row in zip(memories, rows, strict=True):
+            self._learn(memory, row.tokens)
+        ratios = [memory.ratio for memory in memories]
         features = torch.stack([row.features for row in rows]).to(self.heads.device, self.heads.dtype)  # [B, F*H]
         roots = torch.tensor([[row.tokens[-1]] for row in rows], device=self.heads.device)  # [B, 1]
         if self.tree is None:
-            return self._dynamic(features, roots, nodes)
-        return self._static(features, roots, _cut(self.tree, nodes))
+            drafts = self._dynamic(features, roots, nodes, ratios)
+        else:
+            drafts = self._static(features, roots, _cut(self.tree, nodes), ratios)
+        for memory, draft in zip(memories, drafts, strict=True):
+            memory.draft = draft
+        return drafts
 
-    def _static(self, features: torch.Tensor, roots: torch.Tensor, tree: Tree) -> list[Draft]:
+    def _learn(self, memory: HeadsMemory, tokens: Sequence[int]) -> None:
+        """Compares the last draft with what the text became, whether or not its nodes were verified."""
+        if memory.draft is not None:
+            draft, node = memory.draft, 0
+            for token in tokens[memory.start :]:
+                mass = sum(p for p, parent in zip(draft.probabilities, draft.parents, strict=True) if parent == node)
+                if draft.probabilities[node] <= 0 or mass <= 0:
+                    break
+                memory.right *= self.fade
+                memory.expected = self.fade * memory.expected + mass / draft.probabilities[node] / memory.ratio
+                child = draft.child(node, token)
+                if child is None:
+                    break
+                memory.right += 1
+                node = child
+        memory.draft, memory.start = None, len(tokens)
+        memory.ratio = (memory.right + self.weight) / (memory.expected + self.weight)
+
+    def _static(self, features: torch.Tensor, roots: torch.Tensor, tree: Tree, ratios: Sequence[float]) -> list[Draft]:
         levels = tree.levels
         drafted = [roots]  # per level, [B, nodes of the level]
         tokens, parents = roots, torch.zeros_like(roots)
@@ -66,14 +115,17 @@ class HeadsDrafter:
         table = np.empty((len(roots), len(tree)), dtype=np.int64)
         table[:, order] = torch.cat(drafted, dim=1).cpu().numpy()
         sources = (MODEL, *([self.name] * (len(tree) - 1)))
-        return [Draft(tuple(row), tree.parents, tree.probabilities, sources) for row in table.tolist()]
+        return [
+            Draft(tuple(row), tree.parents, _corrected(tree, ratio), sources)
+            for row, ratio in zip(table.tolist(), ratios, strict=True)
+        ]
 
-    def _dynamic(self, features: torch.Tensor, roots: torch.Tensor, nodes: int) -> list[Draft]:
+    def _dynamic(self, features: torch.Tensor, roots: torch.Tensor, nodes: int, ratios: Sequence[float]) -> list[Draft]:
         # The trees grow in plain lists: for the few dozen candidates of a level, a tensor operation costs more.
         branch = min(nodes - 1, 10, self.heads.lm_head_rows)
         beam = max(2, min(16, (nodes + 2) // 4))
         state = self.heads.begin(features)
-        trees = [_Growing(root) for (root,) in roots.tolist()]
+        trees = [_Growing(root, ratio) for (root,), ratio in zip(roots.tolist(), ratios, strict=True)]
         for k in range(1, self.heads.config.num_heads + 1):
             tokens = torch.tensor([[tree.tokens[node] for node in tree.tips] for tree in trees], device=roots.device)
             parents = torch.tensor([tree.places for tree in trees], device=roots.device)
@@ -88,7 +140,8 @@ class HeadsDrafter:
 class _Growing:
     """A tree that grows level by level. `scores` are log-probabilities of whole paths, which fall along them."""
 
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, ratio: float) -> None:
+        self.shift = math.log(ratio)
         self.tokens = [root]
         self.parents = [-1]
         self.scores = [0.0]
@@ -103,7 +156,7 @@ class _Growing:
             score = self.scores[tip]
             self.tokens += ids[of]
             self.parents += [tip] * branch
-            self.scores += [score + p for p in log_p[of]]
+            self.scores += [score + min(p + self.shift, 0.0) for p in log_p[of]]
         # Stable: among equals the first.
         self.tips = sorted(range(first, len(self.tokens)), key=self.scores.__getitem__, reverse=True)[:beam]
         self.places = [(tip - first) // branch for tip in self.tips]
@@ -121,6 +174,17 @@ class _Growing:
             tuple(map(math.exp, self.scores)),
             (MODEL, *([source] * (size - 1))),
         ).pruned(nodes=nodes, depth=size)
+
+
+def _corrected(tree: Tree, ratio: float) -> tuple[float, ...]:
+    """The probabilities of a fixed tree, each child's given its parent times `ratio` (and at most 1)."""
+    if ratio == 1:
+        return tree.probabilities
+    found = [1.0]
+    for node, parent in enumerate(tree.parents[1:], start=1):
+        above = tree.probabilities[parent]
+        found.append(found[parent] * min(1.0, ratio * tree.probabilities[node] / above) if above else 0.0)
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from medusa.decoding.accept import accept, first_token
-from medusa.decoding.draft import MODEL, Drafter, Row
+from medusa.decoding.budget import NodeBudget
+from medusa.decoding.draft import MODEL, Draft, Drafter, Row
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
 from medusa.models.backend import Backend, PlainTree
@@ -44,11 +45,11 @@ class Decoder:
     Args:
         backend: where the model runs. The decoder is its only user.
         drafter: who proposes.
-        nodes: the most nodes of a tree, the root included; 1 is plain decoding.
+        nodes: the most nodes of a tree, the root included; 1 is plain decoding. A NodeBudget chooses at each step.
     """
 
-    def __init__(self, backend: Backend, drafter: Drafter, nodes: int) -> None:
-        if nodes < 1:
+    def __init__(self, backend: Backend, drafter: Drafter, nodes: int | NodeBudget) -> None:
+        if isinstance(nodes, int) and nodes < 1:
             raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
         self.backend = backend
         self.drafter = drafter
@@ -94,12 +95,7 @@ class Decoder:
     def step(self, rows: Sequence[Row]) -> list[Step]:
         """One forward pass for all of `rows`, none of which may be finished."""
         # draft
-        drafts = self.drafter.propose(rows, self.nodes)
-        # A path of d drafted nodes yields d + 1 tokens: what the row has no room for is not verified.
-        drafts = [
-            draft.pruned(nodes=self.nodes, depth=row.max_new_tokens - row.new_tokens - 1)
-            for draft, row in zip(drafts, rows, strict=True)
-        ]
+        drafts = self._draft(rows)
         # verify
         slots = [row.slot for row in rows]
         logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
@@ -148,6 +144,13 @@ class Decoder:
             logits[0, len(chunk) - 1],
             features[0, len(chunk) - 1],
         )
+
+    def _draft(self, rows: Sequence[Row]) -> list[Draft]:
+        """A tree for each row, without what the row has no room for."""
+        if isinstance(self.nodes, NodeBudget):
+            return self.nodes.propose(self.drafter, rows)
+        drafts = self.drafter.propose(rows, self.nodes)
+        return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 
     def finish(self, row: Row) -> None:
         """Gives the slot of a row back, finished or not."""

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-NATIVE_NODES = {"float32": 8, "bfloat16": 7, "int8": 6, "int4": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +108,6 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
     # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
     fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return read(torch.bfloat16 if fast else dtype)
-
-
-def default_nodes(backend: Backend, dtype: str) -> int:
-    """How many nodes a draft tree has where nobody says: the best of 5 to 12 on MT-bench questions, see
-    docs/decisions.md."""
-    return NATIVE_NODES[dtype] if backend.name == "native" else 12
 
 
 def _native_refusal(settings: EngineSettings) -> str | None:
@@ -208,6 +201,7 @@ def _load_transformers(
         "device": str(network.device),
         "backend": backend.name,
         "backend_reason": reason,
+        "compile": settings.compile,
         "threads": torch.get_num_threads(),
     }
     eos = network.generation_config.eos_token_id if network.generation_config is not None else None

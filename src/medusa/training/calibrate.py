@@ -7,16 +7,17 @@ here, so N* = argmax E(N) / t(N).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.errors import MedusaError
 from medusa.evaluation.plots import draw_accuracy, draw_tree
 from medusa.models.backend import Backend
 from medusa.models.heads import Heads, write_config
-from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.accuracy import TREE_NODES, Accuracy, ranks
 from medusa.training.data import Example
 from medusa.training.features import joined, read_rows
 
@@ -26,7 +27,7 @@ BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A tree of `nodes` nodes: tokens per step E(N), time of its pass t(N), and how much faster than plain decoding."""
+    """A tree of `nodes` nodes: tokens per step E(N), time of a step t(N), and how much faster than plain decoding."""
 
     nodes: int
     expected_tokens: float
@@ -50,13 +51,13 @@ def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accu
     return Accuracy.of(found)
 
 
-def sizes(accuracy: Accuracy, seconds: Mapping[int, float], draft_seconds: float = 0.0) -> list[Size]:
-    """What each measured size would give. `draft_seconds` is what the heads take for a tree."""
+def sizes(accuracy: Accuracy, times: PassTimes) -> list[Size]:
+    """What the best tree of each size up to 64 nodes would give; drafting counts."""
     found = []
-    for nodes, time in sorted(seconds.items()):
+    for nodes in range(1, TREE_NODES + 1):
         expected = accuracy.expected_tokens(nodes)
-        spent = time + (draft_seconds if nodes > 1 else 0.0)
-        found.append(Size(nodes, expected, time, expected / spent * seconds[1]))
+        seconds = times(nodes) + (times.draft_seconds if nodes > 1 else 0.0)
+        found.append(Size(nodes, expected, seconds, expected / seconds * times(1)))
     return found
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import medusa
+from medusa.decoding.budget import PassTimes
 from medusa.errors import MedusaError, UsageError
-from medusa.evaluation.profile import profile
 from medusa.generation import LanguageModel
 from medusa.models import zoo
 from medusa.models.heads import (
@@ -36,7 +36,6 @@ from medusa.models.heads import (
     Heads,
     HeadsConfig,
     load_heads,
-    read_config,
     save_heads,
     vocabulary_hash,
 )
@@ -51,6 +50,7 @@ from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer
 RUN_FILE = "run.yaml"
 TEXT_FILE = "text.jsonl"
 DEFAULT_DRAFT_VOCAB = 8192
+REPORTED_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
 CALIBRATION_SLOTS = 16
 CALIBRATION_SEED = 1_000_000  # training begins from 0
 
@@ -119,6 +119,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     started = time.perf_counter()
+    report: tuple[str, ...] = ()
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
         log_with=[name for name in config.log if _is_installed(name)],
@@ -203,8 +204,9 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         )
         save_heads(heads, out / "heads")
         (out / "heads" / RUN_FILE).write_text(config.dump(), encoding="utf-8")
-        reporter.stage("Calibrating")
         draw(accuracy, out / "heads")
+        reporter.stage("Measuring this machine")
+        report = speed_report(accuracy, lm.pass_times())
     accelerator.wait_for_everyone()
     return Result(
         heads=out / "heads",
@@ -214,7 +216,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         tokens=tokens,
         seconds=time.perf_counter() - started,
         size_bytes=(out / "heads" / WEIGHTS_FILE).stat().st_size,
-        report=speed_report(sizes(accuracy, profile(lm.backend).seconds)) if main else (),
+        report=report,
     )
 
 
@@ -242,13 +244,11 @@ def calibrate_heads(
     if found is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH")
     reporter.stage("Loading")
-    layers = read_config(found).feature_layers
     lm = medusa.load(
         model,
-        heads="none",
+        heads=str(found),
         drafter="none",
         num_slots=CALIBRATION_SLOTS,
-        feature_layers=layers,
         progress=False,
         **engine,
     )
@@ -266,8 +266,8 @@ def calibrate_heads(
         reporter.stage("Measuring the heads")
         examples = read_text(data, lm, TextConfig().max_length, reporter.say)
     accuracy = measure(module, lm.backend, examples)
-    reporter.stage("Measuring the machine")
-    candidates = sizes(accuracy, profile(lm.backend).seconds)
+    reporter.stage("Measuring this machine")
+    times = lm.pass_times(refresh=True)
     target = found if out is None else out
     try:
         if out is not None:
@@ -275,18 +275,26 @@ def calibrate_heads(
         store(module, accuracy, target)
     except OSError as error:
         raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
-    return Calibration(target, accuracy, best_size(candidates), speed_report(candidates))
+    return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
 
 
-def speed_report(candidates: Sequence[Size]) -> tuple[str, ...]:
-    """A table of what trees of each size cost and give here, and which is best."""
+def speed_report(accuracy: Accuracy, times: PassTimes) -> tuple[str, ...]:
+    """A table of what trees of some sizes cost and give here, and which of all is best."""
+    candidates = sizes(accuracy, times)
     best = best_size(candidates)
-    lines = ["Nodes:              " + " ".join(f"{size.nodes:6}" for size in candidates)]
-    lines.append("Tokens per step:    " + " ".join(f"{size.expected_tokens:6.2f}" for size in candidates))
-    lines.append("Time of a pass, ms: " + " ".join(f"{1e3 * size.seconds:6.1f}" for size in candidates))
-    lines.append("Faster than plain:  " + " ".join(f"{size.speed_up:5.2f}x" for size in candidates))
+    counted = "drafting counted" if times.draft_seconds else "drafting not counted"
+    shown = [size for size in candidates if size.nodes in REPORTED_SIZES or size is best]
+    table = (
+        ("Nodes", [f"{size.nodes}" for size in shown]),
+        ("Tokens per step", [f"{size.expected_tokens:.2f}" for size in shown]),
+        ("Time of a step, ms", [f"{1e3 * size.seconds:.1f}" for size in shown]),
+        ("Faster than plain", [f"{size.speed_up:.2f}x" for size in shown]),
+    )
+    lines = [f"{title:18}" + "".join(f"{value:>7}" for value in values) for title, values in table]
     if best.nodes > 1:
-        lines.append(f"Best here with heads alone: {best.nodes} nodes, {best.speed_up:.2f}x (drafting not counted).")
+        lines.append(
+            f"Best here, with heads alone and a fixed tree: {best.nodes} nodes, {best.speed_up:.2f}x ({counted})."
+        )
     else:
         lines.append("No tree pays here: plain decoding is as fast.")
     return tuple(lines)

@@ -1,1 +1,0 @@
-"""Measuring: how long a step takes, and what the machine could do at best."""

@@ -1,0 +1,260 @@
+"""The time of one forward pass over N tokens, beside the limit that reading the weights sets.
+
+`profile` measures. `measured_profile` does so once for each machine and engine, and keeps the result in the cache:
+
+    profiles/<key>.json    key: a digest of all that the times depend on, which the file repeats
+
+A file that is damaged or of something else is measured anew; where none can be written, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import medusa
+from medusa.errors import UsageError
+from medusa.models import zoo
+from medusa.models.backend import PlainTree
+from medusa.models.native_backend import NativeBackend, native_module
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.models.backend import Backend
+
+SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+CONTEXT = 200
+QUICK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
+QUICK_CONTEXT = 64
+QUICK_SECONDS = 3.0
+FORMAT = 1  # raise it when what is measured changes
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`seconds[N]` is the median time of a pass over a tree of N tokens after `context` others.
+
+    `bytes` are the weights that a pass reads, `bandwidth` what the machine reads from memory in a second;
+    both None on a backend other than the native one, which does not count them. `draft_seconds` is the median time of
+    a draft, where that was to be measured.
+    """
+
+    context: int
+    seconds: dict[int, float]
+    bytes: int | None
+    bandwidth: float | None
+    draft_seconds: float | None = None
+
+    @property
+    def limit_seconds(self) -> float | None:
+        """No pass can be faster than its weights are read."""
+        return self.bytes / self.bandwidth if self.bytes and self.bandwidth else None
+
+
+def profile(
+    backend: Backend,
+    *,
+    sizes: Sequence[int] = SIZES,
+    context: int = CONTEXT,
+    repeats: int = 15,
+    seconds: float = math.inf,
+    draft: Callable[[Tensor], object] | None = None,
+    slot: int = 0,
+) -> Profile:
+    """Measures passes over binary trees; the sizes take turns, so that a drift of the machine hits all alike.
+
+    Args:
+        sizes: rising numbers of tokens.
+        seconds: about how long it may take: past that, sizes after the fourth are left out, and repeats after the
+            second.
+        draft: takes features [F*H] and drafts, to be measured beside the passes.
+
+    Raises:
+        UsageError: the slot is in use, or the context has no room.
+    """
+    if backend.length(slot):
+        raise UsageError(f"slot {slot} is in use: finish what is being decoded there first")
+    deepest = max(sizes).bit_length()
+    if context + deepest > backend.max_length:
+        raise UsageError(f"a profile needs {context + deepest} positions, but a slot holds {backend.max_length}")
+    trees = {size: _binary_tree(size, backend.vocab_size) for size in sizes}
+    times: dict[int, list[float]] = {}
+    drafting: list[float] = []
+    limits = []
+    native = backend if isinstance(backend, NativeBackend) else None
+    end = time.perf_counter() + seconds
+    try:
+        _, features = backend.prefill(slot, [(7 * i + 3) % backend.vocab_size for i in range(context)])
+        for size in sizes:  # warm-up
+            if len(times) >= 4 and time.perf_counter() > end:
+                break
+            backend.verify([slot], [trees[size]])
+            times[size] = []
+        if draft is not None:
+            draft(features)
+        for turn in range(repeats):
+            if turn >= 2 and time.perf_counter() > end:
+                break
+            for size in times:
+                started = time.perf_counter()
+                logits, _ = backend.verify([slot], [trees[size]])
+                float(logits[0, 0, 0])  # a device other than the CPU may still be at it
+                times[size].append(time.perf_counter() - started)
+            if draft is not None:
+                started = time.perf_counter()
+                draft(features)
+                drafting.append(time.perf_counter() - started)
+            if native is not None and seconds == math.inf and turn % 5 == 0:
+                limits.append(_bandwidth(native))
+    finally:
+        backend.release(slot)
+    return Profile(
+        context=context,
+        seconds={size: statistics.median(taken) for size, taken in times.items()},
+        bytes=native.engine.weight_bytes if native is not None else None,
+        bandwidth=statistics.median(limits) if limits else None,
+        draft_seconds=statistics.median(drafting) if drafting else None,
+    )
+
+
+def measured_profile(
+    backend: Backend,
+    facts: Mapping[str, object],
+    *,
+    draft: Callable[[Tensor], object] | None = None,
+    refresh: bool = False,
+    progress: bool = False,
+) -> Profile | None:
+    """The profile kept in the cache, or a quick one of about 3 seconds, which is then kept.
+
+    Args:
+        facts: what the times depend on and the backend does not tell: dtype, device, threads, heads and the like.
+        draft: see `profile`.
+        refresh: measure, whatever is kept.
+        progress: say on stderr that it is being measured.
+
+    Returns:
+        None where nothing is kept and nothing can be measured: slot 0 is in use, or it is too short.
+    """
+    key = _key_facts(backend, facts)
+    path = profiles_dir() / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()[:32]}.json"
+    if not refresh and (kept := _read(path, key, drafting=draft is not None)) is not None:
+        return kept
+    context = min(QUICK_CONTEXT, backend.max_length - max(QUICK_SIZES).bit_length())
+    if context < 1 or backend.length(0):
+        return None
+    if progress:
+        print("measuring this machine once ...", file=sys.stderr, flush=True)
+    found = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
+    _write(path, key, found)
+    return found
+
+
+def profiles_dir() -> Path:
+    """Where profiles are kept."""
+    return zoo.cache_dir() / "profiles"
+
+
+def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:
+    """All that the times depend on, as JSON has it."""
+    import torch
+
+    try:
+        engine = importlib.metadata.version("medusa-native") if backend.name == "native" else ""
+    except importlib.metadata.PackageNotFoundError:
+        engine = "unknown"
+    key = {
+        **facts,
+        "format": FORMAT,
+        "machine": _machine(),
+        "backend": backend.name,
+        "layers": backend.num_layers,
+        "hidden_size": backend.hidden_size,
+        "vocabulary": backend.vocab_size,
+        "versions": [medusa.__version__, torch.__version__, engine],
+    }
+    known: dict[str, Any] = json.loads(_canonical(key))
+    return known
+
+
+def _canonical(key: Mapping[str, object]) -> str:
+    return json.dumps(key, sort_keys=True, default=str)
+
+
+def _machine() -> list[object]:
+    """The processor's name and number of cores, and the GPU's name."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return [name, os.cpu_count(), gpu]
+
+
+def _read(path: Path, key: Mapping[str, Any], *, drafting: bool) -> Profile | None:
+    """The profile kept in `path`; None where it is missing, damaged, of something else, or lacks the drafting."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        seconds = {int(size): float(taken) for size, taken in data["seconds"].items()}
+        draft = data["draft_seconds"]
+        draft_seconds = None if draft is None else float(draft)
+        context = int(data["context"])
+        ours = data["key"] == key
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    times = [*seconds.values(), *([] if draft_seconds is None else [draft_seconds])]
+    if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1:
+        return None
+    if not all(math.isfinite(taken) and taken > 0 for taken in times) or (drafting and draft_seconds is None):
+        return None
+    return Profile(context, seconds, bytes=None, bandwidth=None, draft_seconds=draft_seconds)
+
+
+def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
+    """Whole or not at all; a cache that cannot be written keeps nothing."""
+    data = {
+        "key": key,
+        "context": found.context,
+        "seconds": {str(size): taken for size, taken in found.seconds.items()},
+        "draft_seconds": found.draft_seconds,
+    }
+    scratch = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            scratch.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+
+
+def _bandwidth(backend: NativeBackend) -> float:
+    module = native_module()
+    assert module is not None, "a native backend is running"
+    return float(module.read_bandwidth(backend.engine.threads))
+
+
+def _binary_tree(size: int, vocab_size: int) -> PlainTree:
+    return PlainTree(
+        tuple((11 * i + 5) % vocab_size for i in range(size)),
+        tuple((i - 1) // 2 for i in range(size)),  # the root's parent is -1
+    )

@@ -1,0 +1,353 @@
+"""How many nodes are verified: against brute force, and on toy texts where drafters lie, fail and recover."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import ChainDrafter, ToyBackend, ToyModel, always_agrees, drafts, make_row, never_agrees
+from medusa.decoding.budget import Asking, NodeBudget, PassTimes
+from medusa.decoding.draft import Draft, NgramDrafter, Row, UnionDrafter
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.loop import Decoder
+from medusa.decoding.sampling import Sampling
+from medusa.decoding.tree import Tree
+from medusa.errors import UsageError
+from medusa.models.heads import HeadsConfig, HeadsState
+
+#: Of the native engine in int8, by docs/decisions.md: flat at first, then steep.
+INT8 = PassTimes.measured({1: 3.4, 4: 3.8, 8: 4.9, 12: 7.0, 16: 9.2, 32: 17.0}, draft_seconds=1.0)
+FREE = INT8.free_drafts()
+
+curves = st.builds(
+    lambda steps: PassTimes(tuple(itertools.accumulate(steps, initial=1.0))),
+    st.lists(st.floats(0, 0.6), min_size=1, max_size=30),
+)
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def test_times_lie_on_straight_lines_between_what_was_measured_and_go_on_past_it() -> None:
+    times = PassTimes.measured({1: 10.0, 4: 13.0, 8: 15.0})
+    assert [times(n) for n in (1, 2, 4, 6, 8, 10)] == pytest.approx([10, 11, 13, 14, 15, 16])
+    assert (times(64), times(100)) == pytest.approx((15 + 56 / 2, 15 + 92 / 2))
+
+
+@given(st.dictionaries(st.integers(2, 40), st.floats(0.1, 10), max_size=8), st.floats(0.1, 10))
+def test_times_never_fall(seconds: dict[int, float], one: float) -> None:
+    times = PassTimes.measured({**seconds, 1: one})
+    assert times(1) == one
+    assert all(times(n) <= times(n + 1) for n in range(1, 80))
+
+
+@pytest.mark.parametrize("wrong", [(1.0,), (2.0, 1.0), (0.0, 1.0), (math.nan, 1.0)])
+def test_times_that_cannot_be_are_refused(wrong: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match="positive and not fall"):
+        PassTimes(wrong)
+
+
+def test_the_cheaper_a_node_the_more_are_asked_of_drafters() -> None:
+    assert INT8.most == 9
+    assert PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}).most == 16
+    assert PassTimes.measured({1: 1.0, 64: 1.1}).most == 24
+    assert NodeBudget(INT8).expected < NodeBudget(PassTimes.measured({1: 1.0, 64: 1.1})).expected
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def subtrees(draft: Draft) -> list[tuple[int, ...]]:
+    """All sets of nodes that form a tree with the root."""
+    others = range(1, len(draft))
+    chosen = ((0, *more) for size in range(len(draft)) for more in itertools.combinations(others, size))
+    return [nodes for nodes in chosen if all(draft.parents[i] in nodes for i in nodes[1:])]
+
+
+@given(drafts(max_nodes=9, falling=True), curves, st.sampled_from([0.0, 0.3]))
+def test_the_choice_is_the_best_of_all_trees(draft: Draft, times: PassTimes, draft_seconds: float) -> None:
+    share = NodeBudget(times).share([draft], draft_seconds)
+    optimum = max(
+        sum(draft.probabilities[i] for i in nodes) / (times(len(nodes)) + draft_seconds) for nodes in subtrees(draft)
+    )
+    assert share.rate == pytest.approx(optimum)
+    kept = draft.pruned(nodes=share.nodes[0], depth=99)
+    assert sum(kept.probabilities) == pytest.approx(share.tokens[0])
+
+
+@given(st.lists(drafts(max_nodes=6, falling=True), min_size=1, max_size=3), curves)
+def test_the_choice_for_a_batch_is_the_best_of_all_splits(many: list[Draft], times: PassTimes) -> None:
+    share = NodeBudget(times).share(many, 0.0)
+    expected = [[sum(d.pruned(nodes=n, depth=99).probabilities) for n in range(1, len(d) + 1)] for d in many]
+    optimum = max(
+        sum(e[n - 1] for e, n in zip(expected, split, strict=True)) / times(sum(split))
+        for split in itertools.product(*(range(1, len(d) + 1) for d in many))
+    )
+    assert share.rate == pytest.approx(optimum)
+    assert share.seconds == times(sum(share.nodes))
+
+
+@given(st.lists(drafts(max_nodes=9), min_size=1, max_size=3))
+def test_nothing_is_verified_where_nothing_pays(many: list[Draft]) -> None:
+    dear = PassTimes((1.0, 2.5))  # another node takes longer than another pass
+    assert NodeBudget(dear).share(many, 0.0).nodes == (1,) * len(many)
+
+
+def test_a_row_that_is_drafted_well_gets_the_nodes_of_one_that_is_not() -> None:
+    model = ToyModel()
+    rows = [make_row([1]), make_row([2])]
+    good, bad = always_agrees(model, 6).propose(rows, 7)
+    bad = replace(bad, probabilities=tuple(0.03 * p if i else p for i, p in enumerate(bad.probabilities)))
+    one, other = NodeBudget(FREE).share([good, bad], 0.0).nodes
+    assert one > 3
+    assert other == 1
+
+
+# --- drafters that lie, fail and recover ------------------------------------------------------------------------------
+
+
+@dataclass
+class StubHeads:
+    """Heads that claim one token after each; `agrees` says whether it is what the model says. A call of `begin` is a
+    draft. The model must be of order 1."""
+
+    model: ToyModel
+    claim: float
+    agrees: float = 1.0  # share of levels that are right
+    drafted: int = 0
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.config = HeadsConfig(hidden_size=2, vocab_size=self.model.vocab, num_heads=4)
+        self.lm_head_rows = self.model.vocab
+        self.random = random.Random(0)
+
+    def num_parameters(self) -> int:
+        return 0
+
+    def begin(self, features: torch.Tensor) -> HeadsState:
+        self.drafted += 1
+        return HeadsState(features, features)
+
+    def guess(
+        self, k: int, state: HeadsState, parents: torch.Tensor, tokens: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, HeadsState]:
+        right = self.random.random() < self.agrees
+        ids = []
+        for token in tokens.flatten().tolist():
+            order = sorted(range(self.model.vocab), key=self.model([token]).__getitem__, reverse=right)
+            ids.append(order[:count])
+        p = [self.claim] + [(1 - self.claim) / (self.model.vocab - 1)] * (count - 1)
+        return (
+            torch.tensor(p).log().expand(*tokens.shape, count),
+            torch.tensor(ids).reshape(*tokens.shape, count),
+            state,
+        )
+
+
+class Run:
+    """One long text, step by step."""
+
+    def __init__(self, heads: StubHeads, *others: object, budget: NodeBudget | None = None) -> None:
+        self.heads = heads
+        self.backend = ToyBackend(heads.model, max_length=4000)
+        self.times = INT8
+        drafter = UnionDrafter(HeadsDrafter(heads), *others) if others else HeadsDrafter(heads)  # type: ignore[arg-type]
+        self.decoder = Decoder(self.backend, drafter, budget or NodeBudget(INT8))
+        self.row, _ = self.decoder.start(0, [1], Sampling(), max_new_tokens=3900)
+        self.seconds = 0.0
+
+    def steps(self, count: int) -> list[int]:
+        """The number of nodes of each step."""
+        nodes = []
+        for _ in range(count):
+            before = self.heads.drafted
+            (step,) = self.decoder.step([self.row])
+            nodes.append(step.drafted)
+            self.seconds += INT8(step.drafted) + (self.heads.drafted - before) * INT8.draft_seconds
+        return nodes
+
+
+def long_model() -> ToyModel:
+    return ToyModel(vocab=40, seed=2, order=1)
+
+
+def test_heads_that_are_right_are_asked_at_every_step() -> None:
+    run = Run(StubHeads(long_model(), claim=0.9))
+    nodes = run.steps(50)
+    assert run.heads.drafted == 50
+    assert min(nodes) >= 4
+    assert run.row.new_tokens > 4 * 50
+
+
+def test_fewer_nodes_are_verified_for_heads_that_claim_more_than_comes_true() -> None:
+    run = Run(StubHeads(long_model(), claim=0.9, agrees=0.1))
+    nodes = run.steps(200)
+    assert sum(nodes[:5]) >= 4 * 5
+    assert sum(nodes[100:]) < 1.3 * 100
+
+
+def test_estimates_of_heads_come_down_to_what_comes_true() -> None:
+    heads = StubHeads(long_model(), claim=0.9, agrees=0.5)
+    drafter, row, model = HeadsDrafter(heads), make_row([1]), heads.model
+    for _ in range(100):
+        (draft,) = drafter.propose([row], 6)
+        row.tokens.append(model.best(row.tokens))
+    assert draft.probabilities[1] == pytest.approx(0.5, abs=0.15)
+    assert all(0 <= p <= 1 for p in draft.probabilities)
+    row.frugal = True
+    assert drafter.propose([row], 6) == [Draft((row.tokens[-1],))]
+
+
+def test_estimates_of_a_fixed_tree_come_down_too() -> None:
+    heads = StubHeads(long_model(), claim=0.9, agrees=0.0)
+    drafter, row = HeadsDrafter(heads, Tree.from_paths({(0,): 0.8, (0, 0): 0.6, (1,): 0.1})), make_row([1])
+    for _ in range(60):
+        (draft,) = drafter.propose([row], 6)
+        row.tokens.append(heads.model.best(row.tokens))
+    assert 0 < draft.probabilities[-1] < draft.probabilities[1] < 0.2
+    assert draft.parents == drafter.tree.parents  # type: ignore[union-attr]
+
+
+def test_heads_are_left_alone_where_they_are_wrong_and_tried_again_where_they_are_right() -> None:
+    run = Run(StubHeads(long_model(), claim=0.9, agrees=0.0))
+    run.steps(150)
+    before = run.heads.drafted
+    run.steps(330)
+    assert 5 <= run.heads.drafted - before <= 11, "one step in 33"
+    run.heads.agrees = 1.0
+    run.steps(120)
+    assert min(run.steps(50)) >= 4, "the text became draftable"
+
+
+def test_where_heads_are_wrong_it_takes_hardly_longer_than_plain_decoding() -> None:
+    run = Run(StubHeads(long_model(), claim=0.9, agrees=0.0))
+    run.steps(600)
+    assert run.row.new_tokens == 601
+    assert run.seconds < 1.03 * 600 * INT8(1)
+
+
+def test_heads_are_not_asked_beside_a_drafter_that_knows_the_text() -> None:
+    run = Run(StubHeads(long_model(), claim=0.5, agrees=0.5), always_agrees(long_model(), 8))
+    run.steps(150)
+    before = run.heads.drafted
+    assert min(run.steps(66)) >= 8
+    assert run.heads.drafted - before <= 3
+
+
+def test_heads_are_asked_where_the_other_drafter_is_silent_and_not_where_it_speaks() -> None:
+    class Moody(ChainDrafter):
+        """Right, but silent at every other step."""
+
+        def __init__(self) -> None:
+            super().__init__(long_model().best, 8)
+            self.turns: list[int] = []  # lengths of the text at each step so far
+
+        def speaks(self, row: Row) -> bool:
+            if len(row.tokens) not in self.turns:
+                self.turns.append(len(row.tokens))
+            return len(self.turns) % 2 == 0
+
+        def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
+            drafted = super().propose(rows, nodes)
+            return [d if self.speaks(row) else Draft((row.tokens[-1],)) for d, row in zip(drafted, rows, strict=True)]
+
+    moody = Moody()
+    run = Run(StubHeads(long_model(), claim=0.9), moody)
+    run.steps(120)
+    asked = {True: 0, False: 0}
+    for _ in range(66):
+        before = run.heads.drafted
+        run.steps(1)
+        asked[len(moody.turns) % 2 == 0] += run.heads.drafted - before
+    assert asked[False] == 33
+    assert asked[True] <= 2
+
+
+def test_drafts_that_cost_no_time_are_asked_for_once_at_every_step() -> None:
+    class Counting(NgramDrafter):
+        asked = 0
+
+        def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
+            self.asked += 1
+            return super().propose(rows, nodes)
+
+    drafter = Counting()
+    decoder = Decoder(ToyBackend(ToyModel(order=1)), drafter, NodeBudget(FREE))
+    row, _ = decoder.start(0, [1], Sampling(), max_new_tokens=30)
+    steps = 0
+    while row.finish_reason is None:
+        decoder.step([row])
+        steps += 1
+    assert drafter.asked == steps < 29
+
+
+def test_text_that_does_not_repeat_itself_takes_ngrams_hardly_longer_than_plain_decoding() -> None:
+    decoder = Decoder(ToyBackend(ToyModel(vocab=50, seed=4), max_length=600), NgramDrafter(), NodeBudget(FREE))
+    row, _ = decoder.start(0, [1, 1], Sampling(), max_new_tokens=500)
+    assert sum(FREE(decoder.step([row])[0].drafted) for _ in range(400)) < 1.03 * 400 * FREE(1)
+
+
+def test_the_same_text_is_drafted_the_same_way_again() -> None:
+    def nodes() -> list[int]:
+        return Run(StubHeads(long_model(), claim=0.7, agrees=0.5), NgramDrafter()).steps(80)
+
+    assert nodes() == nodes()
+
+
+def test_rows_of_a_batch_are_asked_for_one_by_one() -> None:
+    """One row's heads are right, the other's never: only the first is drafted for in the end."""
+    model = long_model()
+    backend = ToyBackend(model, num_slots=2, max_length=2000)
+
+    class Half(HeadsDrafter):
+        asked: list[int] = []  # noqa: RUF012
+
+        def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
+            asked = [row for row in rows if not row.frugal]
+            Half.asked += [row.slot for row in asked]
+            right = always_agrees(model, 4).propose(rows, nodes)
+            wrong = never_agrees(model, 4).propose(rows, nodes)
+            honest = [Draft(d.tokens, d.parents, (1.0, *([0.01] * 4)), d.sources) for d in wrong]
+            return [
+                Draft((row.tokens[-1],)) if row.frugal else (right[b] if row.slot == 0 else honest[b])
+                for b, row in enumerate(rows)
+            ]
+
+    decoder = Decoder(backend, Half(StubHeads(model, 0.9)), NodeBudget(INT8))
+    rows = [decoder.start(slot, [1], Sampling(), max_new_tokens=1900)[0] for slot in range(2)]
+    for _ in range(100):
+        decoder.step(rows)
+    Half.asked.clear()
+    for _ in range(33):
+        one, other = decoder.step(rows)
+        assert (one.drafted, other.drafted) == (5, 1)
+    assert Half.asked.count(0) == 33
+    assert Half.asked.count(1) <= 2
+
+
+def test_pauses_double_up_to_a_bound_and_end_with_a_gain() -> None:
+    asking, pauses = Asking(), []
+    for _ in range(6):
+        asking.learn(-1.0)
+        pauses.append(0)
+        while not asking.due():
+            pauses[-1] += 1
+    assert pauses == [4, 8, 16, 32, 32, 32]
+    asking.learn(1.0)
+    assert asking.due()
+    asking.learn(-1.0)
+    assert [asking.due() for _ in range(5)] == [False] * 4 + [True]
+    for _ in range(9):
+        asking.learn(-1.0)
+    asking.learn(0.5)  # not enough, but it looks better
+    assert asking.pause == 4

@@ -550,3 +550,16 @@ def test_the_default_model_is_the_gguf_file_unpacked(capfd):
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(new[0, ids.shape[1] :])
     assert capfd.readouterr() == ("", "")
+
+
+def test_few_bits_on_a_gpu_ask_for_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What from_pretrained is given; no machine of ours has run it."""
+    with pytest.raises(UsageError, match="need a CUDA device, not cpu"):
+        zoo._quantised(4, torch.bfloat16, "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install bitsandbytes"):
+        zoo._quantised(8, torch.bfloat16, "cuda:0")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    options = zoo._quantised(4, torch.bfloat16, "cuda:1")
+    assert options["device_map"] == {"": "cuda:1"}
+    assert options["quantization_config"].load_in_4bit

@@ -67,8 +67,9 @@ def distill(
     """Let the model write training text: questions and its answers to them."""
     _need_extra()
     import medusa
+    from medusa.models import zoo
     from medusa.training import distill as writing
-    from medusa.training.text import read_prompt_file, shown_by
+    from medusa.training.text import read_prompt_file, room, shown_by
 
     settings = writing.DistillSettings(
         tokens=tokens,
@@ -95,6 +96,10 @@ def distill(
             )
         else:
             reporter.stage(f"Loading {model}")
+            shape = zoo.load_config(zoo.resolve(model)).get_text_config()
+            # What turns of the longest kind take, and as much again for a system prompt and long questions.
+            length = 2 * turns * (settings.max_user_tokens + max_answer_tokens)
+            slots, length = room(shape, slots, length)
             lm = medusa.load(
                 model,
                 heads="none",
@@ -104,6 +109,7 @@ def distill(
                 device=device,
                 threads=threads,
                 num_slots=slots,
+                max_length=length,
                 progress=False,
             )
             reporter.stage("Writing")

@@ -82,8 +82,8 @@ def load_backend(
     if settings.backend == "native":
         raise MedusaError(f"the native backend cannot run {source.name}: {refusal}")
     reason = "asked for" if refusal is None else f"not native: {refusal}"
-    if settings.dtype == "int4":
-        raise UsageError(f"int4 needs the native backend ({reason}): take --dtype int8")
+    if settings.dtype == "int4" and not settings.device.startswith("cuda"):
+        raise UsageError(f"int4 needs the native backend ({reason}) or a CUDA device: take --dtype int8")
     meanwhile()
     return _load_transformers(source, settings, feature_layers, reason)
 
@@ -182,9 +182,11 @@ def _load_transformers(
     from medusa.models.transformers_backend import TransformersBackend
 
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
-    network = zoo.load_model(source, dtype=dtype, device=settings.device)
+    # On CUDA bitsandbytes reads weights in few bits; elsewhere the model is read whole and then made smaller.
+    bits = {"int8": 8, "int4": 4}.get(settings.dtype) if settings.device.startswith("cuda") else None
+    network = zoo.load_model(source, dtype=dtype, device=settings.device, bits=bits)
     parameters = sum(p.numel() for p in network.parameters())
-    if settings.dtype == "int8":
+    if settings.dtype == "int8" and bits is None:
         quantise(network)
     backend = TransformersBackend(
         network,

@@ -151,6 +151,8 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
     if not path.is_dir():
         known = ", ".join(["auto", "none", *shipped])
         raise UsageError(f"there are no heads {heads!r}; give a directory or one of: {known}")
+    if not (path / "heads.safetensors").is_file() and (path / "heads" / "heads.safetensors").is_file():
+        path = path / "heads"  # the directory of a training run
     if missing := [n for n in ("config.json", "heads.safetensors") if not (path / n).is_file()]:
         raise UsageError(f"{heads} holds no heads: {' and '.join(missing)} missing")
     return path
@@ -243,14 +245,20 @@ def local_directory(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **options, **_hub_options(source)))
 
 
-def load_model(source: ModelSource, *, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    source: ModelSource, *, dtype: torch.dtype, device: str = "cpu", bits: int | None = None
+) -> PreTrainedModel:
     """The model in eval mode, its weights in `dtype`, on `device` ("auto" spreads it over all devices).
 
+    With `bits` (8 or 4; CUDA only, by bitsandbytes) its linear layers are quantised as they are read, so that the whole
+    model is never in memory in `dtype`.
+
     Raises:
-        UsageError: there is no such device.
+        UsageError: there is no such device, or it has no kernels for so few bits.
         MedusaError: the model cannot be found, fetched or read, or does not write text left to right.
     """
     _check_device(device)
+    quantised = {} if bits is None else _quantised(bits, dtype, device)
     with _explained(source, "the model"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -258,6 +266,7 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: str = "cpu") 
             options = {"trust_remote_code": False, **_hub_options(source)}
             config = AutoConfig.from_pretrained(source.location, **options)
             _check_causal(config, source)
+            options |= quantised
             if device == "auto":
                 options["device_map"] = "auto"
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -270,9 +279,24 @@ def load_model(source: ModelSource, *, dtype: torch.dtype, device: str = "cpu") 
                 f"the weights of {source.name} are incomplete: {missing[0]} "
                 + (f"and {len(missing) - 1} more tensors are missing" if len(missing) > 1 else "is missing")
             )
-        if device != "auto":
+        if device != "auto" and bits is None:
             model = model.to(device)
     return cast("PreTrainedModel", model.eval())
+
+
+def _quantised(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments of from_pretrained that read the weights in 8 or 4 bits."""
+    if not device.startswith("cuda"):
+        raise UsageError(f"{bits} bits by bitsandbytes need a CUDA device, not {device}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"{bits} bits on {device} need bitsandbytes: pip install bitsandbytes, or take bfloat16")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        config: Any = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _check_device(device: str) -> None:

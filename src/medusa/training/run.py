@@ -44,7 +44,7 @@ from medusa.training.calibrate import Size, best_size, draw, measure, sizes, sto
 from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.features import FeatureCache, LiveFeatures
-from medusa.training.text import Reporter, frequent_tokens, read_text, split, text_digest, write_text
+from medusa.training.text import Reporter, frequent_tokens, read_text, room, split, text_digest, write_text
 from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer
 
 RUN_FILE = "run.yaml"
@@ -244,11 +244,14 @@ def calibrate_heads(
     if found is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH")
     reporter.stage("Loading")
+    shape = zoo.load_config(source).get_text_config()
+    slots, length = room(shape, CALIBRATION_SLOTS, TextConfig().max_length)
     lm = medusa.load(
         model,
         heads=str(found),
         drafter="none",
-        num_slots=CALIBRATION_SLOTS,
+        num_slots=slots,
+        max_length=length,
         progress=False,
         **engine,
     )
@@ -306,8 +309,8 @@ def speed_report(accuracy: Accuracy, times: PassTimes) -> tuple[str, ...]:
 def load_model(config: TrainConfig) -> LanguageModel:
     """The frozen model, with a slot for each conversation that is written side by side."""
     engine = config.engine
-    layers = zoo.load_config(zoo.resolve(config.model)).get_text_config().num_hidden_layers
-    own_text = not config.text.data
+    shape = zoo.load_config(zoo.resolve(config.model)).get_text_config()
+    slots, length = room(shape, engine.slots if not config.text.data else 1, config.text.max_length)
     return medusa.load(
         config.model,
         heads="none",
@@ -316,9 +319,9 @@ def load_model(config: TrainConfig) -> LanguageModel:
         dtype=engine.dtype,
         device=engine.device,
         threads=engine.threads,
-        num_slots=engine.slots if own_text else 1,
-        max_length=None,
-        feature_layers=feature_layers(config.heads, layers),
+        num_slots=slots,
+        max_length=length,
+        feature_layers=feature_layers(config.heads, shape.num_hidden_layers),
         progress=False,
     )
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,20 @@ class Reporter(Protocol):
     def progress(self, done: int, total: int, text: str) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+
+def room(shape: Any, slots: int, length: int) -> tuple[int, int]:
+    """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
+    slots than their KV cache finds room for in a third of the free memory. `shape` is a model's configuration."""
+    import psutil
+
+    context = getattr(shape, "max_position_embeddings", None) or length
+    length = min(length, context)
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    bytes_per_slot = 2 * 2 * shape.num_hidden_layers * heads * size * length
+    fitting = int(psutil.virtual_memory().available / 3 // bytes_per_slot)
+    return max(1, min(slots, fitting)), length
 
 
 def write_text(config: TextConfig, lm: LanguageModel, out: Path, reporter: Reporter) -> None:

@@ -17,7 +17,7 @@ from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import LanguageModel
 from medusa.models.transformers_backend import TransformersBackend
-from medusa.training.distill import DistillSettings, LoopWatch, Prompt, Written, distill
+from medusa.training.distill import DistillSettings, LoopWatch, Prompt, Talked, TextFile, Written, distill
 from medusa.training.turns import Turns
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
 
@@ -156,6 +156,16 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MedusaError, match="line 1, is not a row of distilled text"):
         distill(model(), path, HOT)
     assert path.read_text() == '{"messages": []}\n'
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
+    file = TextFile(tmp_path / "text.jsonl", {})
+    file.close()
+    file._file = Path("/dev/full").open("w", encoding="utf-8")
+    with pytest.raises(MedusaError, match=r"cannot write .*text.jsonl: No space left on device; make room"):
+        file.add(0, Talked(0.0, [], list(range(20)), [(0, 20)]))
+    file.close()
 
 
 def test_given_prompts_are_answered_once_each(tmp_path: Path) -> None:

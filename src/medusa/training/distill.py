@@ -10,6 +10,7 @@ cut once the loop is plain (see `LoopWatch`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -373,8 +374,13 @@ class TextFile:
         if self._seen & _keys(row):
             return "repeated"
         # One write of a whole line: what is cut short by a kill is one row, which the next run drops.
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise MedusaError(
+                f"cannot write {self.path}: {error.strerror}; make room and run the same command again"
+            ) from None
         self._count(row, number, talked.answer_tokens)
         return ""
 
@@ -385,7 +391,8 @@ class TextFile:
         self.next_number = number + 1
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a row that found no room, which has been reported
+            self._file.close()
 
 
 def _keys(row: Mapping[str, Any]) -> set[str]:

@@ -96,10 +96,11 @@ def open_run(config: TrainConfig, resume: bool) -> Path:
     out = run_directory(config)
     path = out / RUN_FILE
     if path.is_file():
-        if not resume:
+        begun = any(child.name != RUN_FILE for child in out.iterdir())  # more than a first, mistaken call
+        if begun and not resume:
             raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
         before = load_config(path, {})
-        if before.model != config.model:
+        if begun and before.model != config.model:
             raise UsageError(f"{out} holds a run of {before.model}, not of {config.model}: name another --out")
     elif resume:
         raise UsageError(f"there is no run in {out} to resume: leave out --resume")

@@ -162,7 +162,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
     file = TextFile(tmp_path / "text.jsonl", {})
     file.close()
-    file._file = Path("/dev/full").open("w", encoding="utf-8")
+    file._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - `file` closes it
     with pytest.raises(MedusaError, match=r"cannot write .*text.jsonl: No space left on device; make room"):
         file.add(0, Talked(0.0, [], list(range(20)), [(0, 20)]))
     file.close()

@@ -1,0 +1,1 @@
+"""Looking at results: pictures of trees and of what heads know."""

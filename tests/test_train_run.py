@@ -131,15 +131,15 @@ def test_two_processes_learn_what_one_learns(saved: Path, trained: Path, tmp_pat
     """Gradients are shared: after the same steps the weights differ by rounding only."""
     out = tmp_path / "run"
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(29500 + os.getpid() % 1000),
-        "-m", "medusa.cli", "train", "--model", str(saved), "--out", str(out), *SMALL,
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+        str(29500 + os.getpid() % 1000), "-m", "medusa.cli", "train", "--model", str(saved), "--out", str(out), *SMALL,
     ]  # fmt: skip
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("The heads are in") == 1
+    assert read_config(out / "heads").training["processes"] == 2
     first, second = (load_file(d / "heads" / "heads.safetensors") for d in (trained, out))
     assert all(torch.allclose(first[n].float(), second[n].float(), atol=2e-2) for n in first)
     assert any(not torch.equal(first[n], torch.zeros_like(first[n])) for n in first)

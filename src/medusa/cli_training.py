@@ -184,6 +184,8 @@ def train(
     wanted = load_config(config, options, settings or [])
     with _reporter() as reporter:
         result = run(wanted, resume=resume, reporter=reporter)
+    if not result.main:
+        return
     name = result.heads if result.model is None else f"{result.heads} --model {result.model}"
     if as_json:
         print(json.dumps({"heads": str(result.heads), "steps": result.steps, **result.accuracy.facts()}))

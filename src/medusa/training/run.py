@@ -44,7 +44,7 @@ from medusa.training.calibrate import Size, best_size, draw, measure, sizes, sto
 from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.features import FeatureCache, LiveFeatures
-from medusa.training.text import Reporter, frequent_tokens, read_text, room, split, text_digest, write_text
+from medusa.training.text import Reporter, Silent, frequent_tokens, read_text, room, split, text_digest, write_text
 from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer
 
 RUN_FILE = "run.yaml"
@@ -57,7 +57,7 @@ CALIBRATION_SEED = 1_000_000  # training begins from 0
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of a run; `report` are lines for people."""
+    """What came of a run; `report` are lines for people. `main` is False in all processes but one."""
 
     heads: Path
     accuracy: Accuracy
@@ -68,6 +68,7 @@ class Result:
     size_bytes: int
     report: tuple[str, ...]
     model: Path | None = None  # where the base was trained too
+    main: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     main = accelerator.is_main_process
     if main:
         open_run(config, resume)
+    else:
+        reporter = Silent()
     out = run_directory(config)
     reporter.stage("Loading")
     lm = load_model(config)
@@ -183,8 +186,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         if resume and trainer.resume():
             reporter.say(f"going on after step {trainer.state.step}")
         trainer.run()
+    except BaseException:
+        accelerator.end_training()  # trackers write what they hold
+        raise
     finally:
-        accelerator.end_training()
         if log is not None:
             log.close()
     accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
@@ -199,6 +204,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
                 "tokens": tokens,
                 "text_sha256": text_digest([*learned, *held_out]),
                 "steps": trainer.state.step,
+                "processes": accelerator.num_processes,
                 "held_out": accuracy.facts(),
                 "medusa": medusa.__version__,
             },
@@ -209,6 +215,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         reporter.stage("Measuring this machine")
         report = speed_report(accuracy, lm.pass_times())
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return Result(
         heads=out / "heads",
         accuracy=accuracy,
@@ -218,6 +225,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         seconds=time.perf_counter() - started,
         size_bytes=(out / "heads" / WEIGHTS_FILE).stat().st_size,
         report=report,
+        main=main,
     )
 
 

@@ -34,6 +34,16 @@ class Reporter(Protocol):
     def say(self, text: str) -> None: ...
 
 
+class Silent:
+    """Says nothing: for all processes but one."""
+
+    def stage(self, title: str) -> None: ...
+
+    def progress(self, done: int, total: int, text: str) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
 def room(shape: Any, slots: int, length: int) -> tuple[int, int]:
     """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
     slots than their KV cache finds room for in a third of the free memory. `shape` is a model's configuration."""

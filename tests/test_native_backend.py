@@ -239,6 +239,18 @@ def test_a_prompt_of_several_chunks_gives_the_numbers_of_transformers(
     assert_near(logits[0], expected[1])
 
 
+@every_isa
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_reading_a_text_gives_the_features_of_each_of_its_beginnings(dtype: str, isa: str) -> None:
+    model, text, _, _ = long_text("llama")
+    backend = native(model, isa=isa, dtype=dtype, feature_layers=(1, 2))
+    read = backend.read(0, text)
+    assert backend.length(0) == len(text)
+    assert read.shape == (len(text), 3 * model.config.hidden_size)
+    for end in (1, 2, 255, 256, 257, 400, len(text)):
+        assert torch.equal(read[end - 1], backend.prefill(0, text[:end])[1]), end
+
+
 @cache
 def _long_text(family: str, changes: tuple[tuple[str, Any], ...]) -> tuple[PreTrainedModel, list[int], Nodes, Any]:
     model = make_model(family, max_position_embeddings=1024, **dict(changes))

@@ -522,15 +522,21 @@ class Case {
     Ids tokens = some_tokens(count);
     if (random_.chance(3)) slot = bad_slot();
     if (random_.chance(3) && count > 0) tokens[random_.between(0, count - 1)] = bad_token();
-    const bool last = random_.chance(60);
-    const auto call = [&] { engine_.extend(slot, tokens, last); };
+    const bool last = random_.chance(60), reads = !last && random_.chance(40);
+    const auto call = [&] {
+      if (reads) engine_.read(slot, tokens);
+      else engine_.extend(slot, tokens, last);
+    };
     if (!shadow_.can_extend(slot, tokens)) return quietly("extend", false, call);
-    accept("extend", call);
+    accept(reads ? "read" : "extend", call);
     Text& text = shadow_.slots[slot];
     text.tokens.insert(text.tokens.end(), tokens.begin(), tokens.end());
     text.tree.clear();
     text.parents.clear();
-    check(engine_.rows() == int(last) && engine_.nodes() == int(last), "extend makes a wrong number of rows");
+    const int rows = reads ? count : int(last);
+    check(engine_.rows() == rows && engine_.nodes() == rows, "extend makes a wrong number of rows");
+    for (int i = 0; reads && i < rows * engine_.feature_size(); i++)
+      check(std::isfinite(engine_.features()[i]), "a feature is not a number");
     if (!last) return;
     check_row(engine_, 0);
     if (random_.chance(30)) compare_plainly(text.tokens, row_of(engine_, 0));

@@ -45,7 +45,7 @@ from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_c
 from medusa.training.data import Example
 from medusa.training.features import FeatureCache, LiveFeatures
 from medusa.training.text import Reporter, Silent, frequent_tokens, read_text, room, split, text_digest, write_text
-from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer
+from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer, keep_freed_memory
 
 RUN_FILE = "run.yaml"
 TEXT_FILE = "text.jsonl"
@@ -154,6 +154,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         rows = LiveFeatures(lm.backend, learned)
     heads, lm_head = make_heads(config, lm, learned)
     reporter.stage("Training")
+    keep_freed_memory()
     accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
     log = (out / "log.jsonl").open("a", encoding="utf-8") if main else None
 

@@ -6,7 +6,9 @@ happened. Several processes (`accelerate launch`) take every n-th row of each ba
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
 import signal
 import threading
 import time
@@ -265,6 +267,16 @@ class Trainer:
         else:
             state.bad_evaluations += 1
         return accuracy
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep the megabytes that each step frees, instead of giving them back to the system and asking
+    for them again page by page; a quarter of the time of a step on a CPU. Elsewhere than on glibc nothing happens."""
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the greatest there is
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 @contextmanager

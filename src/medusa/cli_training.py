@@ -186,16 +186,23 @@ def train(
         result = run(wanted, resume=resume, reporter=reporter)
     if not result.main:
         return
-    name = result.heads if result.model is None else f"{result.heads} --model {result.model}"
     if as_json:
-        print(json.dumps({"heads": str(result.heads), "steps": result.steps, **result.accuracy.facts()}))
+        places = {"heads": result.heads, "model": result.model, "adapter": result.adapter}
+        named = {name: str(path) for name, path in places.items() if path is not None}
+        print(json.dumps({**named, "steps": result.steps, **result.accuracy.facts()}))
         return
     print(f"Learned from {result.tokens} tokens of {result.rows} conversations in {result.steps} steps.")
     print(f"On held-out text: {describe(result.accuracy)}.")
     for line in result.report:
         print(line)
-    print(f"The heads are in {result.heads} ({result.size_bytes / 1e6:.1f} MB, {result.seconds / 60:.1f} min). Try:")
-    print(f'    medusa generate "Why is the sky blue?" --model {wanted.model} --heads {name}')
+    where = f"The heads are in {result.heads} ({result.size_bytes / 1e6:.1f} MB, {result.seconds / 60:.1f} min)."
+    if result.adapter is not None:
+        print(
+            where, f"They belong to the model with the adapter in {result.adapter}: its README.md says how to use it."
+        )
+        return
+    print(where, "Try:")
+    print(f'    medusa generate "Why is the sky blue?" --model {result.model or wanted.model} --heads {result.heads}')
 
 
 def calibrate(

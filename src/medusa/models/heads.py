@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
+from medusa.models.swap import swapped_in
 
 KINDS = ("residual", "sequential", "recurrent")
 CONFIG_FILE = "config.json"
@@ -324,24 +323,13 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
     exists = directory.exists()
     if exists and not (directory / WEIGHTS_FILE).is_file() and (directory.is_file() or any(directory.iterdir())):
         raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    new, old = scratch / "new", scratch / "old"
-    try:
-        new.mkdir()
+    with swapped_in(directory) as new:
         tensors = {
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
             for name, tensor in heads.state_dict().items()
         }
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         write_config(heads.config, new)
-        if exists:
-            directory.replace(old)
-        new.replace(directory)
-    finally:
-        if old.exists() and not directory.exists():  # interrupted between the two
-            old.replace(directory)
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_config(config: HeadsConfig, directory: Path) -> None:

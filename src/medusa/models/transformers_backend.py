@@ -105,7 +105,7 @@ class TransformersBackend:
         self._device = self._embedding.device
         self._cache = SlotCache(self.num_layers, num_slots, self.max_length + SLACK)
         self._lengths = [0] * num_slots
-        self._keep_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._keep_logits = accepts_logits_to_keep(model)
         if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):
             try:  # flash and flex attention take no custom mask
                 model.set_attn_implementation("sdpa")
@@ -203,7 +203,7 @@ class TransformersBackend:
         self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
         options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
-        with _capture_input(self._lm_head) as captured:
+        with capture_input(self._lm_head) as captured:
             out = self.model(
                 input_ids=tokens.to(self._device),
                 attention_mask=self._masks.make(lengths, depths, visible, used, self._device),
@@ -258,8 +258,13 @@ class _MaskMaker:
         return mask.unsqueeze(1).to(device)
 
 
+def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
+    """Whether a pass can be told which positions' logits are wanted."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 @contextlib.contextmanager
-def _capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
+def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
     """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture."""
     captured: list[Tensor] = []
     hook = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))

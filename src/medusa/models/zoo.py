@@ -199,7 +199,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         else:
             from transformers import AutoTokenizer as loader  # noqa: N813
 
-        with _quiet():
+        with quiet():
             tokenizer = loader.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
     return cast("PreTrainedTokenizerBase", tokenizer)
 
@@ -222,7 +222,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
     with _explained(source, "the configuration"):
         from transformers import AutoConfig
 
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
         _check_causal(config, source)
     return cast("PreTrainedConfig", config)
@@ -262,7 +262,7 @@ def load_model(
     with _explained(source, "the model"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        with _quiet():
+        with quiet():
             options = {"trust_remote_code": False, **_hub_options(source)}
             config = AutoConfig.from_pretrained(source.location, **options)
             _check_causal(config, source)
@@ -357,7 +357,7 @@ def _hub_is_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and warnings of transformers; its settings are as before on leaving.
 
     Bars of downloads stay, on a terminal: a silent wait of minutes helps nobody.
@@ -507,7 +507,7 @@ def _convert_gguf(gguf: Path, target: Path, name: str, tell: Callable[[str], Non
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # The reader shows a bar of its own that no setting turns off, hence redirect_stderr.
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         tell("reading the tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tell("unpacking the weights")

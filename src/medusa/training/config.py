@@ -91,7 +91,7 @@ class LoraConfig(_Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4  # of the adapters
     heads_learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     heads_weight: Annotated[float, Field(ge=0)] = 0.2  # of the heads' loss beside the model's own
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps in which that weight rises from 0
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps in which that weight and the rates rise
     base_loss: Literal["kl", "ce"] = "kl"  # to the frozen model, or the cross-entropy of the text
     merge: bool = True  # save the whole model with the adapters merged in, or the adapter alone
 

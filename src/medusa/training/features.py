@@ -79,20 +79,27 @@ class Table:
 
 def read_rows(backend: Backend, example: Example, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of one text: features [P, F*H] in bfloat16, roots [P], and the length of the run after each row [P]."""
-    ids = list(example.token_ids[: backend.max_length])
+    positions, roots, left = labelled_rows(example, backend.max_length)
+    if not len(positions):
+        return torch.empty(0, 0, dtype=torch.bfloat16), roots, left
+    try:
+        features = backend.read(slot, list(example.token_ids[: int(positions[-1]) + 1])).to("cpu", torch.bfloat16)
+    finally:
+        backend.release(slot)
+    return features[positions], roots, left
+
+
+def labelled_rows(example: Example, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the rows of one text are: their positions t [P], ascending, roots [P], and what is left of the run [P]."""
+    ids = example.token_ids[:max_length]
     spans = [(max(1, start), min(end, len(ids))) for start, end in example.spans]
     spans = [(start, end) for start, end in spans if end > start]
     if not spans:
         empty = torch.empty(0, dtype=torch.int32)
-        return torch.empty(0, 0, dtype=torch.bfloat16), empty, empty
-    try:
-        features = backend.read(slot, ids[: spans[-1][1] - 1]).to("cpu", torch.bfloat16)
-    finally:
-        backend.release(slot)
-    wanted = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
+        return empty.long(), empty, empty
+    positions = torch.cat([torch.arange(start - 1, end - 1) for start, end in spans])
     left = torch.cat([torch.arange(end - start, 0, -1) for start, end in spans])
-    roots = torch.tensor(ids, dtype=torch.int32)[wanted + 1]
-    return features[wanted], roots, left.int()
+    return positions, torch.tensor(ids, dtype=torch.int32)[positions + 1], left.int()
 
 
 def count_rows(example: Example, max_length: int) -> int:
@@ -156,7 +163,7 @@ class FeatureCache:
     def batches(
         self, heads: int, size: int, *, seed: int, epoch: int, start: int = 0, finals: bool = False
     ) -> Iterator[Batch]:
-        order = _shuffled(self.num_rows, seed, epoch)
+        order = shuffled(self.num_rows, seed, epoch)
         for first in range(start * size, self.num_rows - size + 1, size):
             yield self._take(order[first : first + size], heads, finals)
 
@@ -202,13 +209,13 @@ class LiveFeatures:
         first, last = start * size, self.num_rows // size * size
         left: list[Batch] = []
         at = 0
-        for group in _shuffled(len(self._examples), seed, epoch).split(LIVE_EXAMPLES):
+        for group in shuffled(len(self._examples), seed, epoch).split(LIVE_EXAMPLES):
             count = sum(self._counts[i] for i in group.tolist())
             at, before = at + count, at
             if at <= first or before >= last:
                 continue
             table = joined([read_rows(self._backend, self._examples[i]) for i in group.tolist()])
-            mixed = _shuffled(count, seed, epoch)[max(0, first - before) : last - before]
+            mixed = shuffled(count, seed, epoch)[max(0, first - before) : last - before]
             left.append(table.take(mixed, heads, self._backend.hidden_size, finals))
             rows = _concatenated(left)
             whole = len(rows.tokens) // size * size
@@ -231,7 +238,8 @@ def _sliced(batch: Batch, start: int, end: int) -> Batch:
     return Batch(batch.features[start:end], batch.tokens[start:end], finals)
 
 
-def _shuffled(count: int, seed: int, epoch: int) -> Tensor:
+def shuffled(count: int, seed: int, epoch: int) -> Tensor:
+    """0 .. count - 1 in the order of an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 

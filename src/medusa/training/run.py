@@ -7,6 +7,12 @@
     OUT/log.jsonl         losses and evaluations
     OUT/heads/            the result: config.json, heads.safetensors, run.yaml, pictures
 
+and where the base is trained too (Medusa-2):
+
+    OUT/heads-frozen/     the heads of Medusa-1, for the model as it was
+    OUT/lora-checkpoint.pt
+    OUT/model/            the adapted model, which OUT/heads belong to; or OUT/adapter/, its adapters alone
+
 A run that was killed goes on with `--resume`, from wherever it was.
 """
 
@@ -17,7 +23,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +50,16 @@ from medusa.training.calibrate import Size, best_size, draw, measure, sizes, sto
 from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.features import FeatureCache, LiveFeatures
+from medusa.training.lora import (
+    ADAPTER_DIR,
+    MODEL_DIR,
+    LoraProgress,
+    LoraTrainer,
+    compare,
+    need_peft,
+    save_adapter,
+    save_model,
+)
 from medusa.training.text import Reporter, Silent, frequent_tokens, read_text, room, split, text_digest, write_text
 from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer, keep_freed_memory
 
@@ -67,7 +83,8 @@ class Result:
     seconds: float
     size_bytes: int
     report: tuple[str, ...]
-    model: Path | None = None  # where the base was trained too
+    model: Path | None = None  # where the base was trained too and merged
+    adapter: Path | None = None  # where it was trained and is not merged
     main: bool = True
 
 
@@ -129,7 +146,11 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         # The others wait for the first, which writes the text and reads the features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
-    main = accelerator.is_main_process
+    main, lora = accelerator.is_main_process, config.train_base == "lora"
+    if lora:
+        need_peft()
+        if accelerator.num_processes > 1:
+            raise UsageError("Medusa-2 runs in one process: train with --train-base none, or without accelerate launch")
     if main:
         open_run(config, resume)
     else:
@@ -183,38 +204,52 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         facts=checkpoint_facts(config, learned),
         tell=tell,
     )
+    tokens = sum(end - start for example in learned for start, end in example.spans)
+
+    def tell_lora(progress: LoraProgress) -> None:
+        facts = {"base_loss": progress.base_loss, "heads_weight": progress.heads_weight}
+        facts |= {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+        facts |= {"learning_rate": progress.learning_rate, "tokens_per_second": progress.tokens_per_second}
+        accelerator.log(_flat(facts, "lora/"), step=progress.step)
+        print(json.dumps({"stage": "lora", "step": progress.step, **_rounded(facts)}), file=log, flush=True)
+        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
+        reporter.progress(
+            progress.step,
+            progress.steps,
+            f"loss {progress.base_loss:.3f}, heads {shown}, {progress.tokens_per_second:.0f} tokens/s",
+        )
+
+    adapted = Adapted()
     try:
         if resume and trainer.resume():
             reporter.say(f"going on after step {trainer.state.step}")
         trainer.run()
+        accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
+        training = {
+            "run": config.model_dump(mode="json", by_alias=True),
+            "conversations": len(learned),
+            "tokens": tokens,
+            "text_sha256": text_digest([*learned, *held_out]),
+            "steps": trainer.state.step,
+            "processes": accelerator.num_processes,
+            "held_out": accuracy.facts(),
+            "medusa": medusa.__version__,
+        }
+        if main:
+            heads.config = replace(heads.config, tree=accuracy.tree, training=training)
+            write_heads(heads, accuracy, out / ("heads-frozen" if lora else "heads"), config)
+        if lora:
+            adapted = adapt(config, lm, heads, learned, held_out, out, resume=resume, reporter=reporter, tell=tell_lora)
+            accuracy = adapted.accuracy or accuracy
     except BaseException:
         accelerator.end_training()  # trackers write what they hold
         raise
     finally:
         if log is not None:
             log.close()
-    accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
-    tokens = sum(end - start for example in learned for start, end in example.spans)
     if main:
-        heads.config = replace(
-            heads.config,
-            tree=accuracy.tree,
-            training={
-                "run": config.model_dump(mode="json", by_alias=True),
-                "conversations": len(learned),
-                "tokens": tokens,
-                "text_sha256": text_digest([*learned, *held_out]),
-                "steps": trainer.state.step,
-                "processes": accelerator.num_processes,
-                "held_out": accuracy.facts(),
-                "medusa": medusa.__version__,
-            },
-        )
-        save_heads(heads, out / "heads")
-        (out / "heads" / RUN_FILE).write_text(config.dump(), encoding="utf-8")
-        draw(accuracy, out / "heads")
         reporter.stage("Measuring this machine")
-        report = speed_report(accuracy, lm.pass_times())
+        report = (*adapted.report, *speed_report(accuracy, lm.pass_times()))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Result(
@@ -226,8 +261,82 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         seconds=time.perf_counter() - started,
         size_bytes=(out / "heads" / WEIGHTS_FILE).stat().st_size,
         report=report,
+        model=adapted.model,
+        adapter=adapted.adapter,
         main=main,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What came of Medusa-2, where it was asked for."""
+
+    accuracy: Accuracy | None = None
+    report: tuple[str, ...] = ()
+    model: Path | None = None
+    adapter: Path | None = None
+
+
+def adapt(
+    config: TrainConfig,
+    lm: LanguageModel,
+    heads: Heads,
+    learned: Sequence[Example],
+    held_out: Sequence[Example],
+    out: Path,
+    *,
+    resume: bool,
+    reporter: Reporter,
+    tell: Callable[[LoraProgress], None],
+) -> Adapted:
+    """Medusa-2 (see lora.py): trains the model by adapters, on with `heads`, and writes both."""
+    reporter.stage("Loading the model to be adapted")
+    source = zoo.resolve(config.model)
+    dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
+    trainer = LoraTrainer(
+        zoo.load_model(source, dtype=dtype, device=config.engine.device),
+        heads,
+        learned,
+        held_out,
+        config,
+        out,
+        facts={**checkpoint_facts(config, learned), "lora": config.lora.model_dump(mode="json", exclude={"merge"})},
+        tell=tell,
+    )
+    reporter.stage("Training model and heads")
+    if resume and trainer.resume():
+        reporter.say(f"going on after step {trainer.step} of Medusa-2")
+    trainer.run()
+    reporter.stage("Measuring model and heads")
+    if config.lora.merge:
+        trainer.merge()  # before measuring: what is told is that of the weights that are saved, rounding and all
+    after = trainer.measure()
+    line = compare(trainer.before, after)
+    name = heads.config.base_model
+    model = adapter = None
+    if config.lora.merge:
+        model = out / MODEL_DIR
+        save_model(trainer.base, lm.tokenizer, model)
+    else:
+        adapter = out / ADAPTER_DIR
+        save_adapter(trainer.peft, name, adapter)
+    figures = {"steps": trainer.step, "perplexity": [trainer.before.perplexity, after.perplexity]}
+    trained = trainer.heads
+    trained.config = replace(
+        heads.config,
+        base_model=f"{name} as adapted by Medusa-2 (../{(model or out / ADAPTER_DIR).name})",
+        tree=after.accuracy.tree,
+        training={**heads.config.training, "held_out": after.accuracy.facts(), "lora": figures},
+    )
+    write_heads(trained, after.accuracy, out / "heads", config)
+    return Adapted(after.accuracy, (f"Medusa-2: {line}.",), model, adapter)
+
+
+def write_heads(heads: Heads, accuracy: Accuracy, directory: Path, config: TrainConfig) -> None:
+    """The heads with what made them and pictures of how good they are."""
+    save_heads(heads, directory)
+    (directory / RUN_FILE).write_text(config.dump(), encoding="utf-8")
+    draw(accuracy, directory)
 
 
 def calibrate_heads(

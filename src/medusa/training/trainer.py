@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import MedusaError
 from medusa.models.heads import Heads
 from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.checkpoint import read_checkpoint, write_checkpoint
 from medusa.training.config import OptimiserConfig
 from medusa.training.features import Batch, FeatureCache, Rows
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
@@ -126,18 +127,9 @@ class Trainer:
         path = self._directory / CHECKPOINT
         if not path.is_file():
             return False
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            facts, weights, state = saved["facts"], saved["heads"], saved["state"]
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-            raise MedusaError(f"{path} is damaged ({error}): delete it to begin again") from None
-        if facts != self._facts:
-            name = next(name for name in self._facts if facts.get(name) != self._facts[name])
-            raise UsageError(
-                f"{path} belongs to a run with another {name}: go on with the run.yaml beside it, or take another --out"
-            )
+        weights, optimizer, state = read_checkpoint(path, self._facts, ("heads", "optimizer", "state"))
         self.heads.load_state_dict(weights)
-        self._optimizer.load_state_dict(saved["optimizer"])
+        self._optimizer.load_state_dict(optimizer)
         self.state = State(**state)
         return True
 
@@ -151,7 +143,7 @@ class Trainer:
         state, config = self.state, self.config
         every = config.eval_every or self.epoch_steps
         started, first = time.perf_counter(), state.step
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
             for batch in self._batches():
                 if state.step >= self.steps or (config.patience and state.bad_evaluations >= config.patience):
                     break
@@ -176,22 +168,12 @@ class Trainer:
         """Writes the checkpoint, whole or not at all."""
         if not self._accelerator.is_main_process:
             return
-        path = self._directory / CHECKPOINT
-        scratch = path.with_suffix(".partial")
-        state = {name: getattr(self.state, name) for name in State.__dataclass_fields__}
-        saved = {
-            "facts": self._facts,
+        content = {
             "heads": self.heads.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "state": state,
+            "state": {name: getattr(self.state, name) for name in State.__dataclass_fields__},
         }
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            torch.save(saved, scratch)
-            scratch.replace(path)
-        except (OSError, RuntimeError) as error:
-            scratch.unlink(missing_ok=True)
-            raise MedusaError(f"cannot write {path}: {error}; make room and go on with --resume") from None
+        write_checkpoint(self._directory / CHECKPOINT, self._facts, content)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -240,12 +222,7 @@ class Trainer:
         return tuple(means.tolist())
 
     def _learning_rate(self, step: int) -> float:
-        """Of the update after `step` others: it rises over the warm-up and falls by a cosine to zero."""
-        warm = math.ceil(self.config.warmup * self.steps)
-        if step < warm:
-            return self.config.learning_rate * (step + 1) / warm
-        done = (step - warm) / max(1, self.steps - warm)
-        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        return self.config.learning_rate * schedule(step, self.steps, self.config.warmup)
 
     def _any(self, flag: bool) -> bool:
         """Whether it is set in any process: all must leave the loop at the same step."""
@@ -279,8 +256,23 @@ def keep_freed_memory() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def warm_up(step: int, steps: int, share: float) -> float:
+    """Rises linearly over that share of the steps, for the update after `step` others; then 1."""
+    warm = math.ceil(share * steps)
+    return min(1.0, (step + 1) / warm) if warm else 1.0
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the learning rate for the update after `step` others: it rises over the warm-up and falls by a
+    cosine to zero."""
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return warm_up(step, steps, warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def stop_signals() -> Iterator[threading.Event]:
     """SIGTERM and the first Ctrl-C ask for a stop after the step at hand; a second Ctrl-C stops at once."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -259,6 +259,29 @@ def test_a_block_that_begins_within_a_space_does_not_lose_the_next() -> None:
     assert labelled(talk("Hi", "the", "Hi", "and"), tokenizer) == [" the<|end|>", " and<|end|>"]
 
 
+def test_generation_blocks_say_which_turns_count() -> None:
+    answer = HEADER + "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    only_last = marked(
+        "{% if loop.last %}" + answer + "{% else %}" + HEADER + "{{ m['content'] }}<|im_end|>{% endif %}"
+    )
+    assert labelled(TWO, tokenizer_with(only_last)) == ["Fine.\n\nThe end<|im_end|>"]
+    rewriting = marked(answer.replace("m['content']", "(m['content'] if loop.last else m['content'] | trim)"))
+    assert labelled(TWO, tokenizer_with(rewriting)) == ["Hello!<|im_end|>", "Fine.\n\nThe end<|im_end|>"]
+
+
+def test_a_turn_whose_end_is_not_plain_has_no_labels_rather_than_wrong_ones() -> None:
+    fickle = CHATML.replace("'<|im_end|>' + '\n' }}", "'<|im_end|>' + ('\n\n' if '?' in m['content'] else '\n') }}")
+    assert labelled(talk("Hi", "Yes?", "Hi", "Yes"), tokenizer_with(fickle)) == ["Yes<|im_end|>"]
+    assert labelled(talk("Hi", "Yes"), tokenizer_with("{{ messages[0]['content'] }}<|im_end|>")) == []
+
+
+def test_an_answer_may_hold_what_stands_for_one() -> None:
+    assert labelled(talk("\u241fanswer\u241f", "\u241fanswer\u241f", "Hi", "Yes"), CHATML_TOKENIZER) == [
+        "\u241fanswer\u241f<|im_end|>",
+        "Yes<|im_end|>",
+    ]
+
+
 def test_a_model_without_a_chat_template_takes_documents_only() -> None:
     tokenizer = tokenizer_with(None)
     with pytest.raises(UsageError, match=r'tiny has no chat template: give plain text rows \({"text": ...}\)'):
@@ -274,6 +297,11 @@ def test_of_a_document_all_is_labelled_but_what_the_tokenizer_puts_first() -> No
     example = encode(Conversation((), "here", "<|end|> Once"), tokenizer, "tiny")
     assert tokenizer.decode(example.token_ids) == "<|start|><|end|> Once"
     assert example.spans == ((1, 7),)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> <|user|> $A <|end|>",
+        special_tokens=[("<|start|>", 1), ("<|user|>", tokenizer.convert_tokens_to_ids("<|user|>")), ("<|end|>", 2)],
+    )
+    assert labelled(Conversation((), "here", "Once"), tokenizer) == ["Once<|end|>"]
     # ... and a conversation has only what its template writes.
     assert not whole(talk("Hi", "Hello!"), tokenizer).startswith("<|start|>")
 

@@ -162,8 +162,9 @@ def train(
 ) -> None:
     """Make heads for a model, from nothing but the model."""
     _need_extra()
+    from medusa.training.accuracy import describe
     from medusa.training.config import load_config
-    from medusa.training.run import RUN_FILE, describe, run_directory
+    from medusa.training.run import RUN_FILE, run_directory
     from medusa.training.run import train as run
 
     options: dict[str, Any] = {
@@ -229,7 +230,8 @@ def calibrate(
 ) -> None:
     """Measure heads and this machine: the best tree, and how large it should be here."""
     _need_extra()
-    from medusa.training.run import calibrate_heads, describe
+    from medusa.training.accuracy import describe
+    from medusa.training.calibrate import calibrate_heads
 
     with _reporter() as reporter:
         result = calibrate_heads(

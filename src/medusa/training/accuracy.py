@@ -89,3 +89,10 @@ def best_paths(table: Iterable[Sequence[int]], nodes: int) -> tuple[tuple[RankPa
             counts[path] += 1
     best = sorted(counts.items(), key=lambda item: (-item[1], len(item[0]), item[0]))[: nodes - 1]
     return tuple((path, round(count / positions, 5)) for path, count in best)
+
+
+def describe(accuracy: Accuracy) -> str:
+    """One line for people."""
+    top = " ".join(f"{share:.2f}" for share in accuracy.top[1])
+    expected = " / ".join(f"{accuracy.expected_tokens(n):.2f}" for n in SIZES)
+    return f"top-1 {top}; {expected} tokens per step with {' / '.join(map(str, SIZES))} nodes"

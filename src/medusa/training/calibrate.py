@@ -7,21 +7,32 @@ here, so N* = argmax E(N) / t(N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+
+import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
-from medusa.errors import MedusaError
+from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.plots import draw_accuracy, draw_tree
+from medusa.models import zoo
 from medusa.models.backend import Backend
-from medusa.models.heads import Heads, write_config
+from medusa.models.heads import Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.training.accuracy import TREE_NODES, Accuracy, ranks
+from medusa.training.config import TextConfig
 from medusa.training.data import Example
 from medusa.training.features import joined, read_rows
+from medusa.training.text import Reporter, read_text, room, write_text
 
 DRAWN_NODES = 32  # a picture of more is hard to read
+REPORTED_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
+SLOTS = 16
+SEED = 1_000_000  # of the text, where the model writes it; training begins from 0
 BATCH = 1024
 
 
@@ -35,6 +46,16 @@ class Size:
     speed_up: float
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured; `best` is the size of tree that is fastest here."""
+
+    heads: Path
+    accuracy: Accuracy
+    best: Size
+    report: tuple[str, ...]
+
+
 def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accuracy:
     """The heads' accuracy on texts that they have not learned from. Raises MedusaError where there is no such text."""
     parts = [part for part in (read_rows(backend, example) for example in examples) if len(part[1])]
@@ -42,8 +63,6 @@ def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accu
         raise MedusaError("there is nothing to calibrate on: no answer in the text")
     table = joined(parts)
     levels, size = heads.config.num_heads, heads.config.hidden_size
-    import torch
-
     batches = (table.take(rows, levels, size, finals=False) for rows in torch.arange(len(table)).split(BATCH))
     found = ranks(heads, batches)
     if not len(found):
@@ -78,3 +97,86 @@ def draw(accuracy: Accuracy, directory: Path) -> None:
     tree = Tree.from_paths(dict(accuracy.tree))
     draw_tree(tree.best(DRAWN_NODES), directory / "tree.svg")
     draw_accuracy(accuracy.top, directory / "accuracy.svg")
+
+
+def calibrate_heads(
+    model: str,
+    heads: str,
+    *,
+    data: Sequence[str],
+    tokens: int,
+    out: Path | None,
+    engine: Mapping[str, Any],
+    reporter: Reporter,
+) -> Calibration:
+    """Measures heads on text, and the machine with `engine` (arguments of `medusa.load`); stores tree and pictures.
+
+    Args:
+        heads: as for `medusa.load`; those found are calibrated in place, or a copy of them in `out`.
+        data: texts; without any the model writes `tokens` tokens of answers, other ones than those for training.
+
+    Raises:
+        UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
+    """
+    source = zoo.resolve(model)
+    found = zoo.find_heads(heads, source)
+    if found is None:
+        raise UsageError(f"there are no heads for {model}: give --heads PATH")
+    reporter.stage("Loading")
+    shape = zoo.load_config(source).get_text_config()
+    slots, length = room(shape, SLOTS, TextConfig().max_length)
+    lm = medusa.load(
+        model,
+        heads=str(found),
+        drafter="none",
+        num_slots=slots,
+        max_length=length,
+        progress=False,
+        **engine,
+    )
+    module = load_heads(
+        found,
+        lm.backend.base_weights(),
+        vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
+        num_layers=lm.backend.num_layers,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        if not data:
+            text = Path(scratch) / "text.jsonl"
+            write_text(TextConfig(tokens=tokens, seed=SEED), lm, text, reporter)
+            data = [str(text)]
+        reporter.stage("Measuring the heads")
+        examples = read_text(data, lm, TextConfig().max_length, reporter.say)
+    accuracy = measure(module, lm.backend, examples)
+    reporter.stage("Measuring this machine")
+    times = lm.pass_times(refresh=True)
+    target = found if out is None else out
+    try:
+        if out is not None:
+            save_heads(module, out)
+        store(module, accuracy, target)
+    except OSError as error:
+        raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
+    return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
+
+
+def speed_report(accuracy: Accuracy, times: PassTimes) -> tuple[str, ...]:
+    """A table of what trees of some sizes cost and give here, and which of all is best."""
+    candidates = sizes(accuracy, times)
+    best = best_size(candidates)
+    counted = "drafting counted" if times.draft_seconds else "drafting not counted"
+    shown = [size for size in candidates if size.nodes in REPORTED_SIZES or size is best]
+    table = (
+        ("Nodes", [f"{size.nodes}" for size in shown]),
+        ("Tokens per step", [f"{size.expected_tokens:.2f}" for size in shown]),
+        ("Time of a step, ms", [f"{1e3 * size.seconds:.1f}" for size in shown]),
+        ("Faster than plain", [f"{size.speed_up:.2f}x" for size in shown]),
+    )
+    lines = [f"{title:18}" + "".join(f"{value:>7}" for value in values) for title, values in table]
+    if best.nodes > 1:
+        lines.append(
+            f"Best here, with heads alone and a fixed tree: {best.nodes} nodes, {best.speed_up:.2f}x ({counted})."
+        )
+    else:
+        lines.append("No tree pays here: plain decoding is as fast.")
+    return tuple(lines)

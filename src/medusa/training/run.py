@@ -19,11 +19,9 @@ A run that was killed goes on with `--resume`, from wherever it was.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,21 +31,13 @@ import torch
 from torch import Tensor
 
 import medusa
-from medusa.decoding.budget import PassTimes
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import UsageError
 from medusa.generation import LanguageModel
 from medusa.models import zoo
-from medusa.models.heads import (
-    WEIGHTS_FILE,
-    Heads,
-    HeadsConfig,
-    load_heads,
-    save_heads,
-    vocabulary_hash,
-)
-from medusa.training.accuracy import SIZES, Accuracy, ranks
-from medusa.training.calibrate import Size, best_size, draw, measure, sizes, store
-from medusa.training.config import HeadsOptions, TextConfig, TrainConfig, load_config
+from medusa.models.heads import WEIGHTS_FILE, Heads, HeadsConfig, save_heads, vocabulary_hash
+from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.calibrate import draw, speed_report
+from medusa.training.config import HeadsOptions, TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.features import FeatureCache, LiveFeatures
 from medusa.training.lora import (
@@ -60,15 +50,13 @@ from medusa.training.lora import (
     save_adapter,
     save_model,
 )
+from medusa.training.run_log import RunLog
 from medusa.training.text import Reporter, Silent, frequent_tokens, read_text, room, split, text_digest, write_text
-from medusa.training.trainer import EVALUATION_ROWS, Progress, Trainer, keep_freed_memory
+from medusa.training.trainer import EVALUATION_ROWS, Trainer, keep_freed_memory
 
 RUN_FILE = "run.yaml"
 TEXT_FILE = "text.jsonl"
 DEFAULT_DRAFT_VOCAB = 8192
-REPORTED_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
-CALIBRATION_SLOTS = 16
-CALIBRATION_SEED = 1_000_000  # training begins from 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +74,6 @@ class Result:
     model: Path | None = None  # where the base was trained too and merged
     adapter: Path | None = None  # where it was trained and is not merged
     main: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was measured; `best` is the size of tree that is fastest here."""
-
-    heads: Path
-    accuracy: Accuracy
-    best: Size
-    report: tuple[str, ...]
 
 
 def run_directory(config: TrainConfig) -> Path:
@@ -176,23 +154,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     heads, lm_head = make_heads(config, lm, learned)
     reporter.stage("Training")
     keep_freed_memory()
-    accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
-    log = (out / "log.jsonl").open("a", encoding="utf-8") if main else None
-
-    def tell(progress: Progress) -> None:
-        facts = {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
-        facts |= {"learning_rate": progress.learning_rate, "positions_per_second": progress.positions_per_second}
-        accuracy = progress.accuracy.facts() if progress.accuracy is not None else {}
-        accelerator.log({**facts, **_flat(accuracy)}, step=progress.step)
-        if log is not None:
-            print(json.dumps({"step": progress.step, **_rounded(facts), **accuracy}), file=log, flush=True)
-        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
-        reporter.progress(
-            progress.step, progress.steps, f"loss {shown}, {progress.positions_per_second:.0f} positions/s"
-        )
-        if progress.accuracy is not None:
-            reporter.say(f"step {progress.step}: {describe(progress.accuracy)}")
-
+    log = RunLog(accelerator, out / "log.jsonl", config, reporter)
     trainer = Trainer(
         heads,
         lm_head,
@@ -202,22 +164,9 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         out,
         accelerator=accelerator,
         facts=checkpoint_facts(config, learned),
-        tell=tell,
+        tell=log.heads,
     )
     tokens = sum(end - start for example in learned for start, end in example.spans)
-
-    def tell_lora(progress: LoraProgress) -> None:
-        facts = {"base_loss": progress.base_loss, "heads_weight": progress.heads_weight}
-        facts |= {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
-        facts |= {"learning_rate": progress.learning_rate, "tokens_per_second": progress.tokens_per_second}
-        accelerator.log(_flat(facts, "lora/"), step=progress.step)
-        print(json.dumps({"stage": "lora", "step": progress.step, **_rounded(facts)}), file=log, flush=True)
-        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
-        reporter.progress(
-            progress.step,
-            progress.steps,
-            f"loss {progress.base_loss:.3f}, heads {shown}, {progress.tokens_per_second:.0f} tokens/s",
-        )
 
     adapted = Adapted()
     try:
@@ -239,14 +188,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
             heads.config = replace(heads.config, tree=accuracy.tree, training=training)
             write_heads(heads, accuracy, out / ("heads-frozen" if lora else "heads"), config)
         if lora:
-            adapted = adapt(config, lm, heads, learned, held_out, out, resume=resume, reporter=reporter, tell=tell_lora)
+            adapted = adapt(config, lm, heads, learned, held_out, out, resume=resume, reporter=reporter, tell=log.lora)
             accuracy = adapted.accuracy or accuracy
-    except BaseException:
-        accelerator.end_training()  # trackers write what they hold
-        raise
     finally:
-        if log is not None:
-            log.close()
+        log.close()
     if main:
         reporter.stage("Measuring this machine")
         report = (*adapted.report, *speed_report(accuracy, lm.pass_times()))
@@ -337,89 +282,6 @@ def write_heads(heads: Heads, accuracy: Accuracy, directory: Path, config: Train
     save_heads(heads, directory)
     (directory / RUN_FILE).write_text(config.dump(), encoding="utf-8")
     draw(accuracy, directory)
-
-
-def calibrate_heads(
-    model: str,
-    heads: str,
-    *,
-    data: Sequence[str],
-    tokens: int,
-    out: Path | None,
-    engine: Mapping[str, Any],
-    reporter: Reporter,
-) -> Calibration:
-    """Measures heads on text, and the machine with `engine` (arguments of `medusa.load`); stores tree and pictures.
-
-    Args:
-        heads: as for `medusa.load`; those found are calibrated in place, or a copy of them in `out`.
-        data: texts; without any the model writes `tokens` tokens of answers, other ones than those for training.
-
-    Raises:
-        UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
-    """
-    source = zoo.resolve(model)
-    found = zoo.find_heads(heads, source)
-    if found is None:
-        raise UsageError(f"there are no heads for {model}: give --heads PATH")
-    reporter.stage("Loading")
-    shape = zoo.load_config(source).get_text_config()
-    slots, length = room(shape, CALIBRATION_SLOTS, TextConfig().max_length)
-    lm = medusa.load(
-        model,
-        heads=str(found),
-        drafter="none",
-        num_slots=slots,
-        max_length=length,
-        progress=False,
-        **engine,
-    )
-    module = load_heads(
-        found,
-        lm.backend.base_weights(),
-        vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
-        num_layers=lm.backend.num_layers,
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        if not data:
-            text = Path(scratch) / TEXT_FILE
-            write_text(TextConfig(tokens=tokens, seed=CALIBRATION_SEED), lm, text, reporter)
-            data = [str(text)]
-        reporter.stage("Measuring the heads")
-        examples = read_text(data, lm, TextConfig().max_length, reporter.say)
-    accuracy = measure(module, lm.backend, examples)
-    reporter.stage("Measuring this machine")
-    times = lm.pass_times(refresh=True)
-    target = found if out is None else out
-    try:
-        if out is not None:
-            save_heads(module, out)
-        store(module, accuracy, target)
-    except OSError as error:
-        raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
-    return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
-
-
-def speed_report(accuracy: Accuracy, times: PassTimes) -> tuple[str, ...]:
-    """A table of what trees of some sizes cost and give here, and which of all is best."""
-    candidates = sizes(accuracy, times)
-    best = best_size(candidates)
-    counted = "drafting counted" if times.draft_seconds else "drafting not counted"
-    shown = [size for size in candidates if size.nodes in REPORTED_SIZES or size is best]
-    table = (
-        ("Nodes", [f"{size.nodes}" for size in shown]),
-        ("Tokens per step", [f"{size.expected_tokens:.2f}" for size in shown]),
-        ("Time of a step, ms", [f"{1e3 * size.seconds:.1f}" for size in shown]),
-        ("Faster than plain", [f"{size.speed_up:.2f}x" for size in shown]),
-    )
-    lines = [f"{title:18}" + "".join(f"{value:>7}" for value in values) for title, values in table]
-    if best.nodes > 1:
-        lines.append(
-            f"Best here, with heads alone and a fixed tree: {best.nodes} nodes, {best.speed_up:.2f}x ({counted})."
-        )
-    else:
-        lines.append("No tree pays here: plain decoding is as fast.")
-    return tuple(lines)
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -520,30 +382,6 @@ def checkpoint_facts(config: TrainConfig, learned: Sequence[Example]) -> dict[st
     }
 
 
-def describe(accuracy: Accuracy) -> str:
-    """One line for people."""
-    top = " ".join(f"{share:.2f}" for share in accuracy.top[1])
-    expected = " / ".join(f"{accuracy.expected_tokens(n):.2f}" for n in SIZES)
-    return f"top-1 {top}; {expected} tokens per step with {' / '.join(map(str, SIZES))} nodes"
-
-
 def _is_installed(tracker: str) -> bool:
     package = {"tensorboard": "tensorboard", "wandb": "wandb"}[tracker]
     return importlib.util.find_spec(package) is not None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings or figures under slashed names, as trackers take them."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value) and value:
-            flat |= {f"{prefix}{name}/{i}": v for i, v in enumerate(value, start=1)}
-        else:
-            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat
-
-
-def _rounded(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: float(f"{value:.5g}") for name, value in values.items()}

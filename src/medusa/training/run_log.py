@@ -1,0 +1,78 @@
+"""What a run tells while it trains: lines of log.jsonl, trackers (TensorBoard, W&B), and whoever watches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medusa.training.accuracy import describe
+from medusa.training.config import TrainConfig
+from medusa.training.lora import LoraProgress
+from medusa.training.text import Reporter
+from medusa.training.trainer import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class RunLog:
+    """One process writes the file; accelerate sees to it that one writes to the trackers."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, config: TrainConfig, reporter: Reporter) -> None:
+        self._accelerator, self._reporter = accelerator, reporter
+        accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
+        self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
+
+    def heads(self, progress: Progress) -> None:
+        """A step of Medusa-1."""
+        facts = {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+        facts |= {"learning_rate": progress.learning_rate, "positions_per_second": progress.positions_per_second}
+        accuracy = progress.accuracy.facts() if progress.accuracy is not None else {}
+        self._accelerator.log({**facts, **_flat(accuracy)}, step=progress.step)
+        self._write({"step": progress.step, **_rounded(facts), **accuracy})
+        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
+        speed = f"{progress.positions_per_second:.0f} positions/s"
+        self._reporter.progress(progress.step, progress.steps, f"loss {shown}, {speed}")
+        if progress.accuracy is not None:
+            self._reporter.say(f"step {progress.step}: {describe(progress.accuracy)}")
+
+    def lora(self, progress: LoraProgress) -> None:
+        """A step of Medusa-2."""
+        facts = {"base_loss": progress.base_loss, "heads_weight": progress.heads_weight}
+        facts |= {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+        facts |= {"learning_rate": progress.learning_rate, "tokens_per_second": progress.tokens_per_second}
+        self._accelerator.log(_flat(facts, "lora/"), step=progress.step)
+        self._write({"stage": "lora", "step": progress.step, **_rounded(facts)})
+        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
+        text = f"loss {progress.base_loss:.3f}, heads {shown}, {progress.tokens_per_second:.0f} tokens/s"
+        self._reporter.progress(progress.step, progress.steps, text)
+
+    def close(self) -> None:
+        """Trackers write what they hold; processes still share their group."""
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            print(json.dumps(line), file=self._file, flush=True)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings or figures under slashed names, as trackers take them."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, (list, tuple)) and all(isinstance(v, float) for v in value) and value:
+            flat |= {f"{prefix}{name}/{i}": v for i, v in enumerate(value, start=1)}
+        else:
+            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}

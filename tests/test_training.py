@@ -473,5 +473,11 @@ def test_bad_files_are_refused(text: str, tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml", {})
 
 
+def test_few_steps_ask_for_no_more_text_than_they_read() -> None:
+    assert load_config(None, {}).text.tokens == 300_000
+    assert load_config(None, {"training.max_steps": 20}).text.tokens == math.ceil(1.05 * 20 * 512 / 0.95)
+    assert load_config(None, {"training.max_steps": 20, "text.tokens": 5}).text.tokens == 5
+
+
 def test_the_defaults_are_a_valid_run() -> None:
     assert TrainConfig().training.lambda_ == 0.8

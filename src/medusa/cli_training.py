@@ -146,7 +146,8 @@ def train(
         typer.Option(metavar="FILE|HUB-ID", help="Let the model answer these prompts.", show_default="it invents them"),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of answers to write.", show_default="300000")
+        int | None,
+        typer.Option(min=1, help="Tokens of answers to write.", show_default="300000, fewer for few steps"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="How often the text is read.", show_default="3")] = None,
     max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.", show_default=False)] = None,

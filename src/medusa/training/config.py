@@ -5,6 +5,7 @@ Unknown keys are errors, values are checked where they are read, and `section.ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medusa.errors import UsageError
+
+DEFAULT_TOKENS = 300_000
 
 
 class _Section(BaseModel):
@@ -24,7 +27,8 @@ class TextConfig(_Section):
 
     data: tuple[str, ...] = ()  # files or Hub data sets of conversations or documents
     prompts: str | None = None  # a file of prompts that the model answers; without one it invents them
-    tokens: Annotated[int, Field(ge=1)] = 300_000  # of answers, where the model writes the text
+    # Of answers, where the model writes the text; None: 300,000, or as many as `training.max_steps` can read.
+    tokens: Annotated[int, Field(ge=1)] | None = None
     turns: Annotated[int, Field(ge=1)] = 3
     max_user_tokens: Annotated[int, Field(ge=1)] = 96
     max_answer_tokens: Annotated[int, Field(ge=1)] = 320
@@ -107,6 +111,16 @@ class TrainConfig(_Section):
     training: OptimiserConfig = OptimiserConfig()
     lora: LoraConfig = LoraConfig()
 
+    def resolved(self) -> TrainConfig:
+        """The same with the number of tokens spelt out."""
+        if self.text.tokens is not None:
+            return self
+        tokens, training = DEFAULT_TOKENS, self.training
+        if training.max_steps is not None:
+            read = training.max_steps * training.batch_size
+            tokens = min(tokens, math.ceil(1.05 * read / (1 - self.text.held_out)))
+        return self.model_copy(update={"text": self.text.model_copy(update={"tokens": tokens})})
+
     def dump(self) -> str:
         """The run as YAML, every value spelt out."""
         text = yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
@@ -146,7 +160,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], assignments: Se
         if value is not None:
             _set(data, name, value)
     try:
-        return TrainConfig.model_validate(data)
+        return TrainConfig.model_validate(data).resolved()
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

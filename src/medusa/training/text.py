@@ -67,7 +67,7 @@ def write_text(config: TextConfig, lm: LanguageModel, out: Path, reporter: Repor
 
 
 def distill_settings(text: TextConfig) -> DistillSettings:
-    names = DistillSettings.__dataclass_fields__
+    names = DistillSettings.__dataclass_fields__  # `tokens` are spelt out by now
     return DistillSettings(**{name: value for name, value in text if name in names})
 
 

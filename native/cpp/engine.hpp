@@ -83,10 +83,12 @@ class Engine {
   void release(int slot);
   int length(int slot) const;
 
-  // What the last `extend` or `verify` made.
+  // What the last `extend`, `read` or `verify` made.
   int rows() const { return results_.rows; }
   int nodes() const { return results_.nodes; }
-  const float* logits() const { return results_.logits->as<float>(); }  // [rows][logits_stride]
+  const float* logits() const {  // [rows][logits_stride], or null after `read`
+    return with_logits_ ? results_.logits->as<float>() : nullptr;
+  }
   int logits_stride() const { return lm_head_.outputs(); }
   const float* features() const { return results_.features->as<float>(); }  // [rows][feature_size]
   int feature_size() const { return config_.hidden_size * (1 + int(config_.feature_layers.size())); }

@@ -315,10 +315,11 @@ void append(std::string& bytes, const T* values, std::size_t count) {
   bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-// The bits of one row of the results: logits, then features.
+// The bits of one row of the results: logits, if there are any, then features.
 std::string row_of(const Engine& engine, int row) {
   std::string bytes;
-  append(bytes, engine.logits() + std::size_t(row) * engine.logits_stride(), engine.config().vocab_size);
+  if (engine.logits())
+    append(bytes, engine.logits() + std::size_t(row) * engine.logits_stride(), engine.config().vocab_size);
   append(bytes, engine.features() + std::size_t(row) * engine.feature_size(), engine.feature_size());
   return bytes;
 }

@@ -189,6 +189,16 @@ def test_calibrate_measures_and_stores_tree_and_pictures(
     assert read_config(trained / "heads") == before
 
 
+def test_calibrate_can_measure_the_machine_alone(saved: Path, trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = digests(trained / "heads")
+    arguments = ["calibrate", "--times", "--json", "--model", str(saved), "--heads", str(trained / "heads")]
+    assert run(*arguments, "--dtype", "float32", "--backend", "transformers") == 0
+    times = json.loads(capfd.readouterr().out)
+    assert times["pass_ms"]["32"] >= times["pass_ms"]["1"] > 0
+    assert times["draft_ms"] > 0
+    assert digests(trained / "heads") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

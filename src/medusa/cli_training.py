@@ -227,9 +227,16 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="Measure only this machine, for --nodes auto; leave the heads alone.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure heads and this machine: the best tree, and how large it should be here."""
+    engine: dict[str, Any] = {"backend": backend, "dtype": dtype, "device": device, "threads": threads}
+    if times:
+        _measure_times(model, heads, engine, as_json)
+        return
     _need_extra()
     from medusa.training.accuracy import describe
     from medusa.training.calibrate import calibrate_heads
@@ -241,7 +248,7 @@ def calibrate(
             data=data or (),
             tokens=tokens,
             out=out,
-            engine={"backend": backend, "dtype": dtype, "device": device, "threads": threads},
+            engine=engine,
             reporter=reporter,
         )
     if as_json:
@@ -251,6 +258,25 @@ def calibrate(
     for line in result.report:
         print(line)
     print(f"Tree and pictures are in {result.heads}.")
+
+
+def _measure_times(model: str, heads: str, engine: dict[str, Any], as_json: bool) -> None:
+    """Times of passes and drafts, measured anew and kept for `--nodes auto`."""
+    import medusa
+
+    with _reporter() as reporter:
+        reporter.stage("Loading")
+        lm = medusa.load(model, heads=heads, drafter="none", progress=False, **engine)
+        reporter.stage("Measuring this machine")
+        found = lm.pass_times(refresh=True)
+    sizes = {n: round(1e3 * found(n), 3) for n in (1, 2, 4, 8, 12, 16, 24, 32)}
+    if as_json:
+        print(json.dumps({"pass_ms": sizes, "draft_ms": round(1e3 * found.draft_seconds, 3)}))
+        return
+    print(
+        f"A pass over {', '.join(map(str, sizes))} tokens takes {', '.join(f'{ms:.1f}' for ms in sizes.values())} ms;"
+    )
+    print(f"a draft of the heads {1e3 * found.draft_seconds:.1f} ms.")
 
 
 def _need_extra() -> None:

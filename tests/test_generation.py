@@ -345,10 +345,10 @@ def test_with_drafter_leaves_the_model_as_it_was() -> None:
 
 
 def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed() -> None:
-    asked: list[int] = []
+    asked: list[bool] = []
 
-    def times() -> PassTimes:
-        asked.append(1)
+    def times(refresh: bool) -> PassTimes:
+        asked.append(refresh)
         return PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}, draft_seconds=0.1)
 
     model = make(heads=True, nodes=5, times=times)
@@ -357,7 +357,9 @@ def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed
     auto = model.with_drafter("union", nodes="auto")
     assert auto.nodes == "auto"
     assert re.fullmatch(r"auto \(up to 16; \d+ expected\)", str(auto.describe()["nodes"]))
-    assert asked
+    assert asked == [False]
+    auto.pass_times(refresh=True)
+    assert asked[-1]
     options: dict[str, Any] = {"max_new_tokens": 40}
     assert auto.generate(PROMPT, **options).token_ids == plain_model.generate(PROMPT, **options).token_ids
 

@@ -207,13 +207,13 @@ class Speaker:
         assert isinstance(text, str)
         return text
 
-    def answering(self, number: int, turn: int, who: str = "answer") -> Sampling:
+    def answering(self, number: int, turn: int) -> Sampling:
         temperatures = self.settings.temperatures
         temperature = temperatures[number % len(temperatures)]
         return Sampling(
             temperature=temperature,
             top_p=self.settings.top_p if temperature else 1.0,
-            seed=self.seed(number, turn, who),
+            seed=self.seed(number, turn, "answer"),
         )
 
     def joined(self, talked: Talked, seam: list[int]) -> tuple[list[int], bool]:

@@ -172,21 +172,13 @@ class FeatureCache:
         for rows in torch.arange(self.num_rows).split(size):
             yield self._take(rows, heads, finals=False)
 
-    def roots(self) -> Tensor:
-        """The root of every row [P]: each token of the answers once."""
-        return torch.cat([table.roots for table in self._tables])
-
     def _take(self, rows: Tensor, heads: int, finals: bool) -> Batch:
         shard = torch.bucketize(rows, self._starts, right=True) - 1
-        parts = [
-            self._tables[i].take(rows[shard == i] - self._starts[i], heads, self._hidden_size, finals)
-            for i in shard.unique().tolist()
-        ]
-        states = [part.finals for part in parts if part.finals is not None]
-        return Batch(
-            torch.cat([part.features for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            torch.cat(states) if states else None,
+        return _concatenated(
+            [
+                self._tables[i].take(rows[shard == i] - self._starts[i], heads, self._hidden_size, finals)
+                for i in shard.unique().tolist()
+            ]
         )
 
 

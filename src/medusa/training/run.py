@@ -324,10 +324,9 @@ def read_features(
 ) -> None:
     """Hidden states to disk; of the held-out text always, of the rest unless they are to be computed as needed."""
     reporter.stage("Reading hidden states")
-    layers = zoo.load_config(zoo.resolve(config.model)).get_text_config().num_hidden_layers
     facts = {
         "model": config.model,
-        "feature_layers": feature_layers(config.heads, layers),
+        "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
         **lm.runs_on(),
     }
     parts = [("held-out", held_out), *([("train", learned)] if config.training.cache_features else [])]

@@ -77,7 +77,6 @@ class Trainer:
         directory: where checkpoints go.
         facts: what a checkpoint must agree on to be gone on from.
         tell: hears of each step.
-        log: tracker names for accelerate ("tensorboard", "wandb").
     """
 
     def __init__(

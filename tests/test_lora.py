@@ -28,6 +28,7 @@ from medusa.training.objective import draft_labels
 from medusa.training.trainer import InterruptedTrainingError
 from test_train_run import SMALL
 from test_train_run import save_model as save_base
+from test_training import make_heads
 from tiny_models import FAMILIES, VOCAB, make_model, make_tokenizer, plain_logits
 
 K = 3
@@ -43,24 +44,6 @@ def examples(count: int = 6, seed: int = 0) -> list[Example]:
         ids = torch.randint(3, VOCAB, (20 + 10 * i // count,), generator=generator).tolist()
         found.append(Example(tuple(ids), ((4, 6), (10, len(ids))), f"text {i}"))
     return found
-
-
-def make_heads(draft_vocab: int = 0, **options: Any) -> Heads:
-    model = make_model()
-    base = BaseWeights(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    config = HeadsConfig(
-        hidden_size=32,
-        vocab_size=VOCAB,
-        num_heads=K,
-        draft_vocab=draft_vocab,
-        **{"kind": "recurrent", "mlp_width": 24, "feature_layers": (1,), **options},
-    )
-    torch.manual_seed(0)
-    heads = Heads(config, base, torch.arange(0, 2 * draft_vocab, 2) if draft_vocab else None)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return heads
 
 
 def make_trainer(

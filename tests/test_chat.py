@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from medusa.chat import Chat, Message, Printer, collect, load_history, save_history, stats_line
+from medusa.decoding.loop import Step
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, Stats
 
@@ -34,7 +35,8 @@ class StubModel:
                     raise item
                 reason = "stop" if number == len(script) else None
                 stats = Stats(5, 2 * number + 1, number, 0.2, 0.1)
-                yield Chunk(item, ((item, "model"),), (number, number), stats, reason)
+                step = Step((number, number), ("model", "model"), reason)
+                yield Chunk(item, ((item, "model"),), step.tokens, stats, reason, step)
         finally:
             self.closed += 1
 
@@ -325,7 +327,14 @@ def test_an_empty_conversation_is_a_conversation(tmp_path: Path) -> None:
     assert load_history(path) == ("S", [])
 
 
-DRAFTED = Chunk("a b c", (("a ", "model"), ("b ", "heads"), ("c", "ngram")), (1, 2, 3), Stats(), None)
+DRAFTED = Chunk(
+    "a b c",
+    (("a ", "model"), ("b ", "heads"), ("c", "ngram")),
+    (1, 2, 3),
+    Stats(),
+    None,
+    Step((1, 2, 3), ("model", "heads", "ngram"), None),
+)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 import medusa
 from medusa.cli import main
+from medusa.decoding.loop import Step
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, Stats
 
@@ -52,7 +53,8 @@ class StubModel:
             source = ("model", "heads", "ngram")[(number - 1) % 3]
             reason = "stop" if number == len(self.script) else None
             stats = Stats(5, 2 * number + 1, number, 0.25, seconds * number)
-            yield Chunk(item, ((item, source),), (len(item), number), stats, reason)
+            step = Step((len(item), number), (source, source), reason)
+            yield Chunk(item, ((item, source),), step.tokens, stats, reason, step)
 
     def generate(self, prompt: Any, **settings: Any) -> None:
         for _ in self.stream(prompt, **settings):

@@ -26,7 +26,7 @@ from helpers import (
 from medusa.decoding.accept import Accepted
 from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
-from medusa.decoding.loop import Decoder, Step, decode
+from medusa.decoding.loop import NO_TIME, Decoder, Step, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
 
@@ -424,6 +424,18 @@ def test_sources_say_who_proposed_each_token() -> None:
         (MODEL,),
     ]
     assert [step.drafted for step in steps] == [1, 3, 3, 1]
+
+
+def test_a_step_tells_its_draft_its_path_and_where_its_time_went() -> None:
+    model = ToyModel()
+    steps, _ = run(model, RandomTreeDrafter(model, seed=3, right=0.8), [4], max_new_tokens=12)
+    assert (steps[0].draft, steps[0].path, steps[0].phases) == (None, (), NO_TIME)
+    for before, step in itertools.pairwise(steps):
+        assert step.draft is not None
+        assert step.draft.tokens[0] == before.tokens[-1], "the root is the last token said"
+        assert tuple(step.draft.tokens[node] for node in step.path[1:]) == step.tokens[:-1]
+        assert step.path == step.draft.path(step.path[-1])
+        assert min(step.phases) > 0
 
 
 # --- errors, and slots given back -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
-from medusa.decoding.loop import Decoder, FinishReason, decode
+from medusa.decoding.loop import NO_TIME, Decoder, FinishReason, Phases, Step, decode
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
@@ -42,6 +42,7 @@ class Stats:
     steps: int = 0  # forward passes after the prefill
     ttft_seconds: float = 0.0  # from the call to the first token
     decode_seconds: float = 0.0  # in the steps; waiting for whoever reads the stream is not counted
+    phases: Phases = NO_TIME  # what of that went where; the rest is making text of tokens
 
     @property
     def decoded_tokens(self) -> int:
@@ -72,6 +73,7 @@ class Chunk:
     token_ids: tuple[int, ...]
     stats: Stats
     finish_reason: FinishReason | None
+    step: Step  # as decoded; a stop string may have cut `token_ids` shorter
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +288,10 @@ class LanguageModel:
                         new_tokens=stats.new_tokens + taken,
                         steps=stats.steps + 1,
                         decode_seconds=stats.decode_seconds + seconds,
+                        phases=stats.phases.plus(step.phases),
                     )
                 text = "".join(piece for piece, _ in spans)
-                yield Chunk(text, tuple(spans), step.tokens[:taken], stats, reason)
+                yield Chunk(text, tuple(spans), step.tokens[:taken], stats, reason, step)
                 if reason is not None:
                     return
                 started = time.perf_counter()

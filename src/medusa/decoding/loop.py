@@ -6,9 +6,10 @@ pass, and each row keeps its own number of tokens. Plain decoding is the same lo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from medusa.decoding.accept import accept, first_token
 from medusa.decoding.budget import NodeBudget
@@ -25,18 +26,40 @@ RESUME_CHUNK = 32  # tokens in a pass: each costs a row of logits
 FinishReason = Literal["stop", "length"]
 
 
+class Phases(NamedTuple):
+    """Seconds of the four parts of a step. On a device that works on its own, the wait for it is in `accept`."""
+
+    draft: float = 0.0
+    verify: float = 0.0
+    accept: float = 0.0
+    keep: float = 0.0
+
+    def plus(self, other: Phases) -> Phases:
+        return Phases(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NO_TIME = Phases()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one forward pass gave one row.
 
     `sources[i]` says who proposed `tokens[i]`: a drafter, or "model" for the token that the model itself decided
-    (always the last one, unless an earlier token ended the text). `drafted` is the number of nodes verified.
+    (always the last one, unless an earlier token ended the text).
     """
 
     tokens: tuple[int, ...]
     sources: tuple[str, ...]
-    drafted: int
     finish_reason: FinishReason | None
+    draft: Draft | None = None  # what was verified; None for the prefill
+    path: tuple[int, ...] = ()  # the nodes of it that were accepted, from the root on
+    phases: Phases = NO_TIME  # of the whole pass, which the rows of a batch share
+
+    @property
+    def drafted(self) -> int:
+        """How many nodes were verified, the root included."""
+        return 1 if self.draft is None else len(self.draft)
 
 
 class Decoder:
@@ -95,11 +118,14 @@ class Decoder:
     def step(self, rows: Sequence[Row]) -> list[Step]:
         """One forward pass for all of `rows`, none of which may be finished."""
         # draft
+        begun = time.perf_counter()
         drafts = self._draft(rows)
         # verify
+        drafted = time.perf_counter()
         slots = [row.slot for row in rows]
         logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
         # accept
+        verified = time.perf_counter()
         accepted = [
             accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
         ]
@@ -108,11 +134,16 @@ class Decoder:
             row.features = features[b, choice.path[-1]]
             tokens = (*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)
             sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)
-            steps.append(self._extend(row, tokens, sources, len(draft)))
+            steps.append(self._extend(row, tokens, sources))
         # keep: all of a row's tokens but the last, which is the next root
+        chosen = time.perf_counter()
         paths = [choice.path[: len(step.tokens)] for choice, step in zip(accepted, steps, strict=True)]
         self.backend.keep(slots, paths)
-        return steps
+        phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
+        return [
+            replace(step, draft=draft, path=choice.path, phases=phases)
+            for step, draft, choice in zip(steps, drafts, accepted, strict=True)
+        ]
 
     def resume(
         self,
@@ -175,9 +206,9 @@ class Decoder:
             sampling=sampling,
             features=features,
         )
-        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,), drafted=1)
+        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,))
 
-    def _extend(self, row: Row, tokens: tuple[int, ...], sources: tuple[str, ...], drafted: int) -> Step:
+    def _extend(self, row: Row, tokens: tuple[int, ...], sources: tuple[str, ...]) -> Step:
         """Adds tokens to a row, up to the first that ends it."""
         tokens = tokens[: row.max_new_tokens - row.new_tokens]
         reason: FinishReason | None = None
@@ -189,7 +220,7 @@ class Decoder:
         if reason is None and row.new_tokens >= row.max_new_tokens:
             reason = "length"
         row.finish_reason = reason
-        return Step(tokens, sources[: len(tokens)], drafted, reason)
+        return Step(tokens, sources[: len(tokens)], reason)
 
 
 def decode(

@@ -19,10 +19,10 @@ import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.errors import MedusaError, UsageError
-from medusa.evaluation.plots import draw_accuracy, draw_tree
 from medusa.models import zoo
 from medusa.models.backend import Backend
 from medusa.models.heads import Heads, load_heads, save_heads, vocabulary_hash, write_config
+from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import TREE_NODES, Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example

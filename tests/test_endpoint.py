@@ -131,7 +131,7 @@ def test_an_endpoint_that_refuses_is_named(server: Server, tmp_path: Path) -> No
 def test_nobody_at_the_endpoint_is_one_clear_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa.training.endpoint.RETRIES", 0)
+    monkeypatch.setattr("medusa.remote.RETRIES", 0)
     with pytest.raises(SystemExit) as ended:
         main(["distill", "--out", str(tmp_path / "a.jsonl"), "--endpoint", "http://127.0.0.1:9/v1", "--model", "org/m"])
     assert ended.value.code == 1

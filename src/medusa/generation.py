@@ -115,12 +115,15 @@ class LanguageModel:
         self._decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self.pass_times))
         self._facts = dict(facts or {})
 
-    def with_drafter(self, drafter: str, *, tree: str | None = None, nodes: Nodes | None = None) -> LanguageModel:
-        """The same engine with another drafter; the two must not generate at the same time."""
+    def with_drafter(
+        self, drafter: str | Drafter, *, tree: str | None = None, nodes: Nodes | None = None
+    ) -> LanguageModel:
+        """The same engine with another drafter, by name or one of your own; the two must not generate at the same
+        time."""
         other = copy.copy(self)
         other.tree = tree or self.tree
         other.nodes = self.nodes if nodes is None else nodes
-        other.drafter = make_drafter(drafter, self.heads, other.tree)
+        other.drafter = make_drafter(drafter, self.heads, other.tree) if isinstance(drafter, str) else drafter
         other._decoder = Decoder(self.backend, other.drafter, choose_nodes(other.nodes, other.drafter, self.pass_times))
         return other
 

@@ -20,8 +20,8 @@ def draw_tree(tree: Tree, path: Path, title: str = "") -> None:
     """The tree from left to right: a node is labelled with its rank, and is as large as it is likely to be right."""
     places = _places(tree)
     height = max(2.5, 0.22 * (1 + max(y for _, y in places)))
-    figure = _figure(width=2.2 + 2.0 * tree.depth, height=height)
-    axes = figure.subplots()
+    canvas = figure(width=2.2 + 2.0 * tree.depth, height=height)
+    axes = canvas.subplots()
     for node in range(1, len(tree)):
         (x0, y0), (x1, y1) = places[tree.parents[node]], places[node]
         share = tree.probabilities[node]
@@ -36,14 +36,14 @@ def draw_tree(tree: Tree, path: Path, title: str = "") -> None:
     axes.set_xlim(-0.3, tree.depth + 0.4)
     axes.margins(y=0.04)
     axes.invert_yaxis()
-    _plain(axes, title or f"{len(tree)} nodes, {tree.expected_tokens():.2f} tokens per step expected")
-    _save(figure, path)
+    plain(axes, title or f"{len(tree)} nodes, {tree.expected_tokens():.2f} tokens per step expected")
+    save(canvas, path)
 
 
 def draw_accuracy(top: Mapping[int, Sequence[float]], path: Path, title: str = "") -> None:
     """How often the true token is among the best n guesses of each head; `top[n]` has a share for each head."""
-    figure = _figure(width=5.2, height=3.2)
-    axes = figure.subplots()
+    canvas = figure(width=5.2, height=3.2)
+    axes = canvas.subplots()
     for i, (n, shares) in enumerate(sorted(top.items())):
         heads = range(1, len(shares) + 1)
         axes.plot(heads, shares, marker="o", color=ACCENT, alpha=1 - 0.3 * i, label=f"top {n}")
@@ -52,8 +52,8 @@ def draw_accuracy(top: Mapping[int, Sequence[float]], path: Path, title: str = "
     axes.set_ylim(0, 1)
     axes.set_ylabel("share of positions")
     axes.legend(frameon=False)
-    _plain(axes, title or "The true token is among the best guesses, given the right tokens before it")
-    _save(figure, path)
+    plain(axes, title or "The true token is among the best guesses, given the right tokens before it")
+    save(canvas, path)
 
 
 def _places(tree: Tree) -> list[tuple[float, float]]:
@@ -78,15 +78,17 @@ def _places(tree: Tree) -> list[tuple[float, float]]:
     return places
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
+    """An empty one, in inches. Raises MedusaError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[train]'") from None
+        raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _plain(axes: Any, title: str) -> None:
+def plain(axes: Any, title: str) -> None:
+    """The look that all pictures share: a title at the left, and no lines but the one below."""
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.tick_params(colors=INK, labelsize=8, length=0)
     for side in ("top", "right", "left", "bottom"):
@@ -94,12 +96,13 @@ def _plain(axes: Any, title: str) -> None:
         axes.spines[side].set_visible(side == "bottom")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(canvas: Figure, path: Path) -> None:
+    """Whole or not at all; the kind of file by its name. Raises MedusaError."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
         # Without a date the same data give the same bytes.
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        figure.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
+        canvas.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
         scratch.replace(path)
     except (OSError, ValueError) as error:
         scratch.unlink(missing_ok=True)

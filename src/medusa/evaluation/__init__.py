@@ -1,1 +1,1 @@
-"""Looking at results: pictures of trees and of what heads know."""
+"""Measuring: benchmarks, ablations, traces. The top of the house: nothing else imports it."""

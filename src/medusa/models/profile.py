@@ -180,7 +180,7 @@ def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:
     key = {
         **facts,
         "format": FORMAT,
-        "machine": _machine(),
+        "machine": machine(),
         "backend": backend.name,
         "layers": backend.num_layers,
         "hidden_size": backend.hidden_size,
@@ -195,7 +195,7 @@ def _canonical(key: Mapping[str, object]) -> str:
     return json.dumps(key, sort_keys=True, default=str)
 
 
-def _machine() -> list[object]:
+def machine() -> list[object]:
     """The processor's name and number of cores, and the GPU's name."""
     import torch
 

@@ -6,15 +6,14 @@ only the older text interface (`/completions`) can; engines such as vLLM and lla
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa.errors import MedusaError
 from medusa.models import zoo
+from medusa.remote import openai_client
 from medusa.training.data import Conversation, encode
 from medusa.training.distill import (
     SHORTEST_USER,
@@ -32,9 +31,6 @@ from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
     from openai import OpenAI
-
-RETRIES = 5
-TIMEOUT_SECONDS = 600.0
 
 
 def distill_remotely(
@@ -58,17 +54,9 @@ def distill_remotely(
     Raises:
         MedusaError: the endpoint cannot be reached, or refuses. What was written stays, and is gone on with.
     """
-    openai = _library()
     tokenizer = zoo.load_tokenizer(zoo.resolve(model))
     turns = Turns.of(tokenizer)
     speaker = Speaker(tokenizer, frozenset(), settings, room=0)
-    client = openai.OpenAI(
-        base_url=url,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
-        max_retries=RETRIES,
-        timeout=TIMEOUT_SECONDS,
-    )
-    remote = Remote(client, served_model, speaker, turns)
 
     def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
         numbers = iter(range(start, 2**63 if prompts is None else len(prompts)))
@@ -85,16 +73,14 @@ def distill_remotely(
                         number, talked = running.pop(future), future.result()
                         spent(talked.answer_tokens)
                         yield number, talked
-            except openai.APIConnectionError:
-                raise MedusaError(f"cannot reach {url}: is the server running, and is this the address?") from None
-            except openai.APIError as error:
-                raise MedusaError(f"{url} refuses: {error.message}") from None
             finally:
                 for future in running:
                     future.cancel()
 
     header = row_header(model, settings, prompts, {"backend": "endpoint", "dtype": None})
-    return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
+    with openai_client(url) as client:
+        remote = Remote(client, served_model, speaker, turns)
+        return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +166,3 @@ class Remote:
                 break
         talked.labels = [(start, end) for start, end in spans if end > start]
         talked.token_ids = ids[: talked.labels[-1][1]] if talked.labels else []
-
-
-def _library() -> Any:
-    try:
-        import openai
-    except ModuleNotFoundError:
-        raise MedusaError("--endpoint needs the package openai: pip install 'medusa-decode[train]'") from None
-    return openai

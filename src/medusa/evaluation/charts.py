@@ -1,0 +1,153 @@
+"""Charts of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medusa.evaluation.methods import PHASES, PLAIN
+from medusa.plots import FAINT, INK, figure, plain, save
+
+if TYPE_CHECKING:
+    from medusa.evaluation.report import Report
+
+COLOURS = ("#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#65a30d", "#be185d", "#475569")
+
+
+def draw_report(report: Report, out: Path, kind: str = "svg") -> list[Path]:
+    """speedup, phases and acceptance; those for which there is nothing are left out. Raises MedusaError."""
+    drawn: list[Path] = []
+    for name, draw in (("speedup", draw_speedup), ("phases", draw_phases), ("acceptance", draw_acceptance)):
+        path = out / f"{name}.{kind}"
+        if draw(report, path):
+            drawn.append(path)
+    return drawn
+
+
+def draw_speedup(report: Report, path: Path) -> bool:
+    """Bars by category with their intervals, all questions first."""
+    methods = [name for name in report.methods if name != PLAIN]
+    if not methods:
+        return False
+    groups = {"all": report.overall, **(report.by_category if len(report.by_category) > 1 else {})}
+    width = 0.8 / len(methods)
+    canvas = figure(width=max(4.0, 1.5 + 0.28 * len(methods) * len(groups) + 0.35 * len(groups)), height=3.6)
+    axes = canvas.subplots()
+    for i, name in enumerate(methods):
+        found = [some[name] for some in groups.values()]
+        at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(groups))]
+        heights = [one.speedup for one in found]
+        reach = [
+            [max(0.0, one.speedup - one.speedup_interval[0]) for one in found],
+            [max(0.0, one.speedup_interval[1] - one.speedup) for one in found],
+        ]
+        axes.bar(at, heights, 0.9 * width, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.errorbar(at, heights, reach, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.7)
+    axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xticks(
+        range(len(groups)),
+        list(groups),
+        rotation=30 if len(groups) > 1 else 0,
+        ha="right" if len(groups) > 1 else "center",
+    )
+    axes.set_ylabel("times as fast as plain decoding", fontsize=8)
+    _legend(canvas, axes)
+    plain(axes, f"Speed-up by category, {report.questions} questions; lines: 95% intervals")
+    save(canvas, path)
+    return True
+
+
+def draw_phases(report: Report, path: Path) -> bool:
+    """Where the milliseconds of a step go, one bar a method."""
+    found = {name: one.phases for name, one in report.overall.items() if one.phases is not None}
+    if not found:
+        return False
+    canvas = figure(width=6.4, height=1.2 + 0.36 * len(found))
+    axes = canvas.subplots()
+    for row, phases in enumerate(found.values()):
+        left = 0.0
+        for i, phase in enumerate(PHASES):
+            axes.barh(row, phases[phase], 0.7, left=left, color=COLOURS[i], label=phase if row == 0 else None)
+            left += phases[phase]
+        axes.annotate(f"{left:.1f}", (left, row), xytext=(4, -3), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("milliseconds per step", fontsize=8)
+    _legend(canvas, axes)
+    plain(axes, "Where the time of a step goes")
+    save(canvas, path)
+    return True
+
+
+def draw_acceptance(report: Report, path: Path) -> bool:
+    """How often a draft was right up to each depth."""
+    methods = {name: one for name, one in report.overall.items() if one.depths and one.tokens_per_step}
+    if not methods:
+        return False
+    canvas = figure(width=5.6, height=3.2)
+    axes = canvas.subplots()
+    deepest = min(8, max(len(one.depths) for one in methods.values()))
+    for i, (name, one) in enumerate(methods.items()):
+        shares = [right / (one.steps or 1) for _, right in one.depths[:deepest]]
+        axes.plot(
+            range(1, len(shares) + 1), shares, marker="o", markersize=4, color=COLOURS[i % len(COLOURS)], label=name
+        )
+    axes.set_xticks(range(1, deepest + 1))
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("drafted tokens accepted in a step, at least", fontsize=8)
+    axes.set_ylabel("share of steps", fontsize=8)
+    _legend(canvas, axes)
+    plain(axes, "How far drafts are right")
+    save(canvas, path)
+    return True
+
+
+def draw_lines(
+    path: Path,
+    series: dict[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    log: bool = False,
+    marks: bool = True,
+    base: float | None = None,
+) -> None:
+    """Curves of (x, y) points by name. `log`: x by powers of two; `base`: a dotted line at this height."""
+    canvas = figure(width=6.4, height=3.6)
+    axes = canvas.subplots()
+    for i, (name, points) in enumerate(series.items()):
+        xs, ys = zip(*points, strict=True)
+        alone = len(points) == 1 or not marks
+        axes.plot(
+            xs,
+            ys,
+            marker="o",
+            markersize=4,
+            linestyle="none" if alone else "-",
+            color=COLOURS[i % len(COLOURS)],
+            label=name,
+        )
+    if base is not None:
+        axes.axhline(base, color=INK, linewidth=0.8, linestyle=":")
+    if log:
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        kept = [t for t in ticks if float(t).is_integer() and int(t) & (int(t) - 1) == 0]
+        axes.set_xticks(kept, [f"{int(t)}" for t in kept])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(x, fontsize=8)
+    axes.set_ylabel(y, fontsize=8)
+    axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
+    _legend(canvas, axes)
+    plain(axes, title)
+    save(canvas, path)
+
+
+def _legend(canvas: Any, axes: Any) -> None:
+    """Below the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if labels:
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)

@@ -1,0 +1,195 @@
+"""What is compared: ways to decode with Medusa's own engine. Others' engines are in `baselines.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from medusa.decoding.draft import MODEL
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.decoding.loop import Step
+    from medusa.generation import LanguageModel, Message
+    from medusa.models.heads import HeadsRunner, HeadsState
+
+PLAIN = "plain"
+PHASES = ("draft", "verify", "accept", "keep", "text")
+
+
+@dataclass(slots=True)
+class Measured:
+    """One answer and its counts. What a method cannot know is None.
+
+    `new_tokens` go up to the end-of-text token, which counts. `decoded_tokens` came after the prefill (and, for others'
+    engines, after what came with it), from `steps` forward passes in `decode_seconds`. `depths[d - 1]` is (steps whose
+    draft was at least d deep, steps that accepted at least d drafted tokens); `drafters[name]` (nodes verified, nodes
+    accepted). `peak_bytes` is the process's, which holds the weights of all methods.
+    """
+
+    text: str
+    token_ids: list[int] | None
+    new_tokens: int
+    decoded_tokens: int
+    steps: int | None
+    decode_seconds: float
+    ttft_seconds: float
+    phases: dict[str, float] | None = None
+    depths: list[list[int]] = field(default_factory=list)
+    drafters: dict[str, list[int]] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Method(Protocol):
+    """A way to answer."""
+
+    name: str
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured: ...
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaMethod:
+    """Medusa's loop with some drafter; `sampling` are arguments of `LanguageModel.stream`."""
+
+    name: str
+    lm: LanguageModel
+    sampling: dict[str, Any]
+
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
+        peak = PeakMemory()
+        prompt: Any = messages
+        if not self.lm.tokenizer.chat_template:  # a base model goes on with the text
+            prompt = "\n\n".join(message["content"] for message in messages)
+        texts: list[str] = []
+        token_ids: list[int] = []
+        steps: list[Step] = []
+        for chunk in self.lm.stream(prompt, max_new_tokens=max_new_tokens, **self.sampling):
+            texts.append(chunk.text)
+            token_ids.extend(chunk.token_ids)
+            steps.append(chunk.step)
+        stats = chunk.stats
+        phases = dict(zip(PHASES, stats.phases, strict=False))
+        phases["text"] = max(0.0, stats.decode_seconds - sum(stats.phases))
+        depths, drafters = counts(steps)
+        return Measured(
+            text="".join(texts),
+            token_ids=token_ids,
+            new_tokens=stats.new_tokens,
+            decoded_tokens=stats.decoded_tokens,
+            steps=stats.steps,
+            decode_seconds=stats.decode_seconds,
+            ttft_seconds=stats.ttft_seconds,
+            phases=phases,
+            depths=depths,
+            drafters=drafters,
+            peak_bytes=peak.bytes(),
+        )
+
+
+def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]]:
+    """Of the steps after the prefill: drafted and accepted by depth, and by drafter (see `Measured`)."""
+    depths: list[list[int]] = []
+    drafters: dict[str, list[int]] = {}
+    for step in steps:
+        if step.draft is None:
+            continue
+        levels = [0] * len(step.draft)
+        for node, parent in enumerate(step.draft.parents[1:], start=1):
+            levels[node] = levels[parent] + 1
+            drafters.setdefault(step.draft.sources[node], [0, 0])[0] += 1
+        for node in step.path[1:]:
+            drafters[step.draft.sources[node]][1] += 1
+        while len(depths) < max(levels):
+            depths.append([0, 0])
+        for depth in range(max(levels)):
+            depths[depth][0] += 1
+            depths[depth][1] += depth + 1 < len(step.path)
+    drafters.pop(MODEL, None)
+    return depths, drafters
+
+
+def medusa_method(name: str, lm: LanguageModel, sampling: dict[str, Any]) -> MedusaMethod:
+    """One of MEDUSA_METHODS on the engine of `lm`.
+
+    Raises:
+        UsageError: heads are needed and not there; typical acceptance is wanted of greedy decoding.
+    """
+    if name == "typical":
+        if sampling.get("temperature", 0) == 0:
+            raise UsageError("typical acceptance differs from exact only above temperature 0: add --temperature 0.7")
+        return MedusaMethod(name, lm.with_drafter("union"), {**sampling, "acceptance": "typical"})
+    if name == "rubbish":
+        if lm.heads is None:
+            raise UsageError("the method rubbish misleads heads, and this model has none: give --heads NAME or PATH")
+        return MedusaMethod(name, lm.with_drafter(HeadsDrafter(MisledHeads(lm.heads))), sampling)
+    tree = "static" if name == "heads-static" else "dynamic"
+    return MedusaMethod(
+        name, lm.with_drafter({PLAIN: "none", "heads-static": "heads"}.get(name, name), tree=tree), sampling
+    )
+
+
+MEDUSA_METHODS = {
+    PLAIN: "no drafts; what the others are compared with",
+    "heads": "Medusa heads, a tree grown at each step",
+    "heads-static": "Medusa heads, the fixed tree",
+    "ngram": "n-grams of the text itself",
+    "union": "heads and n-grams in one tree",
+    "typical": "union with typical acceptance (needs a temperature)",
+    "rubbish": "a control: heads that are sure of themselves and always wrong",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MisledHeads:
+    """Heads whose every guess is off by one token: what a faulty drafter does to speed, and to the text nothing."""
+
+    heads: HeadsRunner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.heads, name)
+
+    def guess(
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, HeadsState]:
+        log_p, ids, state = self.heads.guess(k, state, parents, tokens, count)
+        # Off by more than a few: neighbours of a token in the vocabulary are often tokens of the same kind.
+        return log_p, (ids + 1009) % self.heads.config.vocab_size, state
+
+
+class PeakMemory:
+    """The most memory that the process held since this was made, where the system can say so."""
+
+    def __init__(self) -> None:
+        self._since_start = True
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self._since_start = False
+        if "torch" in sys.modules:
+            import torch
+
+            if torch.cuda.is_initialized():
+                torch.cuda.reset_peak_memory_stats()
+
+    def bytes(self) -> int:
+        """Of the process, and of the GPU where there is one."""
+        import torch
+
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        if not self._since_start:
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024 * int(line.split()[1]) + device
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + device

@@ -19,46 +19,12 @@ import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, LanguageModel
-from medusa.models.heads import Heads, HeadsConfig, save_heads, vocabulary_hash
+from medusa.models.heads import save_heads, vocabulary_hash
 from medusa.models.transformers_backend import TransformersBackend
+from tiny_lm import END, make, random_heads, writer
 from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
 
 PROMPT = "Why?"
-END = 2  # <|end|>
-
-
-@cache
-def writer() -> PreTrainedModel:
-    """Without attention what it says depends on the last token, so it falls into a loop; it prefers printable ASCII."""
-    model = make_model("llama", vocab_size=TOKENIZER_VOCAB)
-    printable = set(byte_ids(bytes(range(32, 127))))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-        head = model.get_output_embeddings().weight
-        head[[i for i in range(TOKENIZER_VOCAB) if i not in printable]] = 0
-    return model
-
-
-def random_heads(model: PreTrainedModel, **changes: Any) -> Heads:
-    backend = TransformersBackend(model)
-    config = HeadsConfig(hidden_size=backend.hidden_size, vocab_size=backend.vocab_size, **changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        heads = Heads(config, backend.base_weights())
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            parameter.requires_grad_(False)
-    return heads
-
-
-def make(*, heads: bool = False, **options: Any) -> LanguageModel:
-    options.setdefault("backend", TransformersBackend(writer()))
-    options.setdefault("tokenizer", make_tokenizer())
-    options.setdefault("eos_token_ids", [END])
-    return LanguageModel("tiny", heads=random_heads(writer(), kind="recurrent") if heads else None, **options)
 
 
 @pytest.fixture(name="model")

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from medusa.chat import notice
+from medusa.cli_progress import progress_shown
 from medusa.errors import MedusaError
 
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
-SECONDS_BETWEEN_LINES = 10.0
 NEEDED = {"yaml": "pyyaml", "pydantic": "pydantic", "accelerate": "accelerate"}
 
 Model = Annotated[str, typer.Option(help="Short name, Hub id or directory of a model.")]
@@ -79,7 +72,7 @@ def distill(
         temperatures=tuple(temperature or (0.0, 0.0, 0.7)),
         top_p=top_p,
     )
-    with _reporter() as reporter:
+    with progress_shown() as reporter:
         asked = None if prompts is None else read_prompt_file(prompts, reporter.say)
         if endpoint is not None:
             from medusa.training.endpoint import distill_remotely
@@ -184,7 +177,7 @@ def train(
         there = run_directory(load_config(None, options, settings or [])) / RUN_FILE
         config = there if there.is_file() else None
     wanted = load_config(config, options, settings or [])
-    with _reporter() as reporter:
+    with progress_shown() as reporter:
         result = run(wanted, resume=resume, reporter=reporter)
     if not result.main:
         return
@@ -241,7 +234,7 @@ def calibrate(
     from medusa.training.accuracy import describe
     from medusa.training.calibrate import calibrate_heads
 
-    with _reporter() as reporter:
+    with progress_shown() as reporter:
         result = calibrate_heads(
             model,
             heads,
@@ -264,7 +257,7 @@ def _measure_times(model: str, heads: str, engine: dict[str, Any], as_json: bool
     """Times of passes and drafts, measured anew and kept for `--nodes auto`."""
     import medusa
 
-    with _reporter() as reporter:
+    with progress_shown() as reporter:
         reporter.stage("Loading")
         lm = medusa.load(model, heads=heads, drafter="none", progress=False, **engine)
         reporter.stage("Measuring this machine")
@@ -283,68 +276,6 @@ def _need_extra() -> None:
     for module, package in NEEDED.items():
         if importlib.util.find_spec(module) is None:
             raise MedusaError(f"{package} is not installed: pip install 'medusa-decode[train]'")
-
-
-# --- how far it is ----------------------------------------------------------------------------------------------------
-
-
-class Lines:
-    """For logs: a line now and then, on stderr."""
-
-    def __init__(self) -> None:
-        self._title, self._last = "", 0.0
-
-    def stage(self, title: str) -> None:
-        self._title, self._last = title, time.monotonic()
-        notice(f"{title} ...")
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
-            self._last = time.monotonic()
-            notice(f"{self._title}: {done} of {total}, {text}")
-
-    def say(self, text: str) -> None:
-        notice(text)
-
-
-class Bars:
-    """For people: one bar a stage, on stderr."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task: TaskID | None = None
-
-    def stage(self, title: str) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(title, total=None, text="")
-
-    def progress(self, done: int, total: int, text: str) -> None:
-        if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total, text=text)
-
-    def say(self, text: str) -> None:
-        self._progress.console.print(text, highlight=False, markup=False)
-
-
-@contextmanager
-def _reporter() -> Iterator[Lines | Bars]:
-    if not sys.stderr.isatty():
-        yield Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, TextColumn("{task.fields[text]}"), console=Console(file=sys.stderr), transient=True
-    ) as bars:
-        yield Bars(bars)
 
 
 def add_to(app: typer.Typer) -> None:

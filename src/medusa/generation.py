@@ -112,7 +112,7 @@ class LanguageModel:
         self.eos_token_ids = tuple(eos_token_ids)
         self.drafter = make_drafter(drafter, heads, tree)
         self._times = times  # asked for only where nodes are chosen by them, since it may take seconds
-        self._decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self.pass_times))
+        self.decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self.pass_times))
         self._facts = dict(facts or {})
 
     def with_drafter(
@@ -124,7 +124,7 @@ class LanguageModel:
         other.tree = tree or self.tree
         other.nodes = self.nodes if nodes is None else nodes
         other.drafter = make_drafter(drafter, self.heads, other.tree) if isinstance(drafter, str) else drafter
-        other._decoder = Decoder(self.backend, other.drafter, choose_nodes(other.nodes, other.drafter, self.pass_times))
+        other.decoder = Decoder(self.backend, other.drafter, choose_nodes(other.nodes, other.drafter, self.pass_times))
         return other
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
@@ -201,7 +201,7 @@ class LanguageModel:
         )
         stops = StopStrings(stop)
         ids = self.encode(prompt, raw=raw)
-        self._decoder.check(ids, max_new_tokens)
+        self.decoder.check(ids, max_new_tokens)
         return self._stream(ids, sampling, stops, max_new_tokens, () if ignore_eos else self.eos_token_ids)
 
     def generate(self, prompt: str | Sequence[Message], **options: Any) -> Completion:
@@ -226,8 +226,8 @@ class LanguageModel:
         import medusa
 
         nodes: object = self.nodes
-        if isinstance(self._decoder.nodes, NodeBudget):
-            nodes = f"auto (up to {self._decoder.nodes.most}; {self._decoder.nodes.expected} expected)"
+        if isinstance(self.decoder.nodes, NodeBudget):
+            nodes = f"auto (up to {self.decoder.nodes.most}; {self.decoder.nodes.expected} expected)"
         heads: dict[str, object] | None = None
         if self.heads is not None:
             config = self.heads.config
@@ -265,7 +265,7 @@ class LanguageModel:
         stats = Stats(prompt_tokens=len(ids))
         detokenizer = Detokenizer(self.tokenizer)
         started = time.perf_counter()
-        steps = decode(self._decoder, ids, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos)
+        steps = decode(self.decoder, ids, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos)
         try:
             for step in steps:
                 spans: list[tuple[str, str]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,45 +106,60 @@ def draw_acceptance(report: Report, path: Path) -> bool:
     return True
 
 
-def draw_lines(
-    path: Path,
-    series: dict[str, Sequence[tuple[float, float]]],
-    *,
-    title: str,
-    x: str,
-    y: str,
-    log: bool = False,
-    marks: bool = True,
-    base: float | None = None,
-) -> None:
-    """Curves of (x, y) points by name. `log`: x by powers of two; `base`: a dotted line at this height."""
-    canvas = figure(width=6.4, height=3.6)
-    axes = canvas.subplots()
-    for i, (name, points) in enumerate(series.items()):
-        xs, ys = zip(*points, strict=True)
-        alone = len(points) == 1 or not marks
-        axes.plot(
-            xs,
-            ys,
-            marker="o",
-            markersize=4,
-            linestyle="none" if alone else "-",
-            color=COLOURS[i % len(COLOURS)],
-            label=name,
-        )
-    if base is not None:
-        axes.axhline(base, color=INK, linewidth=0.8, linestyle=":")
-    if log:
-        axes.set_xscale("log", base=2)
-        ticks = sorted({x for points in series.values() for x, _ in points})
-        kept = [t for t in ticks if float(t).is_integer() and int(t) & (int(t) - 1) == 0]
-        axes.set_xticks(kept, [f"{int(t)}" for t in kept])
-        axes.set_xticks([], minor=True)
-    axes.set_xlabel(x, fontsize=8)
-    axes.set_ylabel(y, fontsize=8)
-    axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
-    _legend(canvas, axes)
-    plain(axes, title)
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """One panel: curves of (x, y) points by name.
+
+    `log`: x by powers of two. `joined`: the curves whose points are joined by a line; None: all. `levels`: values that
+    do not depend on x, as dashed lines. `base`: a dotted line at this height.
+    """
+
+    series: Mapping[str, Sequence[tuple[float, float]]]
+    title: str
+    x: str
+    y: str
+    log: bool = False
+    joined: Sequence[str] | None = None
+    levels: Mapping[str, float | None] = field(default_factory=dict)
+    base: float | None = None
+
+
+def draw_curves(panels: Sequence[Curves], path: Path) -> None:
+    """Panels side by side, with one legend. Raises MedusaError."""
+    canvas = figure(width=4.4 * len(panels), height=3.8)
+    labels: dict[str, Any] = {}
+    for axes, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        names = [*panel.series, *panel.levels]
+        colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+        for name, points in panel.series.items():
+            xs, ys = zip(*points, strict=True)
+            line = "-" if panel.joined is None or name in panel.joined else "none"
+            (labels[name],) = axes.plot(xs, ys, marker="o", markersize=4, linestyle=line, color=colour[name])
+        for name, value in panel.levels.items():
+            if value is not None:
+                labels[name] = axes.axhline(value, color=colour[name], linewidth=1, linestyle="--")
+        if panel.base is not None:
+            axes.axhline(panel.base, color=INK, linewidth=0.8, linestyle=":")
+        if panel.log:
+            axes.set_xscale("log", base=2)
+            ticks = sorted({2 ** math.ceil(math.log2(x)) for points in panel.series.values() for x, _ in points})
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        else:
+            axes.locator_params(axis="x", nbins=6, integer=panel.x == "heads")
+        axes.set_xlabel(panel.x, fontsize=8)
+        axes.set_ylabel(panel.y, fontsize=8)
+        axes.grid(axis="y", color=FAINT, alpha=0.3, linewidth=0.6)
+        plain(axes, panel.title)
+        if panel.log:
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    canvas.legend(
+        list(labels.values()),
+        list(labels),
+        loc="outside lower center",
+        ncols=min(5, len(labels)),
+        frameon=False,
+        fontsize=8,
+    )
     save(canvas, path)
 
 

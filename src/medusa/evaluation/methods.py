@@ -54,7 +54,8 @@ class Measured:
 class Method(Protocol):
     """A way to answer."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured: ...
 

@@ -52,7 +52,8 @@ def _question(line: str, where: str, number: int) -> Question:
         row: Any = json.loads(line)
     except ValueError as error:
         raise UsageError(f"{where}: not JSON ({error})") from None
-    turns = [row["prompt"]] if isinstance(row, dict) and "prompt" in row else row.get("turns") if row else None
+    row = row if isinstance(row, dict) else {}
+    turns = [row["prompt"]] if "prompt" in row else row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise UsageError(f'{where}: a question needs "turns", a list of texts')
     return Question(str(row.get("question_id", number)), str(row.get("category", "all")), tuple(turns))

@@ -15,7 +15,7 @@ from medusa.training.features import Batch
 from medusa.training.objective import draft_labels
 
 DEEPEST = 64  # ranks from here on are not told apart
-TREE_NODES = 64
+TREE_NODES = 256  # that are stored; a step verifies far fewer, an ablation all
 TOPS = (1, 5, 10)
 SIZES = (4, 8, 16, 64)
 

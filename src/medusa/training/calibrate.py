@@ -23,7 +23,7 @@ from medusa.models import zoo
 from medusa.models.backend import Backend
 from medusa.models.heads import Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.plots import draw_accuracy, draw_tree
-from medusa.training.accuracy import TREE_NODES, Accuracy, ranks
+from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example
 from medusa.training.features import joined, read_rows
@@ -73,7 +73,7 @@ def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accu
 def sizes(accuracy: Accuracy, times: PassTimes) -> list[Size]:
     """What the best tree of each size up to 64 nodes would give; drafting counts."""
     found = []
-    for nodes in range(1, TREE_NODES + 1):
+    for nodes in range(1, max(REPORTED_SIZES) + 1):
         expected = accuracy.expected_tokens(nodes)
         seconds = times(nodes) + (times.draft_seconds if nodes > 1 else 0.0)
         found.append(Size(nodes, expected, seconds, expected / seconds * times(1)))

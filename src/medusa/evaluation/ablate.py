@@ -1,0 +1,346 @@
+"""Ablations: one thing is varied, everything else stays. Each gives a table, a CSV file and a picture.
+
+All but `batch` are benchmarks (see `bench.py`) whose methods differ in that one thing, so the variants take turns on
+each question and a run that was cut short goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.tree import RankPath, Tree
+from medusa.errors import UsageError
+from medusa.evaluation.methods import PLAIN, MedusaMethod, Method, medusa_method
+from medusa.evaluation.report import Cells
+from medusa.evaluation.statistics import Figures
+from medusa.files import write_whole
+
+if TYPE_CHECKING:
+    from medusa.evaluation.batch import Load
+    from medusa.generation import LanguageModel
+
+TREE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
+RANDOM_TREES = 2  # of each size
+RANDOM_RANKS = 10  # a random tree takes guesses up to this rank
+CARTESIAN = (
+    (2,), (4,), (2, 2), (3, 2), (2, 2, 2), (4, 3), (3, 3, 2), (2, 2, 2, 2), (6, 4), (5, 4, 2), (4, 3, 2, 2), (10, 7),
+    (8, 4, 2), (6, 4, 3), (15, 15), (6, 4, 3, 2),
+)  # fmt: skip
+NODE_SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 64)
+EPSILONS = (0.01, 0.03, 0.05, 0.09, 0.13, 0.17, 0.21, 0.25)
+HEADS_NODES = 16
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+CREATIVE = ("writing", "roleplay")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method and what was varied: values of the columns that are known before it runs."""
+
+    method: Method
+    facts: dict[str, Any]
+
+
+def plain_variant(lm: LanguageModel, sampling: dict[str, Any]) -> Variant:
+    return Variant(medusa_method(PLAIN, lm, sampling), {"kind": PLAIN, "nodes": 1})
+
+
+def tree_variants(lm: LanguageModel, sampling: dict[str, Any], seed: int = 0) -> list[Variant]:
+    """Random and searched trees of up to 256 nodes, and Cartesian products; heads alone.
+
+    Raises:
+        UsageError: there are no heads, or they come without a tree.
+    """
+    best = searched_tree(lm)
+    found = [plain_variant(lm, sampling)]
+
+    def add(name: str, kind: str, tree: Tree) -> None:
+        method = _with_tree(name, lm, tree, sampling)
+        facts = {"kind": kind, "nodes": len(tree), "expected": _expected(tree, best)}
+        found.append(Variant(method, facts))
+
+    heads = lm.heads
+    assert heads is not None, "searched_tree has checked it"
+    for size in TREE_SIZES:
+        if size <= len(best):
+            add(f"searched {size}", "searched", best.best(size))
+        for number in range(RANDOM_TREES):
+            tree = random_tree(size, heads.config.num_heads, seed=1000 * seed + 10 * size + number)
+            add(f"random {size}.{number + 1}", "random", tree)
+    for top in CARTESIAN:
+        if len(top) <= heads.config.num_heads:
+            add("x".join(map(str, top)), "Cartesian", Tree.cartesian(*top))
+    return found
+
+
+def heads_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+    """How many heads pay, and what each part of Medusa adds: a chain of best guesses, a searched tree, a dynamic one,
+    n-grams; all trees of 16 nodes.
+
+    Raises:
+        UsageError: there are no heads, or they come without a tree.
+    """
+    best = searched_tree(lm)
+    found = [plain_variant(lm, sampling)]
+    for levels in range(1, best.depth + 1):
+        chain = Tree.from_paths([(0,) * depth for depth in range(1, levels + 1)])
+        found.append(
+            Variant(
+                _with_tree(f"chain, {levels} heads", lm, chain, sampling),
+                {"kind": "chain of best guesses", "heads": levels, "nodes": len(chain)},
+            )
+        )
+    for levels in range(1, best.depth + 1):
+        shallow = {path: f for path, f in zip(best.paths, best.probabilities, strict=True) if 0 < len(path) <= levels}
+        tree = Tree.from_paths(shallow).best(HEADS_NODES)
+        found.append(
+            Variant(
+                _with_tree(f"tree, {levels} heads", lm, tree, sampling),
+                {"kind": "searched tree", "heads": levels, "nodes": len(tree)},
+            )
+        )
+    for name, drafter in (("dynamic tree", "heads"), ("dynamic tree and n-grams", "union")):
+        method = MedusaMethod(name, lm.with_drafter(drafter, tree="dynamic", nodes=HEADS_NODES), sampling)
+        found.append(Variant(method, {"kind": name, "heads": best.depth, "nodes": HEADS_NODES}))
+    return found
+
+
+def nodes_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+    """The drafter of `lm` with fixed numbers of nodes, and with as many as pay."""
+    found = [plain_variant(lm, sampling)]
+    for nodes in (*NODE_SIZES[1:], "auto"):
+        method = MedusaMethod(f"{nodes}", lm.with_drafter(lm.drafter, nodes=nodes), sampling)
+        found.append(Variant(method, {"kind": "auto" if nodes == "auto" else "fixed", "nodes": nodes}))
+    return found
+
+
+def drafters_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+    """Every drafter with 16 nodes and with as many as pay; `rubbish` is always wrong, to see what that costs."""
+    names = ["ngram"] if lm.heads is None else ["ngram", "heads", "union", "rubbish"]
+    if lm.heads is not None and lm.heads.config.tree:
+        names.insert(1, "heads-static")
+    found = [plain_variant(lm, sampling)]
+    for name in names:
+        for nodes in (HEADS_NODES, "auto"):
+            base = medusa_method(name, lm, sampling)
+            method = MedusaMethod(
+                f"{name}, {nodes}",
+                base.lm.with_drafter(base.lm.drafter, nodes=nodes),
+                sampling,
+            )
+            found.append(Variant(method, {"drafter": name, "nodes": nodes}))
+    return found
+
+
+def threshold_variants(
+    lm: LanguageModel, sampling: dict[str, Any], baselines: Sequence[Method] = (), epsilons: Sequence[float] = EPSILONS
+) -> list[Variant]:
+    """Typical acceptance by its threshold, delta = sqrt(epsilon), beside exact sampling and greedy decoding, all with
+    the drafter of `lm`. `plain` samples; `baselines` are others' engines."""
+    exact = {**sampling, "acceptance": "exact"}
+    found = [plain_variant(lm, exact)]
+    found.append(Variant(MedusaMethod("greedy", lm, {**exact, "temperature": 0.0}), {"kind": "greedy"}))
+    found.append(Variant(MedusaMethod("exact", lm, exact), {"kind": "exact"}))
+    for epsilon in epsilons:
+        how = {**sampling, "acceptance": "typical", "epsilon": epsilon, "delta": math.sqrt(epsilon)}
+        method = MedusaMethod(f"typical {epsilon:g}", lm, how)
+        found.append(Variant(method, {"kind": "typical", "epsilon": epsilon, "delta": round(math.sqrt(epsilon), 4)}))
+    return found + [Variant(method, {"kind": method.name}) for method in baselines]
+
+
+def searched_tree(lm: LanguageModel) -> Tree:
+    """The tree that calibration found. Raises UsageError without heads or tree."""
+    if lm.heads is None:
+        raise UsageError("this ablation is of heads, and the model has none: give --heads NAME or PATH")
+    if not lm.heads.config.tree:
+        raise UsageError("these heads come without a tree: run medusa calibrate first")
+    return Tree.from_paths(dict(lm.heads.config.tree))
+
+
+def random_tree(nodes: int, levels: int, seed: int) -> Tree:
+    """Any tree: each node is the next guess of a node drawn from those that may have one more."""
+    draw = random.Random(seed)
+    paths: list[RankPath] = [()]
+    children = [0]
+    while len(paths) < nodes:
+        open_nodes = [i for i, path in enumerate(paths) if len(path) < levels and children[i] < RANDOM_RANKS]
+        if not open_nodes:
+            break
+        parent = draw.choice(open_nodes)
+        paths.append((*paths[parent], children[parent]))
+        children[parent] += 1
+        children.append(0)
+    return Tree.from_paths(paths[1:])
+
+
+def _with_tree(name: str, lm: LanguageModel, tree: Tree, sampling: dict[str, Any]) -> MedusaMethod:
+    assert lm.heads is not None
+    return MedusaMethod(name, lm.with_drafter(HeadsDrafter(lm.heads, tree), nodes=len(tree)), sampling)
+
+
+def _expected(tree: Tree, best: Tree) -> float | None:
+    """Tokens per step that calibration expects of a tree; None where it holds a path too rare to be stored."""
+    known = dict(zip(best.paths, best.probabilities, strict=True))
+    if any(path not in known for path in tree.paths):
+        return None
+    return round(sum(known[path] for path in tree.paths), 3)
+
+
+# --- what comes of them -----------------------------------------------------------------------------------------------
+
+FIGURE_COLUMNS = (
+    "tokens_per_second", "tokens_per_step", "milliseconds_per_step", "overhead", "speedup", "speedup_low",
+    "speedup_high", "identical", "total",
+)  # fmt: skip
+
+
+def table(
+    variants: Iterable[Variant], figures: Callable[[str], Figures], more: Callable[[str], dict[str, Any]] = lambda _: {}
+) -> list[dict[str, Any]]:
+    """A row for each variant: what was varied, what was measured, and `more` by name."""
+    rows = []
+    for variant in variants:
+        one = figures(variant.method.name)
+        low, high = one.speedup_interval
+        values = (
+            one.tokens_per_second, one.tokens_per_step, one.milliseconds_per_step, one.overhead, one.speedup, low, high,
+            one.identical, one.total,
+        )  # fmt: skip
+        measured = {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in zip(FIGURE_COLUMNS, values, strict=True)
+        }
+        rows.append({"variant": variant.method.name, **variant.facts, **measured, **more(variant.method.name)})
+    return rows
+
+
+def batch_rows(loads: dict[str, list[Load]]) -> list[dict[str, Any]]:
+    """A row for each number of texts: throughput and latency with drafts and without, and their ratio."""
+    plain, drafted = loads[PLAIN], next(some for name, some in loads.items() if name != PLAIN)
+    return [
+        {
+            "texts": a.rows,
+            "plain_tokens_per_second": round(a.tokens_per_second, 1),
+            "medusa_tokens_per_second": round(b.tokens_per_second, 1),
+            "speedup": round(b.tokens_per_second / a.tokens_per_second, 3),
+            "plain_ms_per_token": round(a.token_milliseconds, 2),
+            "medusa_ms_per_token": round(b.token_milliseconds, 2),
+            "tokens_per_step": round(b.tokens_per_step, 3),
+            "nodes_per_text": round(b.nodes / b.steps / b.rows, 2),
+            "plain_ms_per_step": round(1e3 * a.seconds / a.steps, 2),
+            "medusa_ms_per_step": round(1e3 * b.seconds / b.steps, 2),
+        }
+        for a, b in zip(plain, drafted, strict=True)
+    ]
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """All columns that any row has. Raises MedusaError."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def cells(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Cells:
+    """`columns` (key -> title) of rows, as text."""
+    found = [list(columns.values())]
+    for row in rows:
+        line = []
+        for name in columns:
+            value = row.get(name)
+            line.append("" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value}")
+        found.append(line)
+    return found
+
+
+COLUMNS = {
+    "tree": {"variant": "tree", "nodes": "nodes", "expected": "expected", "tokens_per_step": "tokens/step",
+             "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
+    "heads": {"variant": "variant", "nodes": "nodes", "tokens_per_step": "tokens/step",
+              "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
+    "nodes": {"variant": "nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
+              "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to"},
+    "drafters": {"variant": "drafter, nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
+                 "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to",
+                 "identical": "identical"},
+    "threshold": {"variant": "variant", "tokens_per_step": "tokens/step", "speedup": "speed-up",
+                  "perplexity": "perplexity", "distinct_2": "distinct-2", "repetition": "repetition", "mark": "mark"},
+    "batch": {"texts": "texts", "plain_tokens_per_second": "plain tokens/s",
+              "medusa_tokens_per_second": "Medusa tokens/s", "speedup": "speed-up",
+              "plain_ms_per_token": "plain ms/token", "medusa_ms_per_token": "Medusa ms/token",
+              "tokens_per_step": "tokens/step", "nodes_per_text": "nodes/text"},
+}  # fmt: skip
+
+
+def draw(kind: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The picture of an ablation. Raises MedusaError."""
+    from medusa.evaluation.charts import Curves, draw_curves
+
+    def points(name: str, x: str, y: str) -> list[tuple[float, float]]:
+        some = [row for row in rows if row.get("kind") == name and isinstance(row.get(x), (int, float))]
+        return sorted((float(row[x]), float(row[y])) for row in some if row.get(y) is not None)
+
+    def by_kind(kinds: Sequence[str], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+        return {name: found for name in kinds if (found := points(name, x, y))}
+
+    def level(name: str, y: str = "speedup") -> float | None:
+        return next((row[y] for row in rows if row.get("kind") == name), None)
+
+    kinds: tuple[str, ...]
+    nodes, steps, speed = "nodes verified in a step", "tokens per step", "times as fast as plain decoding"
+    panels: list[Curves]
+    if kind == "tree":
+        kinds = ("searched", "Cartesian", "random")
+        panels = [
+            Curves(
+                by_kind(kinds, "nodes", "tokens_per_step"), "Acceleration", nodes, steps, log=True, joined=("searched",)
+            ),
+            Curves(by_kind(kinds, "nodes", "speedup"), "Speed", nodes, speed, log=True, joined=("searched",), base=1.0),
+        ]
+    elif kind == "heads":
+        kinds = ("chain of best guesses", "searched tree")
+        levels = {name: level(name) for name in ("dynamic tree", "dynamic tree and n-grams")}
+        gains = {name: level(name, "tokens_per_step") for name in levels}
+        panels = [
+            Curves(by_kind(kinds, "heads", "tokens_per_step"), "Acceleration", "heads", steps, levels=gains),
+            Curves(by_kind(kinds, "heads", "speedup"), "Speed", "heads", speed, levels=levels, base=1.0),
+        ]
+    elif kind == "nodes":
+        panels = [
+            Curves({"fixed": [(1.0, 1.0), *points("fixed", "nodes", y)]}, title, nodes, label, log=True,
+                   levels={"auto": level("auto", y)}, base=1.0 if y == "speedup" else None)
+            for title, y, label in (("Acceleration", "tokens_per_step", steps), ("Speed", "speedup", speed))
+        ]  # fmt: skip
+    elif kind == "threshold":
+        others = {row["variant"]: row for row in rows if row.get("kind") != "typical" and row["variant"] != PLAIN}
+        panels = [
+            Curves({"typical": points("typical", "epsilon", y)}, title, "epsilon (delta is its root)", label,
+                   levels={name: row.get(y) for name, row in others.items()})
+            for title, y, label in (
+                ("Acceleration", "tokens_per_step", steps),
+                ("Perplexity under the model", "perplexity", "perplexity"),
+            )
+        ]  # fmt: skip
+    elif kind == "batch":
+        panels = [
+            Curves({"Medusa": [(row["texts"], row["medusa_tokens_per_second"]) for row in rows],
+                    "plain": [(row["texts"], row["plain_tokens_per_second"]) for row in rows]},
+                   "Throughput", "texts at once", "tokens per second, all texts", log=True),
+            Curves({"Medusa": [(row["texts"], row["medusa_ms_per_token"]) for row in rows],
+                    "plain": [(row["texts"], row["plain_ms_per_token"]) for row in rows]},
+                   "Latency", "texts at once", "milliseconds per token of one text", log=True),
+        ]  # fmt: skip
+    else:
+        raise AssertionError(kind)
+    draw_curves(panels, path)

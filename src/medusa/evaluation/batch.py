@@ -1,0 +1,128 @@
+"""Many texts at once: what a batch gives and costs, with drafts and without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from medusa.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from medusa.decoding.draft import Row
+    from medusa.decoding.loop import Decoder
+    from medusa.generation import LanguageModel
+
+
+@dataclass(slots=True)
+class Load:
+    """Steps of a batch of `rows` texts. The prefill of texts that come in is not counted."""
+
+    rows: int
+    steps: int = 0
+    tokens: int = 0  # of all rows
+    seconds: float = 0.0
+    nodes: int = 0  # verified, of all rows
+    step_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together: throughput."""
+        return self.tokens / self.seconds
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of one row."""
+        return self.tokens / self.steps / self.rows
+
+    @property
+    def token_milliseconds(self) -> float:
+        """How long one reader waits for a token, on average: latency."""
+        return 1e3 * self.seconds * self.rows / self.tokens
+
+    def add(self, tokens: int, nodes: int, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.nodes += nodes
+        self.seconds += seconds
+        self.step_seconds.append(seconds)
+
+
+def run_load(
+    lm: LanguageModel,
+    decoder: Decoder,
+    prompts: Iterator[list[int]],
+    load: Load,
+    *,
+    steps: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> None:
+    """Decodes `load.rows` texts side by side for `steps` steps, and adds them to `load`; where a text ends, the next
+    prompt comes in."""
+    running: list[Row] = []
+    free = list(range(load.rows))
+    try:
+        for _ in range(steps):
+            while free:
+                slot = free.pop()
+                row, _ = decoder.start(
+                    slot, next(prompts), sampling, max_new_tokens=max_new_tokens, eos_token_ids=lm.eos_token_ids
+                )
+                if row.finish_reason is None:
+                    running.append(row)
+                else:
+                    decoder.finish(row)
+                    free.append(slot)
+            begun = time.perf_counter()
+            done = decoder.step(running)
+            seconds = time.perf_counter() - begun
+            load.add(sum(len(step.tokens) for step in done), sum(step.drafted for step in done), seconds)
+            for row in [row for row in running if row.finish_reason is not None]:
+                running.remove(row)
+                decoder.finish(row)
+                free.append(row.slot)
+    finally:
+        for row in running:
+            decoder.finish(row)
+
+
+def endless(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+    """The prompts, over and over."""
+    while True:
+        yield from prompts
+
+
+def compare_loads(
+    lm: LanguageModel,
+    decoders: dict[str, Decoder],
+    prompts: Sequence[list[int]],
+    sizes: Sequence[int],
+    *,
+    steps: int,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    rounds: int = 3,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[Load]]:
+    """By decoder, a Load for each of `sizes`. In each of `rounds` all take turns, with the same prompts."""
+    loads = {name: [Load(rows) for rows in sizes] for name in decoders}
+    chosen = Sampling(**sampling)
+    done = 0
+    for turn in range(rounds):
+        for i in range(len(sizes)):
+            for name, decoder in decoders.items():
+                first = (turn * max(sizes)) % len(prompts)
+                run_load(
+                    lm,
+                    decoder,
+                    endless([*prompts[first:], *prompts[:first]]),
+                    loads[name][i],
+                    steps=steps,
+                    max_new_tokens=max_new_tokens,
+                    sampling=chosen,
+                )
+                done += 1
+                tell(done, rounds * len(sizes) * len(decoders))
+    return loads

@@ -1,0 +1,116 @@
+"""How good sampled texts are, without a reader: perplexity under the model itself, variety, repetition; or a judge."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from medusa.errors import MedusaError
+from medusa.models.backend import PlainTree
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+    from medusa.evaluation.questions import Question
+    from medusa.generation import LanguageModel
+    from medusa.models.backend import Backend
+
+CHUNK = 32  # tokens in a pass: each costs a row of logits
+JUDGE = (
+    "Rate the answer to the request below from 1 (useless) to 10 (excellent), by how helpful, correct, coherent and "
+    "well written it is. Reply with the number alone.\n\nRequest:\n{request}\n\nAnswer:\n{answer}"
+)
+
+
+def nats(backend: Backend, prompt: Sequence[int], answer: Sequence[int], slot: int = 0) -> float:
+    """Minus the log-probability of `answer` after `prompt` under the model, at temperature 1, in nats."""
+    import torch
+
+    if not answer:
+        return 0.0
+    logits, _ = backend.prefill(slot, prompt)
+    total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
+    try:
+        for start in range(0, len(answer) - 1, CHUNK):
+            chunk = answer[start : min(start + CHUNK, len(answer) - 1)]
+            tree = PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))
+            rows, _ = backend.verify([slot], [tree])  # [1, N, V]
+            said = torch.tensor(answer[start + 1 : start + 1 + len(chunk)], device=rows.device)
+            log_p = torch.log_softmax(rows[0, : len(chunk)].float(), dim=-1)
+            total -= float(log_p.gather(1, said[:, None]).sum())
+            backend.keep([slot], [range(len(chunk))])
+    finally:
+        backend.release(slot)
+    return total
+
+
+def distinct(token_ids: Sequence[int], n: int = 2) -> float:
+    """Share of the text's n-grams that differ from each other; 1 where nothing is said twice."""
+    grams = list(zip(*(token_ids[i:] for i in range(n)), strict=False))
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(token_ids: Sequence[int], n: int = 4) -> float:
+    """Share of tokens that end an n-gram which stood in the text before."""
+    seen: set[tuple[int, ...]] = set()
+    again = 0
+    for end in range(n, len(token_ids) + 1):
+        gram = tuple(token_ids[end - n : end])
+        again += gram in seen
+        seen.add(gram)
+    return again / len(token_ids) if token_ids else 0.0
+
+
+def judge(client: OpenAI, model: str, request: str, answer: str) -> float:
+    """A mark from 1 to 10 by another model. NaN where it gives none. Raises MedusaError: it says nothing."""
+    messages: Any = [{"role": "user", "content": JUDGE.format(request=request, answer=answer)}]
+    reply = client.chat.completions.create(model=model, messages=messages, temperature=0.0, max_tokens=8)
+    if not reply.choices:
+        raise MedusaError(f"the judge {model} gave no answer")
+    found = re.search(r"\d+(?:\.\d+)?", reply.choices[0].message.content or "")
+    mark = float(found.group()) if found else math.nan
+    return mark if 1 <= mark <= 10 else math.nan
+
+
+def measure(
+    lm: LanguageModel,
+    rows: Sequence[dict[str, Any]],
+    questions: Mapping[str, Question],
+    client: OpenAI | None = None,
+    judge_model: str | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, float]]:
+    """By method: perplexity of its first answers (over all their tokens), means of the rest.
+
+    Args:
+        rows: of `bench.run_bench`.
+        questions: by id.
+        client: of a judge, if there is to be one.
+        tell: called after each question.
+    """
+    sums: dict[str, dict[str, list[float]]] = {}
+    for number, row in enumerate(rows, 1):
+        request = questions[row["question_id"]].turns[0]
+        prompt = lm.encode([{"role": "user", "content": request}])
+        for name, answer in row["turns"][0].items():
+            ids = answer["token_ids"] or []
+            found = sums.setdefault(name, {"nats": [], "tokens": [], "distinct_2": [], "repetition": [], "mark": []})
+            found["nats"].append(nats(lm.backend, prompt, ids))
+            found["tokens"].append(len(ids))
+            found["distinct_2"].append(distinct(ids))
+            found["repetition"].append(repetition(ids))
+            if client is not None and judge_model is not None:
+                found["mark"].append(judge(client, judge_model, request, answer["text"]))
+        tell(number, len(rows))
+    return {name: _means(found) for name, found in sums.items()}
+
+
+def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    means = {"perplexity": round(math.exp(sum(found["nats"]) / max(1, sum(found["tokens"]))), 3)}
+    for name in ("distinct_2", "repetition", "mark"):
+        known = [value for value in found[name] if not math.isnan(value)]
+        if known:
+            means[name] = round(sum(known) / len(known), 4)
+    return means

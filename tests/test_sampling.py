@@ -89,9 +89,15 @@ FILTERS = [
 
 def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """What `candidates` says, spread over the whole vocabulary."""
-    ids, scores = candidates(logits, sampling)
+    ids, scores = kept(logits, sampling)
     assert len(set(ids.tolist())) == len(ids)
     return torch.zeros(len(logits)).index_put((ids,), torch.softmax(scores, dim=-1))
+
+
+def kept(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """`candidates` as tensors, and all ids spelt out."""
+    ids, scores = candidates(logits, sampling)
+    return torch.arange(len(scores)) if ids is None else torch.from_numpy(ids), torch.from_numpy(scores)
 
 
 # In 3,000 tokens of equal likelihood top-p keeps more than the first 1,024 that the fast path looks at; in steep
@@ -137,14 +143,14 @@ def test_the_distribution_is_that_of_a_slow_reference(
 @pytest.mark.parametrize("filters", [{"top_k": 6}, {"min_p": 1e-12}, {"top_k": 6, "min_p": 1e-12}])
 def test_top_p_of_1_drops_nothing_however_unlikely(filters: dict[str, float]) -> None:
     logits = torch.tensor([20.0, 1.0, 0.5, 0.0, -0.5, -1.0])  # all but the first vanish beside 1 in single precision
-    ids, _ = candidates(logits, Sampling(temperature=1.0, **filters))
+    ids, _ = kept(logits, Sampling(temperature=1.0, **filters))
     assert sorted(ids.tolist()) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_p": 0.65}, {"top_k": 6, "top_p": 0.65}])
 def test_of_equals_at_the_last_place_the_lower_ids_are_kept(filters: dict[str, float]) -> None:
     logits = torch.tensor([0.0, 1.0, -9.0, 0.0, 1.0, 0.0, -9.0, 0.0])
-    ids, scores = candidates(logits, Sampling(temperature=1.0, **filters))
+    ids, scores = kept(logits, Sampling(temperature=1.0, **filters))
     assert ids.tolist() == [0, 1, 4]
     assert torch.equal(scores, logits[ids])
 
@@ -152,7 +158,7 @@ def test_of_equals_at_the_last_place_the_lower_ids_are_kept(filters: dict[str, f
 def test_half_precision_logits_are_filtered_in_single_precision() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     sampling = Sampling(temperature=0.7, top_p=0.9)
-    for half, single in zip(candidates(logits, sampling), candidates(logits.float(), sampling), strict=True):
+    for half, single in zip(kept(logits, sampling), kept(logits.float(), sampling), strict=True):
         assert half.dtype == single.dtype
         assert torch.equal(half, single)
 
@@ -297,7 +303,7 @@ def test_the_kept_are_those_of_a_full_sort(filters: dict[str, float]) -> None:
         for temperature in (0.3, 0.7, 1.5):
             logits, sampling = row_of(kind, 50_000, 0), Sampling(temperature=temperature, **filters)
             expected = sorted(plain_kept((logits / temperature).numpy(), sampling))
-            assert candidates(logits, sampling)[0].tolist() == expected
+            assert kept(logits, sampling)[0].tolist() == expected
 
 
 any_score = st.floats(width=32, allow_nan=False) | st.floats(-50, 50, width=32) | st.integers(-2, 2).map(float)

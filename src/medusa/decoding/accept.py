@@ -11,9 +11,12 @@ returns the accepted nodes (the root first) and the next root token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from medusa.decoding.sampling import Sampling, candidates, penalise, sample
 
@@ -90,8 +93,6 @@ def _typical(node_logits: Callable[[int], Tensor], draft: Draft, sampling: Sampl
     """Child x of an accepted node v is accepted when p(x) > min(epsilon, delta * exp(-H(p))), p the model's
     distribution at v after temperature and filters, H its entropy in nats. The longest accepted path wins, then the
     one of greater probability; the token after it is the argmax."""
-    import torch
-
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(draft.parents[1:], start=1):
         children.setdefault(parent, []).append(node)
@@ -100,14 +101,19 @@ def _typical(node_logits: Callable[[int], Tensor], draft: Draft, sampling: Sampl
         if node not in accepted or node not in children:
             continue
         ids, scores = candidates(node_logits(node), sampling)
-        log_p = torch.log_softmax(scores, dim=-1)
-        p = log_p.exp()
-        entropy = -(p * log_p).nan_to_num(0.0).sum()
-        threshold = torch.clamp(sampling.delta * torch.exp(-entropy), max=sampling.epsilon).item()
-        depth, total = accepted[node]
+        # In numpy: torch would wake its threads for a row this long, and they spin on (see `_argmax`).
+        shifted = scores - scores.max()
+        weights = np.exp(shifted)
+        total = float(weights.sum(dtype=np.float64))
+        likely = weights > 0  # 0 log 0 is 0
+        entropy = math.log(total) - float(np.dot(weights[likely], shifted[likely])) / total
+        threshold = min(sampling.epsilon, sampling.delta * math.exp(-entropy))
+        depth, log_p = accepted[node]
         for child in children[node]:
-            at = (ids == draft.tokens[child]).nonzero()
-            if len(at) and p[at[0]].item() > threshold:
-                accepted[child] = (depth + 1, total + log_p[at[0]].item())
+            at = draft.tokens[child] if ids is None else int(np.searchsorted(ids, draft.tokens[child]))
+            if ids is not None and (at == len(ids) or ids[at] != draft.tokens[child]):
+                continue  # the filters have dropped it
+            if weights[at] / total > threshold:
+                accepted[child] = (depth + 1, log_p + float(shifted[at]) - math.log(total))
     last = max(accepted, key=lambda node: (*accepted[node], -node))
-    return Accepted(draft.path(last), int(node_logits(last).argmax()))
+    return Accepted(draft.path(last), _argmax(node_logits(last)[None])(0))

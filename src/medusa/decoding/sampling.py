@@ -74,19 +74,6 @@ def penalise(logits: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
     return logits
 
 
-def candidates(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Tokens that may be sampled and their scores, from one row of logits [V] (already penalised).
-
-    Returns:
-        ids [C], ascending, and scores [C] = logits / temperature, whose softmax is the distribution; on the CPU. Where
-        the last place of top-k or top-p falls among equals, the lower ids are kept.
-    """
-    import torch
-
-    ids, scores = _kept(logits, sampling)
-    return torch.arange(len(scores)) if ids is None else torch.from_numpy(ids), torch.from_numpy(scores)
-
-
 def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
     """Gumbel noise [size] that depends on (seed, position) alone.
 
@@ -103,7 +90,7 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     The noise is that of `gumbel_noise`, but of a large vocabulary nearly none of it is computed: see `_winner`.
     """
     assert sampling.seed is not None
-    ids, scores = _kept(logits, sampling)
+    ids, scores = candidates(logits, sampling)
     if ids is None:
         return _winner(scores, _random_words(sampling.seed, position, len(scores)))
     if len(ids) == 1:
@@ -115,8 +102,13 @@ def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # infinite and huge scores
-def _kept(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
-    """`candidates` as arrays. Without filters ids are None: all."""
+def candidates(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """Tokens that may be sampled and their scores, from one row of logits [V] (already penalised).
+
+    Returns:
+        ids [C], ascending, or None for all, and scores [C] = logits / temperature, whose softmax is the distribution.
+        Where the last place of top-k or top-p falls among equals, the lower ids are kept.
+    """
     # Not divided by torch, whose threads would spin on afterwards, on the cores that the native engine needs.
     scores: np.ndarray = logits.detach().float().cpu().numpy() / np.float32(sampling.temperature)
     if sampling.top_k == 0 and sampling.top_p == 1 and sampling.min_p == 0:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import medusa
 from medusa.errors import UsageError
+from medusa.files import write_whole
 from medusa.generation import LanguageModel
 from medusa.models import zoo
 from medusa.models.heads import WEIGHTS_FILE, Heads, HeadsConfig, save_heads, vocabulary_hash
@@ -101,9 +102,7 @@ def open_run(config: TrainConfig, resume: bool) -> Path:
     elif resume:
         raise UsageError(f"there is no run in {out} to resume: leave out --resume")
     out.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(config.dump(), encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, config.dump())
     return out
 
 

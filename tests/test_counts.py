@@ -27,7 +27,7 @@ PROMPTS = (
     "A train travels 180 km in 2 hours. What is its average speed? Show your work.",
 )
 TOKENS, NODES = 64, 16
-# Tokens per step over the six texts in float32, recorded with the shipped heads; docs/decisions.md says what moved them.
+# Tokens per step over the six texts in float32, with the shipped heads.
 RECORDED = {"heads": 0.0, "union": 0.0, "ngram": 0.0}
 
 
@@ -81,7 +81,7 @@ def test_a_step_is_one_pass_and_a_draft_one_look_at_each_level(union: medusa.Lan
 def test_a_step_holds_on_to_little_and_copies_no_logits(
     union: medusa.LanguageModel, options: dict[str, Any], rows: int
 ) -> None:
-    """`rows` of logits at most are in memory beside what the engine holds: sampling works on one of the 16 at a time."""
+    """Beside what the engine holds there are `rows` of logits at most: sampling works on one of the 16 at a time."""
     stream: Iterator[Any] = union.stream(PROMPTS[0], max_new_tokens=200, ignore_eos=True, **options)
     for _ in range(10):
         next(stream)

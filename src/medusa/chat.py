@@ -33,9 +33,9 @@ HELP = """\
 //TEXT         say something that begins with a slash
 Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
-_DIM, _RESET = "\x1b[2m", "\x1b[0m"
-_DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 # --- what the other commands share with the chat ------------------------------------------------------------
@@ -51,7 +51,7 @@ def wants_colour(stream: TextIO) -> bool:
 def notice(text: str) -> None:
     """Print a line beside the answers: dim, on stderr."""
     if wants_colour(sys.stderr):
-        text = f"{_DIM}{text}{_RESET}"
+        text = f"{DIM}{text}{RESET}"
     print(text, file=sys.stderr, flush=True)
 
 
@@ -68,9 +68,9 @@ class Printer:
             pieces = list(chunk.spans)
         for text, source in pieces:
             if out.isatty():
-                text = _CONTROL.sub("", text)  # a model must not be able to drive the terminal
-            colour = _DRAFT_COLOURS.get(source) if text else None
-            out.write(f"{colour}{text}{_RESET}" if colour else text)
+                text = CONTROL.sub("", text)  # a model must not be able to drive the terminal
+            colour = DRAFT_COLOURS.get(source) if text else None
+            out.write(f"{colour}{text}{RESET}" if colour else text)
         out.flush()
 
     def legend(self) -> None:
@@ -82,7 +82,7 @@ class Printer:
             return
         parts = [("heads", "green: drafted by the heads"), ("ngram", "cyan: drafted by n-gram lookup")]
         if wants_colour(sys.stderr):
-            parts = [(source, f"{_DRAFT_COLOURS[source]}{text}{_RESET}") for source, text in parts]
+            parts = [(source, f"{DRAFT_COLOURS[source]}{text}{RESET}") for source, text in parts]
         print(
             ", ".join([*(text for _, text in parts), "plain: decided by the model"]),
             file=sys.stderr,
@@ -124,7 +124,7 @@ def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Answer:
 def stats_line(stats: Stats) -> str:
     """Say in one line how a decoding went: tokens, steps, speed, time to the first token."""
     return (
-        f"{_count(stats.new_tokens, 'token')} in {_count(stats.steps, 'step')} = "
+        f"{count(stats.new_tokens, 'token')} in {count(stats.steps, 'step')} = "
         f"{stats.tokens_per_step:.1f} tokens per step, {short_number(stats.tokens_per_second)} tokens/s, "
         f"first token after {stats.ttft_seconds:.1f} s"
     )
@@ -145,7 +145,8 @@ def short_number(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """1 -> "1 step", 2 -> "2 steps"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -406,7 +407,7 @@ class Chat:
         except OSError as error:
             self._fail(f"cannot write {path}: {error.strerror}")
             return
-        notice(f"Saved {_count(len(self.history) // 2, 'turn')} to {path}.")
+        notice(f"Saved {count(len(self.history) // 2, 'turn')} to {path}.")
 
     def _load(self, name: str) -> None:
         if not name:
@@ -422,7 +423,7 @@ class Chat:
             self._fail(str(error))
             return
         self.system, self.history, self._attempt = system, history, 0
-        notice(f"Loaded {_count(len(history) // 2, 'turn')} from {path}.")
+        notice(f"Loaded {count(len(history) // 2, 'turn')} from {path}.")
 
     def _system(self, text: str) -> None:
         if not _is_text(text):

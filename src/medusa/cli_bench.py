@@ -178,10 +178,7 @@ def ablate(
     place = out or Path(f"medusa-ablate-{kind}")
     run = _Ablation(kind, engine, settings, asked, tokens, place, seed=seed)
     run.open(resume, str(questions) if questions else "built in", draft_model)
-    if kind == "batch":
-        rows = run.batch()
-    else:
-        rows = run.variants(draft_model, judge_url, judge_model, charts)
+    rows = run.batch() if kind == "batch" else run.variants(draft_model, judge_url, judge_model, charts)
     ablations.write_csv(place / f"{kind}.csv", rows)
     if kind != "drafters":  # whose picture is that of the benchmark
         ablations.draw(kind, rows, place / f"{kind}.{charts}")

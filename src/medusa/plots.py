@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from medusa.errors import MedusaError
 
@@ -18,10 +18,10 @@ INK, FAINT, ACCENT = "#1f2933", "#9aa5b1", "#2563eb"
 
 def draw_tree(tree: Tree, path: Path, title: str = "") -> None:
     """The tree from left to right: a node is labelled with its rank, and is as large as it is likely to be right."""
-    places = _places(tree)
+    places = tree_places(tree.parents, tree.ranks)
     height = max(2.5, 0.22 * (1 + max(y for _, y in places)))
-    canvas = figure(width=2.2 + 2.0 * tree.depth, height=height)
-    axes = canvas.subplots()
+    figure = new_figure(width=2.2 + 2.0 * tree.depth, height=height)
+    axes = figure.subplots()
     for node in range(1, len(tree)):
         (x0, y0), (x1, y1) = places[tree.parents[node]], places[node]
         share = tree.probabilities[node]
@@ -37,13 +37,13 @@ def draw_tree(tree: Tree, path: Path, title: str = "") -> None:
     axes.margins(y=0.04)
     axes.invert_yaxis()
     plain(axes, title or f"{len(tree)} nodes, {tree.expected_tokens():.2f} tokens per step expected")
-    save(canvas, path)
+    save(figure, path)
 
 
 def draw_accuracy(top: Mapping[int, Sequence[float]], path: Path, title: str = "") -> None:
     """How often the true token is among the best n guesses of each head; `top[n]` has a share for each head."""
-    canvas = figure(width=5.2, height=3.2)
-    axes = canvas.subplots()
+    figure = new_figure(width=5.2, height=3.2)
+    axes = figure.subplots()
     for i, (n, shares) in enumerate(sorted(top.items())):
         heads = range(1, len(shares) + 1)
         axes.plot(heads, shares, marker="o", color=ACCENT, alpha=1 - 0.3 * i, label=f"top {n}")
@@ -53,20 +53,20 @@ def draw_accuracy(top: Mapping[int, Sequence[float]], path: Path, title: str = "
     axes.set_ylabel("share of positions")
     axes.legend(frameon=False)
     plain(axes, title or "The true token is among the best guesses, given the right tokens before it")
-    save(canvas, path)
+    save(figure, path)
 
 
-def _places(tree: Tree) -> list[tuple[float, float]]:
-    """x: depth. y: leaves one below the other, the best first; a parent beside the middle of its children."""
-    children: list[list[int]] = [[] for _ in range(len(tree))]
-    for node in range(1, len(tree)):
-        children[tree.parents[node]].append(node)
-    places: list[tuple[float, float]] = [(0.0, 0.0)] * len(tree)
+def tree_places(parents: Sequence[int], order: Sequence[float]) -> list[tuple[float, float]]:
+    """x: depth. y: leaves one below the other; a parent beside the middle of its children. Siblings come by `order`."""
+    children: list[list[int]] = [[] for _ in parents]
+    for node in range(1, len(parents)):
+        children[parents[node]].append(node)
+    places: list[tuple[float, float]] = [(0.0, 0.0)] * len(parents)
     next_leaf = 0.0
 
     def place(node: int, depth: int) -> float:
         nonlocal next_leaf
-        below = [place(child, depth + 1) for child in sorted(children[node], key=tree.ranks.__getitem__)]
+        below = [place(child, depth + 1) for child in sorted(children[node], key=order.__getitem__)]
         if below:
             y = (below[0] + below[-1]) / 2
         else:
@@ -78,17 +78,17 @@ def _places(tree: Tree) -> list[tuple[float, float]]:
     return places
 
 
-def figure(width: float, height: float) -> Figure:
-    """An empty one, in inches. Raises MedusaError without matplotlib."""
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
+    """An empty picture of so many inches. Raises MedusaError without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def plain(axes: Any, title: str) -> None:
-    """The look that all pictures share: a title at the left, and no lines but the one below."""
+    """A title at the left, and no frame but the line below."""
     axes.set_title(title, fontsize=9, color=INK, loc="left")
     axes.tick_params(colors=INK, labelsize=8, length=0)
     for side in ("top", "right", "left", "bottom"):
@@ -96,13 +96,13 @@ def plain(axes: Any, title: str) -> None:
         axes.spines[side].set_visible(side == "bottom")
 
 
-def save(canvas: Figure, path: Path) -> None:
-    """Whole or not at all; the kind of file by its name. Raises MedusaError."""
+def save(figure: Figure, path: Path) -> None:
+    """Writes PNG or SVG by the name; the file is complete or untouched. Raises MedusaError."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
         # Without a date the same data give the same bytes.
         metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        canvas.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
+        figure.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
         scratch.replace(path)
     except (OSError, ValueError) as error:
         scratch.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa.evaluation.methods import PHASES, PLAIN
-from medusa.plots import FAINT, INK, figure, plain, save
+from medusa.plots import FAINT, INK, new_figure, plain, save
 
 if TYPE_CHECKING:
     from medusa.evaluation.report import Report
@@ -34,7 +34,7 @@ def draw_speedup(report: Report, path: Path) -> bool:
         return False
     groups = {"all": report.overall, **(report.by_category if len(report.by_category) > 1 else {})}
     width = 0.8 / len(methods)
-    canvas = figure(width=max(4.0, 1.5 + 0.28 * len(methods) * len(groups) + 0.35 * len(groups)), height=3.6)
+    canvas = new_figure(width=max(4.0, 1.5 + 0.28 * len(methods) * len(groups) + 0.35 * len(groups)), height=3.6)
     axes = canvas.subplots()
     for i, name in enumerate(methods):
         found = [some[name] for some in groups.values()]
@@ -65,7 +65,7 @@ def draw_phases(report: Report, path: Path) -> bool:
     found = {name: one.phases for name, one in report.overall.items() if one.phases is not None}
     if not found:
         return False
-    canvas = figure(width=6.4, height=1.2 + 0.36 * len(found))
+    canvas = new_figure(width=6.4, height=1.2 + 0.36 * len(found))
     axes = canvas.subplots()
     for row, phases in enumerate(found.values()):
         left = 0.0
@@ -88,7 +88,7 @@ def draw_acceptance(report: Report, path: Path) -> bool:
     methods = {name: one for name, one in report.overall.items() if one.depths and one.tokens_per_step}
     if not methods:
         return False
-    canvas = figure(width=5.6, height=3.2)
+    canvas = new_figure(width=5.6, height=3.2)
     axes = canvas.subplots()
     deepest = min(8, max(len(one.depths) for one in methods.values()))
     for i, (name, one) in enumerate(methods.items()):
@@ -126,7 +126,7 @@ class Curves:
 
 def draw_curves(panels: Sequence[Curves], path: Path) -> None:
     """Panels side by side, with one legend. Raises MedusaError."""
-    canvas = figure(width=4.4 * len(panels), height=3.8)
+    canvas = new_figure(width=4.4 * len(panels), height=3.8)
     labels: dict[str, Any] = {}
     for axes, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         names = [*panel.series, *panel.levels]

@@ -1,0 +1,328 @@
+"""One generation step by step: the tree that was verified, what of it was accepted, and who had proposed it."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from medusa.chat import DIM, DRAFT_COLOURS, RESET, count, stats_line
+from medusa.decoding.draft import MODEL
+from medusa.text import REPLACEMENT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from medusa.decoding.loop import Step
+    from medusa.generation import Chunk, Stats
+
+_BOLD = "\x1b[1m"
+_BRACKETS = {"heads": "[]", "ngram": "{}"}  # where there is no colour
+_OTHER_BRACKETS = "<>"  # of a drafter that is not ours
+SHARE = "the estimate of its drafter that the whole path is right"
+LONGEST_LABEL = 32  # characters of one token
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a verified tree. Node 0 is the root, which was decided a step earlier."""
+
+    token: int
+    text: str
+    parent: int
+    depth: int
+    probability: float  # the drafter's estimate that the whole path to this node is right
+    source: str
+    accepted: bool
+
+    @property
+    def label(self) -> str:
+        return visible(self.text, self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of the text: who proposed it, or "model"."""
+
+    token: int
+    text: str
+    source: str
+
+    @property
+    def label(self) -> str:
+        return visible(self.text, self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """One forward pass. `tokens` are what the text gained: the accepted nodes below the root and the model's own next
+    token, or fewer of them where the text ended."""
+
+    number: int  # from 1
+    nodes: tuple[Node, ...]
+    path: tuple[int, ...]  # accepted nodes, from the root on
+    tokens: tuple[Token, ...]
+    ms: dict[str, float]  # of each phase; "text" is the rest, "total" the sum
+
+    @property
+    def root(self) -> str:
+        return self.nodes[0].label
+
+    @property
+    def own(self) -> Token | None:
+        """The token that the model itself decided, if the text did not end before it."""
+        return self.tokens[-1] if self.tokens and self.tokens[-1].source == MODEL else None
+
+    @property
+    def accepted(self) -> dict[str, int]:
+        """How many nodes of each drafter were accepted."""
+        return _by_source(self.nodes[i].source for i in self.path[1:])
+
+    def summary(self, *, phases: bool = True) -> str:
+        """One line: nodes, what was accepted, tokens gained, time, and with `phases` where the time went."""
+        accepted, own = len(self.path) - 1, self.own
+        by = ", ".join(f"{source} {n}" for source, n in self.accepted.items())
+        gained = accepted + (own is not None)
+        parts = ", ".join(f"{name} {ms:.1f}" for name, ms in self.ms.items() if name != "total")
+        return (
+            f"step {self.number}: {count(len(self.nodes), 'node')}, {accepted} accepted"
+            + (f" ({by})" if by else "")
+            + (" + 1 from the model" if own else "")
+            + f" = {count(gained, 'token')}"
+            + (f", {len(self.tokens)} used because the text ends" if len(self.tokens) < gained else "")
+            + f", {self.ms['total']:.1f} ms"
+            + (f" ({parts})" if phases else "")
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A generation. `first` is the token that the prefill gave, `spans` the text in pieces with their source."""
+
+    first: Token | None
+    steps: tuple[TracedStep, ...]
+    spans: tuple[tuple[str, str], ...]
+    stats: Stats | None  # None where not even the first token came
+    finish_reason: str | None  # None where the text was interrupted
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.spans)
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.stats.tokens_per_step if self.stats else 0.0
+
+    def by_depth(self) -> dict[str, list[tuple[int, int]]]:
+        """For each drafter and depth, from 1: (accepted nodes, all nodes)."""
+        nodes = [node for step in self.steps for node in step.nodes[1:]]
+        deepest = max((node.depth for node in nodes), default=0)
+        found = {source: [(0, 0)] * deepest for source in _by_source(node.source for node in nodes)}
+        for node in nodes:
+            accepted, all_nodes = found[node.source][node.depth - 1]
+            found[node.source][node.depth - 1] = accepted + node.accepted, all_nodes + 1
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {
+            "first": asdict(self.first) if self.first else None,
+            "steps": [asdict(step) for step in self.steps],
+            "tokens_per_step": round(self.tokens_per_step, 3),
+            "text": self.text,
+            "finish_reason": self.finish_reason or "interrupted",
+        }
+
+
+# --- from chunks ------------------------------------------------------------------------------------------------------
+
+
+def trace(chunks: Iterable[Chunk], tokenizer: PreTrainedTokenizerBase) -> Trace:
+    """Follows a stream of `LanguageModel.stream` to its end."""
+    text_of = token_texts(tokenizer)
+    first: Token | None = None
+    steps: list[TracedStep] = []
+    spans: list[tuple[str, str]] = []
+    stats: Stats | None = None
+    reason: str | None = None
+    for chunk in chunks:
+        tokens = tuple(
+            Token(token, text_of(token), source)
+            for token, source in zip(chunk.token_ids, chunk.step.sources, strict=False)  # a stop string cuts the first
+        )
+        if chunk.step.draft is None:  # the prefill
+            first = tokens[0]
+        else:
+            seconds = chunk.stats.decode_seconds - (stats.decode_seconds if stats else 0.0)
+            steps.append(_traced(len(steps) + 1, chunk.step, tokens, seconds, text_of))
+        spans += chunk.spans
+        stats, reason = chunk.stats, chunk.finish_reason
+    return Trace(first, tuple(steps), tuple(spans), stats, reason)
+
+
+def _traced(
+    number: int, step: Step, tokens: tuple[Token, ...], seconds: float, text_of: Callable[[int], str]
+) -> TracedStep:
+    draft = step.draft
+    assert draft is not None
+    depths = [0]
+    for parent in draft.parents[1:]:
+        depths.append(depths[parent] + 1)
+    accepted = set(step.path)
+    nodes = tuple(
+        Node(
+            token, text_of(token), draft.parents[i], depths[i], draft.probabilities[i], draft.sources[i], i in accepted
+        )
+        for i, token in enumerate(draft.tokens)
+    )
+    ms = {name: 1e3 * value for name, value in step.phases._asdict().items()}
+    ms["text"] = max(0.0, 1e3 * seconds - sum(ms.values()))
+    ms["total"] = sum(ms.values())
+    return TracedStep(number, nodes, step.path, tokens, {name: round(value, 3) for name, value in ms.items()})
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """A function from a token to its text, as it is within a sentence: the space before a word is there."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    # Some tokenizers drop the space that begins a text, so each token is read after a letter.
+    anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    before = decode(anchor)
+
+    @functools.cache
+    def text_of(token: int) -> str:
+        text = decode([*anchor, token])
+        return text[len(before) :] if text.startswith(before) else decode([token])
+
+    return text_of
+
+
+def visible(text: str, token: int | None = None) -> str:
+    """A token's text in one line that shows its spaces and cannot drive a terminal. A part of a character has no text
+    of its own: the number of its token tells it from others."""
+    if not text or REPLACEMENT in text:
+        return f"{text or 'empty'}#{token}" if token is not None else text
+    shown = text.replace("\\", "\\\\").replace(" ", "\u00b7")
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 1]}\u2026"
+
+
+def children(step: TracedStep) -> list[list[int]]:
+    """The children of each node, the likeliest first."""
+    below: list[list[int]] = [[] for _ in step.nodes]
+    for i, node in enumerate(step.nodes[1:], start=1):
+        below[node.parent].append(i)
+    return [sorted(nodes, key=lambda i: -step.nodes[i].probability) for nodes in below]
+
+
+def _by_source(sources: Iterable[str]) -> dict[str, int]:
+    """Counts, our drafters first."""
+    found = Counter(sources)
+    order = [*DRAFT_COLOURS, *sorted(found)]
+    return {source: found[source] for source in dict.fromkeys(order) if source in found}
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def lines(found: Trace, *, steps: int = 6, colour: bool = False) -> Iterator[str]:
+    """The first `steps` steps (0 is all) as trees, and a summary of the whole text."""
+    shown = found.steps[: steps or None]
+    if found.first is not None and found.stats is not None:
+        read = count(found.stats.prompt_tokens, "token")
+        yield f"prompt: {read} read, first token {found.first.label}, {1e3 * found.stats.ttft_seconds:.1f} ms"
+        yield f"\u2713 accepted, \u00d7 rejected, \u2192 decided by the model; % is {SHARE}"
+        yield ""
+    for step in shown:
+        yield from _tree_lines(step, colour)
+        yield step.summary()
+        yield ""
+    if len(shown) < len(found.steps):
+        yield f"{count(len(found.steps) - len(shown), 'more step')} not shown; --steps 0 shows all"
+        yield ""
+    yield from _summary_lines(found, colour)
+
+
+def _paint(text: str, code: str, colour: bool) -> str:
+    return f"{code}{text}{RESET}" if colour and code and text else text
+
+
+def _tree_lines(step: TracedStep, colour: bool) -> Iterator[str]:
+    from rich.cells import cell_len
+
+    below = children(step)
+    rows: list[tuple[str, str, str, str, str]] = []  # branch, mark and token, per cent, who, colour
+
+    def add(node: int, indent: str) -> None:
+        own = step.own if node == step.path[-1] else None
+        for child in below[node]:
+            last = child == below[node][-1] and own is None
+            it = step.nodes[child]
+            mark = "\u2713" if it.accepted else "\u00d7"
+            code = _BOLD + DRAFT_COLOURS.get(it.source, "") if it.accepted else DIM
+            branch = "\u2514\u2500 " if last else "\u251c\u2500 "
+            rows.append((indent + branch, f"{mark} {it.label}", f"{100 * it.probability:.1f} %", it.source, code))
+            add(child, indent + ("   " if last else "\u2502  "))
+        if own is not None:
+            rows.append((f"{indent}\u2514\u2500 ", f"\u2192 {own.label}", "", MODEL, _BOLD))
+
+    yield step.root
+    add(0, "")
+    width = max((cell_len(branch + token) for branch, token, *_ in rows), default=0)
+    for branch, token, share, who, code in rows:
+        space = " " * (width - cell_len(branch + token))
+        yield branch + _paint(f"{token}{space}  {share:>7}  {who}", code, colour)
+
+
+def _summary_lines(found: Trace, colour: bool) -> Iterator[str]:
+    if colour:
+        marks = {source: _paint(source, code, colour) for source, code in DRAFT_COLOURS.items()}
+    else:
+        marks = {source: f"{pair[0]}{source}{pair[1]}" for source, pair in _BRACKETS.items()}
+    yield f"text by who proposed it ({', '.join(marks.values())}, plain: the model):"
+    yield "".join(_span(text, source, colour) for text, source in _joined(found.spans))
+    yield ""
+    if found.stats is not None:
+        yield stats_line(found.stats)
+    table = found.by_depth()
+    if not table:
+        return
+    yield "accepted of drafted nodes, by depth:"
+    depths = max(map(len, table.values()))
+    cells = [["", *(str(depth) for depth in range(1, depths + 1)), "all"]]
+    for source, pairs in table.items():
+        total = sum(a for a, _ in pairs), sum(n for _, n in pairs)
+        cells.append([source, *(f"{a}/{n}" if n else "-" for a, n in [*pairs, total])])
+    widths = [max(len(row[i]) for row in cells) for i in range(depths + 2)]
+    for row in cells:
+        head, *rest = (
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  " + _paint(head, DRAFT_COLOURS.get(row[0], ""), colour) + "  " + "  ".join(rest)
+
+
+def _joined(spans: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Neighbours of one source as one piece."""
+    joined: list[tuple[str, str]] = []
+    for text, source in spans:
+        if joined and joined[-1][1] == source:
+            joined[-1] = joined[-1][0] + text, source
+        elif text:
+            joined.append((text, source))
+    return joined
+
+
+def _span(text: str, source: str, colour: bool) -> str:
+    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    if source == MODEL:
+        return text
+    if colour:
+        return _paint(text, DRAFT_COLOURS.get(source, _BOLD), colour)
+    pair = _BRACKETS.get(source, _OTHER_BRACKETS)
+    return f"{pair[0]}{text}{pair[1]}"

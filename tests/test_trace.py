@@ -179,9 +179,9 @@ def test_the_lines_of_a_trace(found: Trace) -> None:
         "H",
         "\u251c\u2500 \u00d7 $         62.5 %  ngram",
         "\u2514\u2500 \u2713 e         30.0 %  heads",
-        "   \u251c\u2500 \u2713 l       21.0 %  ngram",
+        "   \u251c\u2500 \u2713 l      21.0 %  ngram",
         "   \u2502  \u2514\u2500 \u2192 \u00b7           model",
-        "   \u2514\u2500 \u00d7 \\n       5.0 %  heads",
+        "   \u2514\u2500 \u00d7 \\n      5.0 %  heads",
         "step 1: 5 nodes, 2 accepted (heads 1, ngram 1) + 1 from the model = 3 tokens, "
         "10.0 ms (draft 1.0, verify 7.0, accept 0.5, keep 0.5, text 1.0)",
         "",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from medusa.chat import notice
-from medusa.cli_options import EngineOptions, SamplingOptions, load_model, with_options
+from medusa.cli_options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
 from medusa.cli_progress import progress_shown
 from medusa.errors import UsageError
 
@@ -81,7 +81,7 @@ def bench(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
+    engine: ModelOptions,
     sampling: SamplingOptions,
 ) -> None:
     """Compare ways to decode, question by question, with plain decoding."""
@@ -91,7 +91,6 @@ def bench(
     from medusa.evaluation.questions import BUILT_IN, choose, read_questions
 
     settings = _sampling(sampling)
-    _check_engine(engine, "--drafter and --tree are methods here: see --methods")
     names = _method_names(methods, settings["temperature"] > 0, draft_model, baseline_url)
     asked = choose(read_questions(questions or BUILT_IN), limit)
     how = running.BenchSettings(sampling.max_new_tokens, turns, follow)
@@ -162,8 +161,9 @@ def ablate(
         raise UsageError("--draft-model and --judge-url are for medusa ablate threshold")
     if bool(judge_url) != bool(judge_model):
         raise UsageError("a judge needs both --judge-url and --judge-model")
-    if kind in ("tree", "heads", "drafters"):
-        _check_engine(engine, f"medusa ablate {kind} sets --drafter and --tree itself: leave them out")
+    default = EngineOptions()
+    if kind in ("tree", "heads", "drafters") and (engine.drafter, engine.tree) != (default.drafter, default.tree):
+        raise UsageError(f"medusa ablate {kind} sets --drafter and --tree itself: leave them out")
     if engine.drafter == "none":
         raise UsageError("an ablation compares drafts with none: leave out --drafter none")
     temperature = (0.7 if kind == "threshold" else 0.0) if temperature is None else temperature
@@ -282,12 +282,7 @@ def _sampling(sampling: SamplingOptions) -> dict[str, Any]:
     return {**settings, "seed": sampling.seed or 0}
 
 
-def _check_engine(engine: EngineOptions, message: str) -> None:
-    if (engine.drafter, engine.tree) != (EngineOptions().drafter, EngineOptions().tree):
-        raise UsageError(message)
-
-
-def _engine_facts(engine: EngineOptions) -> dict[str, Any]:
+def _engine_facts(engine: ModelOptions) -> dict[str, Any]:
     facts = dataclasses.asdict(engine)
     return {name: value for name, value in facts.items() if name not in ("drafter", "tree")}
 
@@ -309,7 +304,7 @@ def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, ur
     return [PLAIN, *(name for name in dict.fromkeys(names) if name != PLAIN)]
 
 
-def _ready(engine: EngineOptions, **options: Any) -> LanguageModel:
+def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
     """The model, and the times of this machine as it is now."""
     lm = load_model(engine, **options)
     if engine.nodes == "auto":

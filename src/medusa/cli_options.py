@@ -35,8 +35,8 @@ def _parse_nodes(text: str) -> int | str:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What to load: the keyword arguments of `medusa.load`."""
+class ModelOptions:
+    """What to load: keyword arguments of `medusa.load`, all but who drafts."""
 
     model: Annotated[
         str, typer.Option(help="Short name, Hub id or directory of a model.", rich_help_panel="Engine")
@@ -49,14 +49,6 @@ class EngineOptions:
             rich_help_panel="Engine",
         ),
     ] = "auto"
-    drafter: Annotated[
-        Literal["union", "heads", "ngram", "none"],
-        typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
-    ] = "union"
-    tree: Annotated[
-        Literal["dynamic", "static"],
-        typer.Option(help="Draft tree of the heads: grown at each step, or fixed.", rich_help_panel="Engine"),
-    ] = "dynamic"
     backend: Annotated[
         Literal["auto", "transformers", "native"],
         typer.Option(help="What runs the model; auto takes the fastest.", rich_help_panel="Engine"),
@@ -85,6 +77,20 @@ class EngineOptions:
         bool,
         typer.Option("--compile", help="Use torch.compile: slow start, faster steps.", rich_help_panel="Engine"),
     ] = False
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions(ModelOptions):
+    """What to load, and who drafts."""
+
+    drafter: Annotated[
+        Literal["union", "heads", "ngram", "none"],
+        typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
+    ] = "union"
+    tree: Annotated[
+        Literal["dynamic", "static"],
+        typer.Option(help="Draft tree of the heads: grown at each step, or fixed.", rich_help_panel="Engine"),
+    ] = "dynamic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +165,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def load_model(engine: EngineOptions, **options: Any) -> LanguageModel:
+def load_model(engine: ModelOptions, **options: Any) -> LanguageModel:
     """What `medusa.load` gives for the options (and more of its arguments), with a notice at a terminal."""
     import medusa
 

@@ -46,7 +46,7 @@ def open_run(out: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
     """
     path = out / RUN_FILE
     facts = json.loads(json.dumps(facts, default=str))
-    if path.is_file():
+    if path.is_file() and (resume or (out / ANSWERS_FILE).is_file()):  # more than a first, mistaken call
         if not resume:
             raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
         before = json.loads(path.read_text(encoding="utf-8"))

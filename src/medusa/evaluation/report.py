@@ -90,7 +90,7 @@ class Report:
                     _number(one.milliseconds_per_step, 1),
                     _number(one.overhead, 2),
                     f"{_number(one.speedup, 2)}x",
-                    "" if name == PLAIN else f"{_number(low, 2)} to {_number(high, 2)}",
+                    f"{_number(low, 2)} to {_number(high, 2)}" if name != PLAIN and math.isfinite(low) else "",
                     f"{one.identical}/{one.total}",
                     f"{_number(1e3 * one.ttft_seconds, 0)} ms",
                     "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.0f} MB",
@@ -109,7 +109,8 @@ class Report:
                 steps = some[name].tokens_per_step
                 line.append(
                     ("" if steps is None else f"{_number(steps, 2)}, ")
-                    + f"{_number(some[name].speedup, 2)}x ({_number(low, 2)} to {_number(high, 2)})"
+                    + f"{_number(some[name].speedup, 2)}x"
+                    + (f" ({_number(low, 2)} to {_number(high, 2)})" if math.isfinite(low) else "")
                 )
             cells.append(line)
         return cells

@@ -100,7 +100,10 @@ def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
 
 
 def interval(ours: Sequence[Sequence[Answer]], plain: Sequence[Sequence[Answer]], seed: int = 0) -> tuple[float, float]:
-    """The bootstrap interval of the speed-up; whole questions are drawn, since turns of one belong together."""
+    """The bootstrap interval of the speed-up; whole questions are drawn, since turns of one belong together.
+    NaN for a single question, which says nothing of others."""
+    if len(ours) < 2:
+        return math.nan, math.nan
     table = np.array(
         [
             [_sum(a, "decoded_tokens"), _sum(a, "decode_seconds"), _sum(b, "decoded_tokens"), _sum(b, "decode_seconds")]

@@ -4,7 +4,7 @@
 
 Every variant sees the same conversations (those of `medusa distill`), in one epoch, with the settings of `medusa train`
 except for what its name says. Tokens per step are those of the best fixed tree on held-out conversations; the time of a
-step is that of the union drafter's drafting, measured apart (benchmarks/mt_bench.py).
+step is that of the union drafter's drafting, measured apart (`medusa bench`).
 """
 
 from __future__ import annotations

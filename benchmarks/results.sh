@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# All that docs/results.md shows: benchmarks/results.sh QUESTIONS.jsonl DIR [DRAFT_MODEL]
+#
+# QUESTIONS are MT-bench's (`question.jsonl`), DIR takes a directory for each run. DRAFT_MODEL, for speculative decoding,
+# is made by benchmarks/make_draft_model.py; without one that baseline is left out. About 50 minutes on 2 cores with
+# nothing beside it; a run that was cut short goes on when the script runs again.
+set -euo pipefail
+questions="$1" dir="$2" draft="${3:-}"
+medusa="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)/.venv/bin/medusa"
+mkdir -p "$dir"
+
+measure() { # NAME ARGUMENTS...
+    local out="$dir/$1" resume=()
+    shift
+    if [[ -f "$out/done" ]]; then return; fi
+    if [[ -f "$out/run.json" ]]; then resume=(--resume); fi
+    "$medusa" "$@" --out "$out" "${resume[@]}"
+    touch "$out/done"
+}
+
+measure greedy bench --questions "$questions" --max-new-tokens 256
+measure sampled bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 --methods plain,union,typical
+measure nodes-16 bench --questions "$questions" --max-new-tokens 256 --nodes 16 --methods plain,heads,union
+
+others="transformers,lookup${draft:+,assisted}" draft_model=()
+if [[ -n "$draft" ]]; then draft_model=(--draft-model "$draft"); fi
+measure baselines bench --questions "$questions" --limit 16 --max-new-tokens 128 --methods "plain,union,$others" \
+    "${draft_model[@]}"
+measure baselines-sampled bench --questions "$questions" --limit 16 --max-new-tokens 128 --temperature 0.7 \
+    --methods "plain,union,typical,transformers${draft:+,assisted}" "${draft_model[@]}"
+
+measure ablate-batch ablate batch
+measure ablate-drafters ablate drafters
+measure ablate-nodes ablate nodes
+measure ablate-heads ablate heads
+measure ablate-tree ablate tree
+measure ablate-threshold ablate threshold "${draft_model[@]}"

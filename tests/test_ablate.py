@@ -7,11 +7,10 @@ import csv
 import itertools
 import json
 import math
-import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,26 +31,11 @@ from medusa.evaluation.methods import medusa_method
 from medusa.evaluation.quality import distinct, measure, nats, repetition
 from medusa.evaluation.questions import Question
 from medusa.evaluation.statistics import figures
-from medusa.generation import LanguageModel
 from medusa.remote import openai_client
-from tiny_lm import make, writer
+from tiny_lm import make, with_tree, writer
 from tiny_models import shared_model
 
 ASKED = [{"role": "user", "content": "Why?"}]
-
-
-def with_tree(**options: Any) -> LanguageModel:
-    """A tiny model whose heads come with a tree of 300 nodes."""
-    lm = make(heads=True, **options)
-    assert lm.heads is not None
-    table = [[min(3, int(random.Random(7 * i + k).expovariate(0.6))) for k in range(4)] for i in range(4000)]
-    paths: dict[tuple[int, ...], float] = {}
-    for line in table:
-        for depth in range(1, 5):
-            paths[tuple(line[:depth])] = paths.get(tuple(line[:depth]), 0.0) + 1 / len(table)
-    best = sorted(paths.items(), key=lambda item: -item[1])[:299]
-    lm.heads.config = replace(lm.heads.config, tree=tuple(best))
-    return lm
 
 
 # --- variants ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -48,3 +50,17 @@ def make(*, heads: bool = False, **options: Any) -> LanguageModel:
     options.setdefault("tokenizer", make_tokenizer())
     options.setdefault("eos_token_ids", [END])
     return LanguageModel("tiny", heads=random_heads(writer(), kind="recurrent") if heads else None, **options)
+
+
+def with_tree(**options: Any) -> LanguageModel:
+    """A tiny model whose heads come with a tree of 300 nodes."""
+    lm = make(heads=True, **options)
+    assert lm.heads is not None
+    table = [[min(3, int(random.Random(7 * i + k).expovariate(0.6))) for k in range(4)] for i in range(4000)]
+    paths: dict[tuple[int, ...], float] = {}
+    for line in table:
+        for depth in range(1, 5):
+            paths[tuple(line[:depth])] = paths.get(tuple(line[:depth]), 0.0) + 1 / len(table)
+    best = sorted(paths.items(), key=lambda item: -item[1])[:299]
+    lm.heads.config = replace(lm.heads.config, tree=tuple(best))
+    return lm

@@ -251,7 +251,7 @@ class _Ablation:
         prompts_and_answers = 2048  # positions of a slot; a longer prompt is left out
         slots = max(ablations.BATCH_SIZES)
         lm = _ready(self.engine, num_slots=slots, max_length=prompts_and_answers)
-        prompts = [lm.encode([{"role": "user", "content": question.turns[0]}]) for question in self.asked]
+        prompts = [_first_prompt(lm, question) for question in self.asked]
         prompts = [prompt for prompt in prompts if len(prompt) + self.tokens <= lm.backend.max_length]
         if not prompts:
             raise UsageError("every question is too long for this ablation")
@@ -312,6 +312,12 @@ def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
     return lm
 
 
+def _first_prompt(lm: LanguageModel, question: Question) -> list[int]:
+    from medusa.evaluation.methods import prompt_of
+
+    return lm.encode(prompt_of(lm, [{"role": "user", "content": question.turns[0]}]))
+
+
 def _run(
     lm: LanguageModel, methods: Sequence[Method], asked: Sequence[Question], how: Any, out: Path, facts: dict[str, Any]
 ) -> Report:
@@ -319,6 +325,11 @@ def _run(
     from medusa.evaluation.machine import describe_machine
     from medusa.evaluation.report import Report
 
+    for question in asked:
+        try:
+            lm.decoder.check(_first_prompt(lm, question), how.max_new_tokens)
+        except UsageError as error:
+            raise UsageError(f"question {question.id}: {error}") from None
     machine = describe_machine(lm)
     with _bar("questions") as tell:
         rows = run_bench(methods, asked, how, out, lambda done, total, row: tell(done, total))

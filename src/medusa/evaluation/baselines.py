@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError, UsageError
-from medusa.evaluation.methods import Measured, PeakMemory
+from medusa.evaluation.methods import Measured, PeakMemory, prompt_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class TransformersMethod:
         import torch
 
         peak = PeakMemory()
-        ids = self.lm.encode(messages)
+        ids = self.lm.encode(prompt_of(self.lm, messages))
         prompt = torch.tensor([ids], device=self.network.device)
         temperature = self.sampling.get("temperature", 0.0)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

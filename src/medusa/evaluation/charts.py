@@ -34,7 +34,8 @@ def draw_speedup(report: Report, path: Path) -> bool:
         return False
     groups = {"all": report.overall, **(report.by_category if len(report.by_category) > 1 else {})}
     width = 0.8 / len(methods)
-    canvas = new_figure(width=max(4.0, 1.5 + 0.28 * len(methods) * len(groups) + 0.35 * len(groups)), height=3.6)
+    bars = len(methods) * len(groups)
+    canvas = new_figure(width=min(9.5, 2.5 + 0.3 * bars + 0.3 * len(groups)), height=3.6)
     axes = canvas.subplots()
     for i, name in enumerate(methods):
         found = [some[name] for some in groups.values()]

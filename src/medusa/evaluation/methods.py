@@ -70,13 +70,10 @@ class MedusaMethod:
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
         peak = PeakMemory()
-        prompt: Any = messages
-        if not self.lm.tokenizer.chat_template:  # a base model goes on with the text
-            prompt = "\n\n".join(message["content"] for message in messages)
         texts: list[str] = []
         token_ids: list[int] = []
         steps: list[Step] = []
-        for chunk in self.lm.stream(prompt, max_new_tokens=max_new_tokens, **self.sampling):
+        for chunk in self.lm.stream(prompt_of(self.lm, messages), max_new_tokens=max_new_tokens, **self.sampling):
             texts.append(chunk.text)
             token_ids.extend(chunk.token_ids)
             steps.append(chunk.step)
@@ -97,6 +94,11 @@ class MedusaMethod:
             drafters=drafters,
             peak_bytes=peak.bytes(),
         )
+
+
+def prompt_of(lm: LanguageModel, messages: Sequence[Message]) -> str | Sequence[Message]:
+    """What `LanguageModel.encode` takes: a model without chat template is given the texts, to go on with."""
+    return messages if lm.tokenizer.chat_template else "\n\n".join(message["content"] for message in messages)
 
 
 def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError
+from medusa.evaluation.methods import prompt_of
 from medusa.models.backend import PlainTree
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def measure(
     sums: dict[str, dict[str, list[float]]] = {}
     for number, row in enumerate(rows, 1):
         request = questions[row["question_id"]].turns[0]
-        prompt = lm.encode([{"role": "user", "content": request}])
+        prompt = lm.encode(prompt_of(lm, [{"role": "user", "content": request}]))
         for name, answer in row["turns"][0].items():
             ids = answer["token_ids"] or []
             found = sums.setdefault(name, {"nats": [], "tokens": [], "distinct_2": [], "repetition": [], "mark": []})

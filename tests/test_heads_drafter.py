@@ -249,6 +249,30 @@ def test_a_dynamic_tree_expands_the_likeliest_nodes_of_a_level() -> None:
 
 
 @torch.no_grad()
+def test_a_level_that_is_not_worth_its_time_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+    guess = Heads.guess
+    monkeypatch.setattr(Heads, "guess", lambda self, k, *rest: levels.append(k) or guess(self, k, *rest))
+    ended = set()
+    for seed in range(5):
+        heads = make_heads(kind="recurrent", num_heads=4, seed=seed)
+        (row,) = make_rows(heads, count=1, seed=seed)
+        (whole,) = HeadsDrafter(heads).propose([row], 300)
+        depths = whole.topology.depths.tolist()
+        best = [max(p for p, d in zip(whole.probabilities, depths, strict=True) if d == k) for k in range(1, 4)]
+        for price in (0.0, 0.1, 0.5, 1.0, 3.0):
+            levels.clear()
+            row.price = price
+            (draft,) = HeadsDrafter(heads).propose([row], 300)
+            likely = [p >= 2 * price / 4 for p in best]  # a level costs a fourth of the draft, and may gain half of p
+            last = 1 + (likely.index(False) if False in likely else 3)
+            assert levels == list(range(1, last + 1))
+            assert max(draft.topology.depths) == last
+            ended.add(last)
+    assert ended >= {1, 2, 4}, "the test has seen all kinds of ends"
+
+
+@torch.no_grad()
 def test_a_small_draft_vocabulary_limits_the_branches_not_the_draft() -> None:
     heads = make_heads(draft_vocab=2)
     (draft,) = HeadsDrafter(heads).propose(make_rows(heads, count=1), 12)

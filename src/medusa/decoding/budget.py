@@ -17,6 +17,7 @@ from medusa.errors import UsageError
 
 LONGEST = 64  # nodes up to which times are tabulated; a straight line from there
 MOST = 24  # nodes asked of drafters
+USUAL_TOKENS = 2.0  # that the time of a plain pass gives with drafts
 FEWEST_ASKED = 9  # the root and one chain of the n-gram drafter, whatever a node costs
 
 
@@ -128,6 +129,7 @@ class NodeBudget:
     def __init__(self, times: PassTimes) -> None:
         self.times = times
         self.most = times.most
+        self.price = USUAL_TOKENS * times.draft_seconds / times(1)  # of a whole draft, in tokens
 
     @property
     def expected(self) -> int:
@@ -197,7 +199,7 @@ class NodeBudget:
 
     def _drafts(self, drafter: Drafter, rows: Sequence[Row], *, frugal: bool) -> list[Draft]:
         for row in rows:
-            row.frugal = frugal
+            row.frugal, row.price = frugal, self.price
         drafts = drafter.propose(rows, self.most)
         return [draft.pruned(nodes=self.most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 

@@ -36,6 +36,7 @@ class Row:
     features: Tensor  # [F*H] of the last accepted token
     finish_reason: str | None = None
     frugal: bool = False  # only drafters that cost no time are to draft for it: see `budget.py`
+    price: float = 0.0  # of drafting: the tokens that its time would give otherwise; 0: no matter, see `budget.py`
     notes: dict[object, Any] = field(default_factory=dict)  # what a drafter remembers of this row, under its own key
 
     @property

@@ -36,7 +36,8 @@ class HeadsDrafter:
     """`tree` is the fixed tree; without one each step grows its own.
 
     The dynamic tree expands, at each level, the `beam` nodes of greatest probability (the product along the path)
-    with their `branch` best children, and keeps the best N nodes of all; `beam` and `branch` follow from N.
+    with their `branch` best children, and keeps the best N nodes of all; `beam` and `branch` follow from N. It ends
+    before the last head where deeper nodes cannot be among the N, or are too unlikely for the time of a level.
 
     Heads may be surer than they should be, by the text. So each row keeps what they expected of the children of right
     nodes beside what came true, and the ratio corrects every estimate of a child, given its parent.
@@ -73,7 +74,9 @@ class HeadsDrafter:
         features = torch.stack([row.features for row in rows]).to(self.heads.device, self.heads.dtype)  # [B, F*H]
         roots = torch.tensor([[row.tokens[-1]] for row in rows], device=self.heads.device)  # [B, 1]
         if self.tree is None:
-            drafts = self._dynamic(features, roots, nodes, ratios)
+            # Of the tokens after a node the next level guesses half or so; it must be worth its share of the draft.
+            floors = [2 * row.price / self.heads.config.num_heads for row in rows]
+            drafts = self._dynamic(features, roots, nodes, ratios, floors)
         else:
             drafts = self._static(features, roots, _cut(self.tree, nodes), ratios)
         for memory, draft in zip(memories, drafts, strict=True):
@@ -120,12 +123,21 @@ class HeadsDrafter:
             for row, ratio in zip(table.tolist(), ratios, strict=True)
         ]
 
-    def _dynamic(self, features: torch.Tensor, roots: torch.Tensor, nodes: int, ratios: Sequence[float]) -> list[Draft]:
+    def _dynamic(
+        self,
+        features: torch.Tensor,
+        roots: torch.Tensor,
+        nodes: int,
+        ratios: Sequence[float],
+        floors: Sequence[float],
+    ) -> list[Draft]:
         # The trees grow in plain lists: for the few dozen candidates of a level, a tensor operation costs more.
         branch = min(nodes - 1, 10, self.heads.lm_head_rows)
         beam = max(2, min(16, (nodes + 2) // 4))
         state = self.heads.begin(features)
-        trees = [_Growing(root, ratio) for (root,), ratio in zip(roots.tolist(), ratios, strict=True)]
+        trees = [
+            _Growing(root, ratio, floor) for (root,), ratio, floor in zip(roots.tolist(), ratios, floors, strict=True)
+        ]
         for k in range(1, self.heads.config.num_heads + 1):
             tokens = torch.tensor([[tree.tokens[node] for node in tree.tips] for tree in trees], device=roots.device)
             parents = torch.tensor([tree.places for tree in trees], device=roots.device)
@@ -140,8 +152,9 @@ class HeadsDrafter:
 class _Growing:
     """A tree that grows level by level. `scores` are log-probabilities of whole paths, which fall along them."""
 
-    def __init__(self, root: int, ratio: float) -> None:
+    def __init__(self, root: int, ratio: float, floor: float) -> None:
         self.shift = math.log(ratio)
+        self.floor = math.log(floor) if floor > 0 else -math.inf
         self.tokens = [root]
         self.parents = [-1]
         self.scores = [0.0]
@@ -162,8 +175,12 @@ class _Growing:
         self.places = [(tip - first) // branch for tip in self.tips]
 
     def settled(self, nodes: int) -> bool:
-        """Whether no deeper node can be among the best `nodes`: those there are already score more than any tip."""
-        return len(self.scores) >= nodes and heapq.nlargest(nodes, self.scores)[-1] > self.scores[self.tips[0]]
+        """Whether no deeper node is worth a level: none can be among the best `nodes`, since those there are already
+        score more than any tip, or every tip is too unlikely."""
+        best = self.scores[self.tips[0]]
+        if best < self.floor:
+            return True
+        return len(self.scores) >= nodes and heapq.nlargest(nodes, self.scores)[-1] > best
 
     def draft(self, source: str, nodes: int) -> Draft:
         """The best `nodes` nodes."""

@@ -27,6 +27,7 @@ from medusa.models.heads import (
     read_config,
     save_heads,
     vocabulary_hash,
+    write_config,
 )
 from medusa.models.transformers_backend import TransformersBackend
 from tiny_models import make_tokenizer, shared_model
@@ -451,3 +452,16 @@ def test_a_path_that_is_no_directory_of_heads_is_refused(tmp_path: Path) -> None
 
 def test_every_kind_is_tested() -> None:
     assert {settings["kind"] for settings in VARIANTS.values()} == set(KINDS)
+
+
+def test_a_config_has_a_path_of_the_tree_on_each_line(tmp_path: Path) -> None:
+    tree = (((0,), 0.5), ((0, 12), 1e-05), ((1,), 0.0))
+    training = {"held_out": {"top1": [0.5, 1e-07]}, "text": ["[1,\n 2]", "[ [1], 2 ]"], "none": [], "rates": [0.0]}
+    config = HeadsConfig(
+        hidden_size=H, vocab_size=V, kind="recurrent", feature_layers=(1, 2), tree=tree, training=training
+    )
+    write_config(config, tmp_path)
+    text = (tmp_path / CONFIG_FILE).read_text()
+    assert read_config(tmp_path) == config
+    for line in ("  [[0], 0.5],", "  [[0, 12], 1e-05],", ' "feature_layers": [1, 2],'):
+        assert line in text.splitlines()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -335,6 +336,9 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
 def write_config(config: HeadsConfig, directory: Path) -> None:
     """Writes `config.json`, whole or not at all."""
     text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
+    # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
+    text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda found: "".join(found.group().split()).replace(",", ", "), text)
+    text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
     scratch = directory / f".{CONFIG_FILE}.partial"
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(directory / CONFIG_FILE)

@@ -108,15 +108,14 @@ def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]
     for step in steps:
         if step.draft is None:
             continue
-        levels = [0] * len(step.draft)
-        for node, parent in enumerate(step.draft.parents[1:], start=1):
-            levels[node] = levels[parent] + 1
-            drafters.setdefault(step.draft.sources[node], [0, 0])[0] += 1
+        for source in step.draft.sources[1:]:
+            drafters.setdefault(source, [0, 0])[0] += 1
         for node in step.path[1:]:
             drafters[step.draft.sources[node]][1] += 1
-        while len(depths) < max(levels):
+        deepest = int(max(step.draft.topology.depths))
+        while len(depths) < deepest:
             depths.append([0, 0])
-        for depth in range(max(levels)):
+        for depth in range(deepest):
             depths[depth][0] += 1
             depths[depth][1] += depth + 1 < len(step.path)
     drafters.pop(MODEL, None)

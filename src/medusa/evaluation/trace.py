@@ -167,9 +167,7 @@ def _traced(
 ) -> TracedStep:
     draft = step.draft
     assert draft is not None
-    depths = [0]
-    for parent in draft.parents[1:]:
-        depths.append(depths[parent] + 1)
+    depths = [int(depth) for depth in draft.topology.depths]
     accepted = set(step.path)
     nodes = tuple(
         Node(

@@ -20,18 +20,20 @@ measure() { # NAME ARGUMENTS...
 
 measure greedy bench --questions "$questions" --max-new-tokens 256
 measure sampled bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 --methods plain,union,typical
-measure nodes-16 bench --questions "$questions" --max-new-tokens 256 --nodes 16 --methods plain,heads,union
 
 others="transformers,lookup${draft:+,assisted}" draft_model=()
 if [[ -n "$draft" ]]; then draft_model=(--draft-model "$draft"); fi
-measure baselines bench --questions "$questions" --limit 16 --max-new-tokens 128 --methods "plain,union,$others" \
-    "${draft_model[@]}"
-measure baselines-sampled bench --questions "$questions" --limit 16 --max-new-tokens 128 --temperature 0.7 \
-    --methods "plain,union,typical,transformers${draft:+,assisted}" "${draft_model[@]}"
 
 measure ablate-batch ablate batch
 measure ablate-drafters ablate drafters
 measure ablate-nodes ablate nodes
 measure ablate-heads ablate heads
-measure ablate-tree ablate tree
 measure ablate-threshold ablate threshold "${draft_model[@]}"
+
+measure baselines bench --questions "$questions" --limit 16 --max-new-tokens 128 --methods "plain,union,$others" \
+    "${draft_model[@]}"
+measure baselines-sampled bench --questions "$questions" --limit 16 --max-new-tokens 128 --temperature 0.7 \
+    --methods "plain,union,typical,transformers${draft:+,assisted}" "${draft_model[@]}"
+
+measure ablate-tree ablate tree
+measure nodes-16 bench --questions "$questions" --max-new-tokens 256 --nodes 16 --methods plain,heads,union

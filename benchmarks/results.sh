@@ -29,6 +29,7 @@ measure ablate-drafters ablate drafters
 measure ablate-nodes ablate nodes
 measure ablate-heads ablate heads
 measure ablate-threshold ablate threshold "${draft_model[@]}"
+measure ablate-threshold-heads ablate threshold --drafter heads
 
 measure baselines bench --questions "$questions" --limit 16 --max-new-tokens 128 --methods "plain,union,$others" \
     "${draft_model[@]}"

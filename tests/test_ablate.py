@@ -76,7 +76,7 @@ def test_heads_are_added_one_by_one() -> None:
     chains = [v.facts["nodes"] for v in variants if v.facts["kind"] == "chain of best guesses"]
     trees = [v.facts["nodes"] for v in variants if v.facts["kind"] == "searched tree"]
     assert chains == [2, 3, 4, 5]
-    assert trees == [min(16, 1 + 4), 16, 16, 16]  # four ranks of one head are all that this tree knows
+    assert trees == [min(8, 1 + 4), 8, 8, 8]  # four ranks of one head are all that this tree knows
     assert [v.method.name for v in variants[-2:]] == ["dynamic tree", "dynamic tree and n-grams"]
 
 

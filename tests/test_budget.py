@@ -110,6 +110,37 @@ def test_a_row_that_is_drafted_well_gets_the_nodes_of_one_that_is_not() -> None:
     assert other == 1
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 16])
+def test_the_bar_is_what_a_node_must_reach_to_pay(rows: int) -> None:
+    times = PassTimes(tuple(4.0 + 0.5 * n for n in range(1, 40)))
+    budget = NodeBudget(times)
+    bar = budget.bar(rows)
+    assert bar == pytest.approx(rows * 0.5 / (4.0 + 0.5 * rows))
+    for p, nodes in ((bar * 0.99, rows), (min(1.0, bar * 1.01), rows + 1)):
+        drafted = Draft((1, 2), (-1, 0), (1.0, p), ("", ""))
+        others = [Draft((1,))] * (rows - 1)
+        assert sum(budget.share([drafted, *others], 0.0).nodes) == nodes
+
+
+def test_many_rows_fill_a_pass_and_nobody_is_asked() -> None:
+    model = ToyModel()
+    asked: list[int] = []
+
+    class Listening(ChainDrafter):
+        def propose(self, rows: Sequence[Row], nodes: int) -> list[Draft]:
+            asked.append(len(rows))
+            return super().propose(rows, nodes)
+
+    drafter = Listening(model.best, 3)
+    budget = NodeBudget(PassTimes(tuple(1.0 + 0.5 * n for n in range(1, 40))))
+    rows = [make_row([i % 4, 2]) for i in range(9)]
+    assert budget.bar(7) < 0.8 < budget.bar(9)
+    assert [len(draft) for draft in budget.propose(drafter, rows)] == [1] * 9
+    assert asked == []
+    budget.propose(drafter, rows[:7])
+    assert asked == [7]
+
+
 # --- drafters that lie, fail and recover ------------------------------------------------------------------------------
 
 

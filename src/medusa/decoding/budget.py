@@ -17,6 +17,7 @@ from medusa.errors import UsageError
 
 LONGEST = 64  # nodes up to which times are tabulated; a straight line from there
 MOST = 24  # nodes asked of drafters
+HIGHEST_BAR = 0.8  # nodes that are likelier are too few to look for
 USUAL_TOKENS = 2.0  # that the time of a plain pass gives with drafts
 FEWEST_ASKED = 9  # the root and one chain of the n-gram drafter, whatever a node costs
 
@@ -171,8 +172,15 @@ class NodeBudget:
                 heapq.heappush(frontier, (-drafts[b].probabilities[child], b, child))
         return Share(*share, self.times(sum(share[0])) + draft_seconds)
 
+    def bar(self, rows: int) -> float:
+        """How likely a node must be to pay in a pass over so many rows, each of which gives a token anyway."""
+        return rows * (self.times(rows + 1) - self.times(rows)) / self.times(rows)
+
     def propose(self, drafter: Drafter, rows: Sequence[Row]) -> list[Draft]:
-        """Asks the drafters and prunes what they propose."""
+        """Asks the drafters and prunes what they propose. Where hardly any node could pay, nobody is asked: so many
+        rows fill a pass by themselves."""
+        if self.bar(len(rows)) > HIGHEST_BAR:
+            return [Draft((row.tokens[-1],)) for row in rows]
         cost = self.times.draft_seconds
         if not cost:
             drafts = self._drafts(drafter, rows, frugal=False)
@@ -191,7 +199,7 @@ class NodeBudget:
                 asked, self._drafts(drafter, [rows[b] for b, _ in asked], frugal=False), strict=True
             ):
                 drafts[b] = draft
-            share = self.share(drafts, cost)
+            share = self.share(drafts, cost * len(asked))  # few rows fill a pass of heads
             price = without.rate * (share.seconds - without.seconds) / len(asked)
             for b, asking in asked:
                 asking.learn(share.tokens[b] - without.tokens[b] - price)

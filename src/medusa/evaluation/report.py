@@ -79,7 +79,7 @@ class Report:
     def main_table(self) -> Cells:
         """Method by method."""
         cells = [["method", "tokens/s", "tokens/step", "ms/step", "overhead", "speed-up", "95%", "identical"]]
-        cells[0] += ["first token", "memory"]
+        cells[0] += ["repeated", "first token", "memory"]
         for name, one in self.overall.items():
             low, high = one.speedup_interval
             cells.append(
@@ -92,6 +92,7 @@ class Report:
                     f"{_number(one.speedup, 2)}x",
                     f"{_number(low, 2)} to {_number(high, 2)}" if name != PLAIN and math.isfinite(low) else "",
                     f"{one.identical}/{one.total}",
+                    "" if one.repetition is None else f"{100 * one.repetition:.0f}%",
                     f"{_number(1e3 * one.ttft_seconds, 0)} ms",
                     "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.0f} MB",
                 ]
@@ -160,7 +161,8 @@ class Report:
             "",
             "Tokens per second leave the prefill out. Speed-up = tokens per step / overhead, against plain decoding on "
             "the same questions; its interval holds 95% of 2,000 bootstrap resamples of the questions. Identical "
-            "counts answers equal to those of plain decoding, token for token.",
+            "counts answers equal to those of plain decoding, token for token; repeated is the share of tokens that "
+            "end four in a row which stood in the answer before.",
         ]
         for title, cells in self.tables().items():
             lines += ["", f"## {title}", "", *markdown_table(cells)]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from medusa.evaluation.methods import PHASES, PLAIN
+from medusa.evaluation.quality import repetition
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -37,6 +38,7 @@ class Figures:
     speedup_interval: tuple[float, float]
     identical: int  # answers equal to those of plain decoding
     total: int  # answers
+    repetition: float | None  # share of tokens that end four in a row which stood in their answer before; mean
     ttft_seconds: float  # mean
     new_tokens: int
     steps: int | None
@@ -89,6 +91,7 @@ def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
         speedup_interval=interval(ours, plain),
         identical=sum(_same(a, b) for a, b in zip(flat, base, strict=True)),
         total=len(flat),
+        repetition=_repetition(flat),
         ttft_seconds=_sum(flat, "ttft_seconds") / len(flat),
         new_tokens=int(_sum(flat, "new_tokens")),
         steps=None if steps is None else int(steps),
@@ -141,6 +144,11 @@ def _same(a: Answer, b: Answer) -> bool:
     if a["token_ids"] is None or b["token_ids"] is None:
         return bool(a["text"] == b["text"])
     return bool(a["token_ids"] == b["token_ids"])
+
+
+def _repetition(flat: Sequence[Answer]) -> float | None:
+    found = [repetition(answer["token_ids"]) for answer in flat if answer["token_ids"]]
+    return sum(found) / len(found) if found else None
 
 
 def _depths(flat: Sequence[Answer]) -> tuple[tuple[int, int], ...]:

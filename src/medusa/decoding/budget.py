@@ -17,7 +17,7 @@ from medusa.errors import UsageError
 
 LONGEST = 64  # nodes up to which times are tabulated; a straight line from there
 MOST = 24  # nodes asked of drafters
-HIGHEST_BAR = 0.8  # nodes that are likelier are too few to look for
+HIGHEST_BAR = 0.5  # nodes that are likelier are too few to look for, which takes time too
 USUAL_TOKENS = 2.0  # that the time of a plain pass gives with drafts
 FEWEST_ASKED = 9  # the root and one chain of the n-gram drafter, whatever a node costs
 

@@ -60,7 +60,7 @@ def test_info_shows_a_line_for_each_number_of_tokens(tmp_path: object, monkeypat
         def describe(self) -> dict[str, object]:
             return {"model": "tiny"}
 
-    monkeypatch.setattr(cli, "_load", lambda _: Model())
+    monkeypatch.setattr(cli, "load_model", lambda _: Model())
     monkeypatch.setattr("medusa.models.profile.SIZES", (1, 2))
     shown = CliRunner().invoke(cli.app, ["info", "--profile"])
     assert shown.exit_code == 0, shown.output
@@ -114,7 +114,7 @@ def test_another_engine_has_another_profile(measured: list[float], monkeypatch: 
     assert [one(facts=facts) for facts in others] == [2, 3, 4]
     assert one(backend=TransformersBackend(make_model(num_hidden_layers=2))) == 5
     with monkeypatch.context() as patch:
-        patch.setattr(profile_module, "_machine", lambda: ["another processor", 2, ""])
+        patch.setattr(profile_module, "machine", lambda: ["another processor", 2, ""])
         assert one() == 6
     with monkeypatch.context() as patch:
         patch.setattr("medusa.__version__", "99")

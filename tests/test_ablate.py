@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,6 +250,32 @@ def test_answers_are_measured_by_method() -> None:
     found = measure(lm, rows, {"1": Question("1", "all", ("Why?",))})
     assert found["plain"]["perplexity"] < found["bad"]["perplexity"]
     assert set(found["plain"]) == {"perplexity", "distinct_2", "repetition"}
+
+
+class Judge:
+    """A client whose server replies one text after the other."""
+
+    def __init__(self, *replies: str) -> None:
+        self.replies, self.asked = list(replies), []  # type: ignore[var-annotated]
+        self.chat = self.completions = self
+
+    def create(self, **call: Any) -> Any:
+        self.asked.append(call)
+        message = SimpleNamespace(content=self.replies.pop(0))
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)])
+
+
+def test_a_judge_reads_request_and_answer_and_its_marks_are_averaged() -> None:
+    lm = make()
+    answer = medusa_method("plain", lm, {}).answer(ASKED, 12).as_json()
+    rows = [{"question_id": "1", "category": "all", "turns": [{"a": answer, "b": answer, "c": answer}]}] * 2
+    client: Any = Judge("8", "I say 7.5.", "none", "9/10", "11", "none")
+    found = measure(lm, rows, {"1": Question("1", "all", ("Why?",))}, client, "big")
+    assert [found[name].get("mark") for name in "abc"] == [8.5, 7.5, None]  # 11 and words are no marks
+    call = client.asked[0]
+    assert call["model"] == "big"
+    assert "Why?" in call["messages"][0]["content"]
+    assert answer["text"] in call["messages"][0]["content"]
 
 
 # --- baselines --------------------------------------------------------------------------------------------------------

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from medusa.errors import MedusaError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes beside and renames, so that a kill leaves the old file or the new one. Raises MedusaError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path` to write to; that file takes its place unless an exception is raised, so that a kill
+    leaves the old file or the new one. For a directory: `models/swap.py`."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        yield scratch
         scratch.replace(path)
-    except OSError as error:
+    finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text. Raises MedusaError."""
+    try:
+        with replacing(path) as scratch:
+            scratch.write_text(text, encoding="utf-8")
+    except OSError as error:
         raise MedusaError(f"cannot write {path}: {error.strerror}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medusa.errors import MedusaError
+from medusa.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,12 +99,10 @@ def plain(axes: Any, title: str) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Writes PNG or SVG by the name; the file is complete or untouched. Raises MedusaError."""
-    scratch = path.with_name(f".{path.name}.partial")
+    # Without a date the same data give the same bytes.
+    metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
     try:
-        # Without a date the same data give the same bytes.
-        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None
-        figure.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            figure.savefig(scratch, format=path.suffix.lower().lstrip("."), dpi=150, metadata=metadata)
     except (OSError, ValueError) as error:
-        scratch.unlink(missing_ok=True)
         raise MedusaError(f"cannot draw {path}: {error}") from None

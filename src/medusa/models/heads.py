@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
+from medusa.files import replacing
 from medusa.models.swap import swapped_in
 
 KINDS = ("residual", "sequential", "recurrent")
@@ -339,9 +340,8 @@ def write_config(config: HeadsConfig, directory: Path) -> None:
     # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
     text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda found: "".join(found.group().split()).replace(",", ", "), text)
     text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
-    scratch = directory / f".{CONFIG_FILE}.partial"
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(directory / CONFIG_FILE)
+    with replacing(directory / CONFIG_FILE) as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
 
 
 def read_config(directory: str | Path) -> HeadsConfig:

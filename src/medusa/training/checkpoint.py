@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from medusa.errors import MedusaError, UsageError
+from medusa.files import replacing
 
 
 def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str, Any]) -> None:
@@ -18,13 +19,11 @@ def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str,
     Raises:
         MedusaError: no room, or no permission.
     """
-    scratch = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"facts": dict(facts), **content}, scratch)
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            torch.save({"facts": dict(facts), **content}, scratch)
     except (OSError, RuntimeError) as error:
-        scratch.unlink(missing_ok=True)
         raise MedusaError(f"cannot write {path}: {error}; make room and go on with --resume") from None
 
 

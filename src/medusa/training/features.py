@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa.errors import MedusaError
+from medusa.files import replacing
 from medusa.models.backend import Backend
 from medusa.training.data import Example
 
@@ -236,12 +237,10 @@ def shuffled(count: int, seed: int, epoch: int) -> Tensor:
 
 
 def _write_shard(path: Path, table: Table) -> None:
-    scratch = path.with_suffix(".partial")
     try:
-        save_file({"features": table.features, "roots": table.roots, "ends": table.ends}, scratch)
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            save_file({"features": table.features, "roots": table.roots, "ends": table.ends}, scratch)
     except (OSError, SafetensorError) as error:
-        scratch.unlink(missing_ok=True)
         size = table.features.numel() * 2 / 1e6
         raise MedusaError(
             f"cannot write {path} ({size:.0f} MB): {error}; make room, or set training.cache_features=false"

@@ -16,12 +16,10 @@ from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter, Row
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.models.backend import Backend, PlainTree
+from medusa.models.backend import Backend, read_on
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RESUME_CHUNK = 32  # tokens in a pass: each costs a row of logits
 
 FinishReason = Literal["stop", "length"]
 
@@ -160,20 +158,16 @@ class Decoder:
         self.check(prompt, max_new_tokens)
         sampling = sampling.seeded()
         unread = prompt[self.backend.length(row.slot) :]  # the last token of a row is not in the cache yet
-        for start in range(0, len(unread), RESUME_CHUNK):
-            chunk = unread[start : start + RESUME_CHUNK]
-            logits, features = self.backend.verify(
-                [row.slot], [PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))]
-            )
-            self.backend.keep([row.slot], [range(len(chunk))])
+        for logits, features in read_on(self.backend, row.slot, unread):  # noqa: B007  # the last ones are wanted
+            pass
         return self._begin(
             row.slot,
             prompt,
             sampling,
             max_new_tokens,
             eos_token_ids,
-            logits[0, len(chunk) - 1],
-            features[0, len(chunk) - 1],
+            logits[-1],
+            features[-1],
         )
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError
 from medusa.evaluation.methods import prompt_of
-from medusa.models.backend import PlainTree
+from medusa.models.backend import read_on
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from medusa.generation import LanguageModel
     from medusa.models.backend import Backend
 
-CHUNK = 32  # tokens in a pass: each costs a row of logits
 JUDGE = (
     "Rate the answer to the request below from 1 (useless) to 10 (excellent), by how helpful, correct, coherent and "
     "well written it is. Reply with the number alone.\n\nRequest:\n{request}\n\nAnswer:\n{answer}"
@@ -33,15 +32,12 @@ def nats(backend: Backend, prompt: Sequence[int], answer: Sequence[int], slot: i
         return 0.0
     logits, _ = backend.prefill(slot, prompt)
     total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
+    done = 1
     try:
-        for start in range(0, len(answer) - 1, CHUNK):
-            chunk = answer[start : min(start + CHUNK, len(answer) - 1)]
-            tree = PlainTree(tuple(chunk), tuple(range(-1, len(chunk) - 1)))
-            rows, _ = backend.verify([slot], [tree])  # [1, N, V]
-            said = torch.tensor(answer[start + 1 : start + 1 + len(chunk)], device=rows.device)
-            log_p = torch.log_softmax(rows[0, : len(chunk)].float(), dim=-1)
-            total -= float(log_p.gather(1, said[:, None]).sum())
-            backend.keep([slot], [range(len(chunk))])
+        for rows, _ in read_on(backend, slot, answer[:-1]):
+            said = torch.tensor(answer[done : done + len(rows)], device=rows.device)
+            total -= float(torch.log_softmax(rows.float(), dim=-1).gather(1, said[:, None]).sum())
+            done += len(rows)
     finally:
         backend.release(slot)
     return total

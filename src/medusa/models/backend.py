@@ -15,7 +15,7 @@ layers).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from medusa.errors import UsageError
@@ -90,6 +90,19 @@ class Backend(Protocol):
     def base_weights(self) -> BaseWeights:
         """The embeddings and LM head that heads borrow."""
         ...
+
+
+CHAIN_CHUNK = 32  # tokens in a pass: each costs a row of logits
+
+
+def read_on(backend: Backend, slot: int, token_ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Adds tokens to the text of a slot, some in each pass: logits [n, V] and features [n, F*H] of these. Where it is
+    not followed to its end, what was read last is not kept."""
+    for start in range(0, len(token_ids), CHAIN_CHUNK):
+        chunk = tuple(token_ids[start : start + CHAIN_CHUNK])
+        logits, features = backend.verify([slot], [PlainTree(chunk, tuple(range(-1, len(chunk) - 1)))])
+        yield logits[0], features[0]
+        backend.keep([slot], [range(len(chunk))])
 
 
 def check_max_length(max_length: int | None, context: int) -> int:

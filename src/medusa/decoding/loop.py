@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from medusa.decoding.accept import accept, first_token
@@ -127,21 +127,21 @@ class Decoder:
         accepted = [
             accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
         ]
-        steps = []
+        said = []
         for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
             row.features = features[b, choice.path[-1]]
             tokens = (*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)
-            sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)
-            steps.append(self._extend(row, tokens, sources))
+            said.append(self._extend(row, tokens))
         # keep: all of a row's tokens but the last, which is the next root
         chosen = time.perf_counter()
-        paths = [choice.path[: len(step.tokens)] for choice, step in zip(accepted, steps, strict=True)]
+        paths = [choice.path[: len(tokens)] for choice, (tokens, _) in zip(accepted, said, strict=True)]
         self.backend.keep(slots, paths)
         phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
-        return [
-            replace(step, draft=draft, path=choice.path, phases=phases)
-            for step, draft, choice in zip(steps, drafts, accepted, strict=True)
-        ]
+        steps = []
+        for draft, choice, (tokens, reason) in zip(drafts, accepted, said, strict=True):
+            sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)[: len(tokens)]
+            steps.append(Step(tokens, sources, reason, draft, choice.path, phases))
+        return steps
 
     def resume(
         self,
@@ -200,10 +200,11 @@ class Decoder:
             sampling=sampling,
             features=features,
         )
-        return row, self._extend(row, (first_token(logits, row.tokens, sampling),), (MODEL,))
+        tokens, reason = self._extend(row, (first_token(logits, row.tokens, sampling),))
+        return row, Step(tokens, (MODEL,), reason)
 
-    def _extend(self, row: Row, tokens: tuple[int, ...], sources: tuple[str, ...]) -> Step:
-        """Adds tokens to a row, up to the first that ends it."""
+    def _extend(self, row: Row, tokens: tuple[int, ...]) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Adds tokens to a row, up to the first that ends it; returns those added, and why the text ends if it does."""
         tokens = tokens[: row.max_new_tokens - row.new_tokens]
         reason: FinishReason | None = None
         for i, token in enumerate(tokens):
@@ -214,7 +215,7 @@ class Decoder:
         if reason is None and row.new_tokens >= row.max_new_tokens:
             reason = "length"
         row.finish_reason = reason
-        return Step(tokens, sources[: len(tokens)], reason)
+        return tokens, reason
 
 
 def decode(

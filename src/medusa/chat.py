@@ -35,7 +35,7 @@ Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 # --- what the other commands share with the chat ------------------------------------------------------------
@@ -68,7 +68,7 @@ class Printer:
             pieces = list(chunk.spans)
         for text, source in pieces:
             if out.isatty():
-                text = CONTROL.sub("", text)  # a model must not be able to drive the terminal
+                text = _CONTROL.sub("", text)  # a model must not be able to drive the terminal
             colour = DRAFT_COLOURS.get(source) if text else None
             out.write(f"{colour}{text}{RESET}" if colour else text)
         out.flush()

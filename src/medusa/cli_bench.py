@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from medusa.evaluation.report import Cells, Report
     from medusa.generation import LanguageModel
 
-KINDS = ("tree", "threshold", "heads", "nodes", "drafters", "batch")
+Kind = Literal["tree", "threshold", "heads", "nodes", "drafters", "batch"]
+KINDS = get_args(Kind)
 # What a run of each ablation asks, where nothing else is said: enough to see the shape in some minutes on two cores.
 QUESTIONS = {"tree": 12, "threshold": 14, "heads": 20, "nodes": 20, "drafters": 24, "batch": 40}
 TOKENS = {"tree": 64, "threshold": 128, "heads": 128, "nodes": 128, "drafters": 128, "batch": 128}
@@ -125,7 +126,7 @@ def bench(
 @with_options
 def ablate(
     kind: Annotated[
-        Literal["tree", "threshold", "heads", "nodes", "drafters", "batch"],
+        Kind,
         typer.Argument(help="What is varied.", show_default=False),
     ],
     questions: Questions = None,
@@ -213,7 +214,7 @@ class _Ablation:
         """All ablations that are benchmarks."""
         from medusa.evaluation import ablate as ablations
         from medusa.evaluation import baselines as others
-        from medusa.evaluation.bench import BenchSettings, read_rows
+        from medusa.evaluation.bench import BenchSettings
 
         lm = _ready(self.engine)
         with ExitStack() as stack:
@@ -236,7 +237,7 @@ class _Ablation:
             report = _run(lm, methods, self.asked, how, self.out, {**_engine_facts(self.engine), **self.settings})
         quality: dict[str, dict[str, Any]] = {}
         if self.kind == "threshold":
-            quality = _quality(lm, read_rows(self.out), self.asked, judge_url, judge_model)
+            quality = _quality(lm, report.rows, self.asked, judge_url, judge_model)
         if self.kind == "drafters":
             report.write(self.out, charts)
         return ablations.table(variants, report.overall.__getitem__, lambda name: quality.get(name, {}))
@@ -246,12 +247,12 @@ class _Ablation:
         from medusa.decoding.loop import Decoder
         from medusa.evaluation import ablate as ablations
         from medusa.evaluation.batch import compare_loads
-        from medusa.evaluation.methods import PLAIN
+        from medusa.evaluation.methods import PLAIN, first_prompt
 
         prompts_and_answers = 2048  # positions of a slot; a longer prompt is left out
         slots = max(ablations.BATCH_SIZES)
         lm = _ready(self.engine, num_slots=slots, max_length=prompts_and_answers)
-        prompts = [_first_prompt(lm, question) for question in self.asked]
+        prompts = [first_prompt(lm, question) for question in self.asked]
         prompts = [prompt for prompt in prompts if len(prompt) + self.tokens <= lm.backend.max_length]
         if not prompts:
             raise UsageError("every question is too long for this ablation")
@@ -312,27 +313,22 @@ def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
     return lm
 
 
-def _first_prompt(lm: LanguageModel, question: Question) -> list[int]:
-    from medusa.evaluation.methods import prompt_of
-
-    return lm.encode(prompt_of(lm, [{"role": "user", "content": question.turns[0]}]))
-
-
 def _run(
     lm: LanguageModel, methods: Sequence[Method], asked: Sequence[Question], how: Any, out: Path, facts: dict[str, Any]
 ) -> Report:
     from medusa.evaluation.bench import run_bench
     from medusa.evaluation.machine import describe_machine
+    from medusa.evaluation.methods import first_prompt
     from medusa.evaluation.report import Report
 
     for question in asked:
         try:
-            lm.decoder.check(_first_prompt(lm, question), how.max_new_tokens)
+            lm.decoder.check(first_prompt(lm, question), how.max_new_tokens)
         except UsageError as error:
             raise UsageError(f"question {question.id}: {error}") from None
     machine = describe_machine(lm)
     with _bar("questions") as tell:
-        rows = run_bench(methods, asked, how, out, lambda done, total, row: tell(done, total))
+        rows = run_bench(methods, asked, how, out, tell)
     settings = {**facts, "backend": lm.backend.name, "max_new_tokens": how.max_new_tokens}
     return Report(rows, [method.name for method in methods], settings, machine)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,12 +80,17 @@ def tree_places(parents: Sequence[int], order: Sequence[float]) -> list[tuple[fl
     return places
 
 
+def need_matplotlib() -> None:
+    """Raises MedusaError where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'")
+
+
 def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """An empty picture of so many inches. Raises MedusaError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'") from None
+    need_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout=layout)
 
 

@@ -11,7 +11,7 @@ import io
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,11 +132,7 @@ def drafters_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Varia
     for name in names:
         for nodes in (DRAFTERS_NODES, "auto"):
             base = medusa_method(name, lm, sampling)
-            method = MedusaMethod(
-                f"{name}, {nodes}",
-                base.lm.with_drafter(base.lm.drafter, nodes=nodes),
-                sampling,
-            )
+            method = replace(base, name=f"{name}, {nodes}", lm=base.lm.with_drafter(base.lm.drafter, nodes=nodes))
             found.append(Variant(method, {"drafter": name, "nodes": nodes}))
     return found
 
@@ -197,11 +193,6 @@ def _expected(tree: Tree, best: Tree) -> float | None:
 
 # --- what comes of them -----------------------------------------------------------------------------------------------
 
-FIGURE_COLUMNS = (
-    "tokens_per_second", "tokens_per_step", "milliseconds_per_step", "overhead", "speedup", "speedup_low",
-    "speedup_high", "identical", "total",
-)  # fmt: skip
-
 
 def table(
     variants: Iterable[Variant], figures: Callable[[str], Figures], more: Callable[[str], dict[str, Any]] = lambda _: {}
@@ -211,15 +202,19 @@ def table(
     for variant in variants:
         one = figures(variant.method.name)
         low, high = one.speedup_interval
-        values = (
-            one.tokens_per_second, one.tokens_per_step, one.milliseconds_per_step, one.overhead, one.speedup, low, high,
-            one.identical, one.total,
-        )  # fmt: skip
         measured = {
-            name: round(value, 4) if isinstance(value, float) else value
-            for name, value in zip(FIGURE_COLUMNS, values, strict=True)
+            "tokens_per_second": one.tokens_per_second,
+            "tokens_per_step": one.tokens_per_step,
+            "milliseconds_per_step": one.milliseconds_per_step,
+            "overhead": one.overhead,
+            "speedup": one.speedup,
+            "speedup_low": low,
+            "speedup_high": high,
+            "identical": one.identical,
+            "total": one.total,
         }
-        rows.append({"variant": variant.method.name, **variant.facts, **measured, **more(variant.method.name)})
+        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in measured.items()}
+        rows.append({"variant": variant.method.name, **variant.facts, **rounded, **more(variant.method.name)})
     return rows
 
 

@@ -80,7 +80,7 @@ def run_bench(
     questions: Sequence[Question],
     settings: BenchSettings,
     out: Path,
-    tell: Callable[[int, int, Row], None] = lambda done, total, row: None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """Asks what is not answered in `out` yet; returns all rows, in the order of `questions`.
 
@@ -101,7 +101,7 @@ def run_bench(
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[question.id] = row
-            tell(len(rows), len(questions), row)
+            tell(len(rows), len(questions))
     return [rows[question.id] for question in questions]
 
 

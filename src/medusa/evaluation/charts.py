@@ -56,7 +56,7 @@ def draw_speedup(report: Report, path: Path) -> bool:
     )
     axes.set_ylabel("times as fast as plain decoding", fontsize=8)
     _legend(canvas, axes)
-    plain(axes, f"Speed-up by category, {report.questions} questions; lines: 95% intervals")
+    plain(axes, f"Speed-up by category, {len(report.rows)} questions; lines: 95% intervals")
     save(canvas, path)
     return True
 
@@ -86,18 +86,16 @@ def draw_phases(report: Report, path: Path) -> bool:
 
 def draw_acceptance(report: Report, path: Path) -> bool:
     """How often a draft was right up to each depth."""
-    methods = {name: one for name, one in report.overall.items() if one.depths and one.tokens_per_step}
+    methods = {name: one.reached for name, one in report.overall.items() if one.reached}
     if not methods:
         return False
     canvas = new_figure(width=5.6, height=3.2)
     axes = canvas.subplots()
-    deepest = min(8, max(len(one.depths) for one in methods.values()))
-    for i, (name, one) in enumerate(methods.items()):
-        shares = [right / (one.steps or 1) for _, right in one.depths[:deepest]]
+    for i, (name, shares) in enumerate(methods.items()):
         axes.plot(
             range(1, len(shares) + 1), shares, marker="o", markersize=4, color=COLOURS[i % len(COLOURS)], label=name
         )
-    axes.set_xticks(range(1, deepest + 1))
+    axes.set_xticks(range(1, max(map(len, methods.values())) + 1))
     axes.set_ylim(0, 1)
     axes.set_xlabel("drafted tokens accepted in a step, at least", fontsize=8)
     axes.set_ylabel("share of steps", fontsize=8)

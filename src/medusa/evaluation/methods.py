@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa.decoding.loop import Step
+    from medusa.evaluation.questions import Question
     from medusa.generation import LanguageModel, Message
     from medusa.models.heads import HeadsRunner, HeadsState
 
@@ -101,6 +102,11 @@ def prompt_of(lm: LanguageModel, messages: Sequence[Message]) -> str | Sequence[
     return messages if lm.tokenizer.chat_template else "\n\n".join(message["content"] for message in messages)
 
 
+def first_prompt(lm: LanguageModel, question: Question) -> list[int]:
+    """Token ids of a question's first turn."""
+    return lm.encode(prompt_of(lm, [{"role": "user", "content": question.turns[0]}]))
+
+
 def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]]:
     """Of the steps after the prefill: drafted and accepted by depth, and by drafter (see `Measured`)."""
     depths: list[list[int]] = []
@@ -174,15 +180,14 @@ class PeakMemory:
     """The most memory that the process held since this was made, where the system can say so."""
 
     def __init__(self) -> None:
+        import torch
+
         self._since_start = True
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
             self._since_start = False
-        if "torch" in sys.modules:
-            import torch
-
-            if torch.cuda.is_initialized():
-                torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
         """Of the process, and of the GPU where there is one."""

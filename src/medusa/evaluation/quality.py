@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError
-from medusa.evaluation.methods import prompt_of
+from medusa.evaluation.methods import first_prompt
 from medusa.models.backend import read_on
 
 if TYPE_CHECKING:
@@ -89,8 +89,8 @@ def measure(
     """
     sums: dict[str, dict[str, list[float]]] = {}
     for number, row in enumerate(rows, 1):
-        request = questions[row["question_id"]].turns[0]
-        prompt = lm.encode(prompt_of(lm, [{"role": "user", "content": request}]))
+        question = questions[row["question_id"]]
+        prompt = first_prompt(lm, question)
         for name, answer in row["turns"][0].items():
             ids = answer["token_ids"] or []
             found = sums.setdefault(name, {"nats": [], "tokens": [], "distinct_2": [], "repetition": [], "mark": []})
@@ -99,7 +99,7 @@ def measure(
             found["distinct_2"].append(distinct(ids))
             found["repetition"].append(repetition(ids))
             if client is not None and judge_model is not None:
-                found["mark"].append(judge(client, judge_model, request, answer["text"]))
+                found["mark"].append(judge(client, judge_model, question.turns[0], answer["text"]))
         tell(number, len(rows))
     return {name: _means(found) for name, found in sums.items()}
 

@@ -31,7 +31,7 @@ class Report:
     ) -> None:
         self.methods = list(methods)
         self.settings, self.machine = dict(settings), dict(machine)
-        self.questions = len(rows)
+        self.rows = list(rows)
         self.overall: dict[str, Figures] = {name: figures(rows, name) for name in methods}
         self.by_category: dict[str, dict[str, Figures]] = {
             category: {name: figures(some, name) for name in methods} for category, some in categories(rows).items()
@@ -64,7 +64,7 @@ class Report:
             {
                 **self.summary(),
                 "settings": self.settings,
-                "questions": self.questions,
+                "questions": len(self.rows),
                 "overall": {name: asdict(found) for name, found in self.overall.items()},
                 "categories": {
                     category: {name: asdict(found) for name, found in some.items()}
@@ -126,13 +126,12 @@ class Report:
 
     def acceptance_table(self) -> Cells:
         """How often a draft was right up to each depth, of all steps; and what share of each drafter's nodes was."""
-        depth = min(8, max((len(one.depths) for one in self.overall.values()), default=0))
+        depth = max((len(one.reached) for one in self.overall.values()), default=0)
         cells = [["accepted", *(f"{d} deep" for d in range(1, depth + 1)), "of their nodes"]]
         for name, one in self.overall.items():
-            if not one.depths or not one.tokens_per_step:
+            if not one.reached:
                 continue
-            steps = one.steps or math.nan
-            line = [f"{one.depths[d][1] / steps:.2f}" if d < len(one.depths) else "" for d in range(depth)]
+            line = [f"{share:.2f}" for share in one.reached] + [""] * (depth - len(one.reached))
             cells.append([name, *line, ", ".join(f"{who} {share:.2f}" for who, share in one.accepted.items())])
         return cells
 
@@ -150,7 +149,7 @@ class Report:
         """report.md."""
         machine, settings = self.machine, self.settings
         lines = [
-            f"# {settings.get('model')}: {self.questions} questions",
+            f"# {settings.get('model')}: {len(self.rows)} questions",
             "",
             f"On {machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_GB')} GB"
             + (f", {machine['gpu']}" if machine.get("gpu") else ", no GPU")

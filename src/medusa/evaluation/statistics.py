@@ -21,6 +21,7 @@ from medusa.evaluation.quality import repetition
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+DEEPEST = 8
 
 Answer = dict[str, Any]  # of `Measured.as_json`
 
@@ -46,6 +47,11 @@ class Figures:
     phases: dict[str, float] | None  # milliseconds per step
     depths: tuple[tuple[int, int], ...]  # [d - 1]: steps drafted at least d deep, and accepted so
     drafters: dict[str, tuple[int, int]]  # nodes verified, nodes accepted
+
+    @property
+    def reached(self) -> tuple[float, ...]:
+        """[d - 1]: share of steps that accepted at least d drafted tokens, to the DEEPEST that is shown."""
+        return tuple(right / self.steps for _, right in self.depths[:DEEPEST]) if self.steps else ()
 
     @property
     def accepted(self) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.decoding.draft import MODEL
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.trace import SHARE, Trace, TracedStep
-from medusa.plots import FAINT, INK, new_figure, save, tree_places
+from medusa.plots import FAINT, INK, need_matplotlib, new_figure, save, tree_places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +36,7 @@ def check_picture(path: Path) -> None:
         raise UsageError(f"cannot draw {path}: the name must end in {' or '.join(PICTURES)}")
     if not path.parent.is_dir():
         raise UsageError(f"cannot draw {path}: there is no directory {path.parent}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'")
+    need_matplotlib()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from medusa.models.heads import Heads, HeadsConfig, HeadsState
 from medusa.models.native_backend import NativeBackend
 from medusa.models.native_config import native_config
-from tiny_models import VOCAB, make_model
+from tiny_models import VOCAB, make_model, stirred
 
 pytest.importorskip("medusa_native")
 
@@ -48,12 +48,7 @@ def make_heads(engine: NativeBackend, kind: str) -> Heads:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heads = Heads(config, engine.base_weights(), ids)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            parameter.requires_grad_(False)
-    return heads
+    return stirred(heads, seed=3)
 
 
 def both(

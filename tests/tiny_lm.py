@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from medusa.generation import LanguageModel
 from medusa.models.heads import Heads, HeadsConfig
 from medusa.models.transformers_backend import TransformersBackend
-from tiny_models import TOKENIZER_VOCAB, byte_ids, make_model, make_tokenizer
+from tiny_models import TOKENIZER_VOCAB, byte_ids, make_model, make_tokenizer, stirred
 
 END = 2  # <|end|>
 
@@ -37,12 +37,7 @@ def random_heads(model: PreTrainedModel, **changes: Any) -> Heads:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         heads = Heads(config, backend.base_weights())
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-            parameter.requires_grad_(False)
-    return heads
+    return stirred(heads, seed=5)
 
 
 def make(*, heads: bool = False, **options: Any) -> LanguageModel:

@@ -16,6 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from medusa.models.heads import Heads
+
 VOCAB = 160
 WINDOW = 8  # of sliding attention; shorter than the texts of the tests
 
@@ -124,6 +126,17 @@ def scale_up(model: nn.Module, seed: int) -> None:
             parameter.copy_(noise * 2.0 / parameter.shape[-1] ** 0.5)
         else:
             parameter.add_(0.1 * noise)
+
+
+def stirred(heads: Heads, seed: int) -> Heads:
+    """The same heads, frozen, every weight moved a little: those that training starts from are zero, which would hide
+    mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.requires_grad_(False)
+    return heads
 
 
 @cache

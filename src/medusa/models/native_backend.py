@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 ISA_VARIABLE = "MEDUSA_NATIVE_ISA"
+ADAPTER = "adapter_config.json"
 # Bytes for each weight, roughly: to tell before loading whether there is room.
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.05, "int4": 0.7}
 
@@ -198,6 +199,9 @@ class _Names:
         self._sizes: dict[str, int] = {}
         self.embedding = self._get("model.embed_tokens.weight")
         self.lm_head = self.embedding if config.tied else self._get("lm_head.weight")
+        if config.tied and "lm_head.weight" in tensors and not _same(tensors["lm_head.weight"], self.embedding):
+            # The file is right and the configuration wrong, say transformers and whoever trained the LM head.
+            raise UnsupportedError("tie_word_embeddings is set, but the LM head differs from the embeddings")
         self.final_norm = self._get("model.norm.weight")
         parts = [f"{part}.{kind}" for part, kind in self._parts().values()]
         known = {f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in parts}
@@ -239,31 +243,41 @@ class _Names:
         try:
             tensor = self._tensors[name]
         except KeyError:
-            raise MedusaError(f"the weights are incomplete: {name} is missing") from None
+            raise UnsupportedError(f"the weights are incomplete: {name} is missing") from None
         self._sizes[name] = tensor.numel()
         return tensor
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
+
+
 class Checkpoint(Mapping[str, Tensor]):
-    """The safetensors files of a directory, memory-mapped: a tensor is read when it is asked for.
+    """The safetensors files of a directory, memory-mapped: a tensor is read when it is asked for. As transformers does,
+    it takes model.safetensors where that is there, or else what model.safetensors.index.json lists.
 
     Raises:
-        UnsupportedError: there are none. MedusaError: a file is missing, truncated or not a safetensors file.
+        UnsupportedError: there are none, they come with an adapter, or the index does not say what the files hold.
+        MedusaError: a file is missing, truncated or not a safetensors file.
     """
 
     def __init__(self, directory: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
-        index = directory / "model.safetensors.index.json"
+        if (directory / ADAPTER).is_file():
+            raise UnsupportedError(f"{ADAPTER} lies beside the weights, and the engine applies no adapters")
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+        self._files: dict[str, Any] = {}
         try:
-            if index.is_file():
+            if single.is_file():
+                weight_map = None
+                names = [single.name]
+            elif index.is_file():
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 names = sorted(set(weight_map.values()))
             else:
-                names = ["model.safetensors"]
-                if not (directory / names[0]).is_file():
-                    raise UnsupportedError("the checkpoint is not in safetensors files")
-            self._files: dict[str, Any] = {}
+                raise UnsupportedError("the checkpoint is not in safetensors files")
+            held: list[tuple[str, str]] = []
             for name in names:
                 path = directory / name
                 if not path.is_file():
@@ -271,10 +285,15 @@ class Checkpoint(Mapping[str, Tensor]):
                 # The library's handle is for a `with`, which would unmap the file: it lives as long as this object.
                 file: Any = safe_open(path, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
                 self._files |= dict.fromkeys(file.keys(), file)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                held += [(tensor, name) for tensor in file.keys()]  # noqa: SIM118  # it is no mapping
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MedusaError(
                 f"a weights file in {directory} is damaged or cut short ({error}): get the file again"
             ) from None
+        if weight_map is not None and (other := sorted(set(held) ^ set(weight_map.items()))):
+            tensor, name = other[0]
+            where = "which its index does not list" if (tensor, name) in held else "says its index, but it is missing"
+            raise UnsupportedError(f"{name} holds {tensor}, {where}")
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)

@@ -1,32 +1,155 @@
-"""A Hugging Face configuration -> what the native engine is told, or the reason why it cannot run the model."""
+"""A Hugging Face configuration -> what the native engine is told, or the reason why it cannot run the model.
+
+The engine is taken only for what it knows whole: a field that is not named here, or a value that is not understood, is
+an `UnsupportedError`, and transformers runs the model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from medusa.errors import MedusaError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-# What `native_config` reads, and what only some families have: a configuration file that says all of it needs no
-# defaults of transformers.
-_SETTINGS = {
-    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings", "num_hidden_layers",
-    "rope_parameters", "architectures", "eos_token_id",
+# Kinds of rotary embedding whose frequencies do not follow the length of the text, and what each may be told.
+_ROTARY: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
 }  # fmt: skip
-_FAMILY_SETTINGS = {
-    "llama": {"attention_bias", "mlp_bias"},
-    "mistral": {"sliding_window"},
-    "qwen2": {"layer_types", "sliding_window"},
-    "qwen3": {"layer_types", "sliding_window", "attention_bias"},
-    "smollm3": {"layer_types", "no_rope_layers", "sliding_window", "attention_bias", "mlp_bias"},
-}
-# Kinds of rotary embedding whose frequencies do not follow the length of the text.
-_ROTARY = ("default", "linear", "llama3", "yarn")
 _GATES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+# --- what a configuration may hold ------------------------------------------------------------------------------------
+# A field not named here, or of a value not understood, might change the numbers: such a model is left to transformers.
+
+Understood = Callable[[Any], bool]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value > 0
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or _is_int(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    return _is_token(value) or (isinstance(value, list) and all(map(_is_int, value)))
+
+
+def _is_dtype(value: Any) -> bool:
+    return value is None or str(value).removeprefix("torch.") in ("float32", "float16", "bfloat16")
+
+
+def _is_list_of(kind: Understood) -> Understood:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _one_of(*values: Any) -> Understood:
+    return lambda value: any(value is known or (type(value) is type(known) and value == known) for known in values)
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+# Read by `native_config`, in every family. A file that says all of it needs no defaults of transformers.
+_READ: dict[str, Understood] = {
+    "model_type": _one_of(*FAMILIES),
+    "hidden_size": _is_count,
+    "num_attention_heads": _is_count,
+    "num_key_value_heads": _is_count,
+    "intermediate_size": _is_count,
+    "vocab_size": _is_count,
+    "max_position_embeddings": _is_count,
+    "num_hidden_layers": _is_count,
+    "rms_norm_eps": lambda value: isinstance(value, float) and 0 < value < 1,
+    "hidden_act": _one_of(*_GATES),
+    "tie_word_embeddings": _is_bool,
+    "rope_parameters": lambda value: isinstance(value, dict),
+    "architectures": lambda value: value is None or (bool(value) and _is_list_of(_is_text)(value)),
+    "eos_token_id": _is_tokens,
+    "pad_token_id": _is_token,
+}
+# Read too, in these families; what stands in brackets may be absent from a file.
+_WINDOWS: dict[str, Understood] = {
+    "layer_types": _is_list_of(_is_text),
+    "sliding_window": lambda value: value is None or _is_count(value),
+}
+_BIASES: dict[str, Understood] = {"attention_bias": _is_bool, "mlp_bias": _is_bool}
+_FAMILY: dict[str, dict[str, Understood]] = {
+    "llama": _BIASES,
+    "mistral": {"sliding_window": _WINDOWS["sliding_window"]},
+    "qwen2": _WINDOWS,
+    "qwen3": {**_WINDOWS, "attention_bias": _is_bool, "head_dim": _is_count},
+    "smollm3": {**_WINDOWS, **_BIASES, "no_rope_layers": _is_list_of(_one_of(0, 1))},
+}
+# Not read, and of no effect on the numbers of a pass.
+_HARMLESS: dict[str, Understood] = {
+    "head_dim": _is_count,  # read, but a family may do without
+    "bos_token_id": _is_token,
+    "unk_token_id": _is_token,
+    "initializer_range": lambda value: isinstance(value, float) and 0 <= value <= 1,
+    "attention_dropout": _is_number,
+    "use_cache": _is_bool,
+    "pretraining_tp": _one_of(1),
+    "dtype": _is_dtype,
+    "torch_dtype": _is_dtype,
+    "transformers_version": _is_text,
+    "_name_or_path": _is_text,
+    "_model_name_or_path": _is_text,
+    "use_sliding_window": _is_bool,  # layer_types say the same, layer by layer
+    "max_window_layers": _is_int,
+    "no_rope_layer_interval": _is_int,
+    # Notes that exporters leave.
+    "transformers.js_config": _anything,
+    "is_llama_config": _one_of(True),
+    "rope_interleaved": _one_of(False),
+    "use_mrope": _one_of(False),
+    "unsloth_fixed": _is_bool,
+    "unsloth_version": _is_text,
+}
+# What transformers' own object holds besides.
+_RESOLVED: dict[str, Understood] = {
+    "pretraining_tp": _anything,  # of no effect since transformers 5
+    "transformers_version": _anything,
+    "id2label": _anything,
+    "label2id": _anything,
+    "problem_type": _anything,
+    "output_attentions": _one_of(None, True, False),
+    "output_hidden_states": _one_of(None, True, False),
+    "return_dict": _one_of(None, True, False),
+    "is_encoder_decoder": _one_of(False),
+    "chunk_size_feed_forward": _one_of(0),
+    "attention_dropout": _anything,
+    "initializer_range": _anything,
+    "use_cache": _anything,
+    "auto_map": _anything,  # code beside the weights, which is never run
+    "quantization_config": _one_of(None),
+}
 
 
 class UnsupportedError(MedusaError):
@@ -61,19 +184,35 @@ class NativeConfig:
 
 
 def is_complete(data: Mapping[str, Any]) -> bool:
-    """Whether a config.json says by itself all that `native_config` reads; transformers takes a second to start."""
-    extra = _FAMILY_SETTINGS.get(str(data.get("model_type")))
-    if extra is None or not data.keys() >= _SETTINGS | extra:
+    """Whether a config.json says by itself, in words known here, all that `native_config` reads: transformers, which
+    fills in defaults and reads older spellings, takes a second to start."""
+    family = _FAMILY.get(data["model_type"]) if isinstance(data.get("model_type"), str) else None
+    if family is None:
+        return False
+    needed = {**_READ, **family}
+    known = {**_HARMLESS, **needed}
+    if not needed.keys() <= data.keys() <= known.keys():
+        return False
+    if not all(known[name](value) for name, value in data.items()):
         return False
     rope = data["rope_parameters"]
-    return isinstance(rope, dict) and rope.get("rope_type") == "default" and "rope_theta" in rope
+    layers = data["num_hidden_layers"]
+    return (
+        rope.keys() == {"rope_type", "rope_theta"}
+        and rope["rope_type"] == "default"
+        and _is_theta(rope["rope_theta"])
+        and data["hidden_size"] % data["num_attention_heads"] == 0
+        # transformers turns windows on and off by several fields together
+        and all(kind == "full_attention" for kind in data.get("layer_types", ()))
+        and len(data.get("layer_types", range(layers))) == layers == len(data.get("no_rope_layers", range(layers)))
+    )
 
 
 def native_config(config: Any) -> NativeConfig:
-    """Reads the configuration of a model: a PreTrainedConfig, or anything with its attributes.
+    """Reads the configuration of a model: a PreTrainedConfig, or a namespace of a file that `is_complete`.
 
     Raises:
-        UnsupportedError: another family, or a setting that the engine does not know.
+        UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand.
     """
     kind: str = config.model_type
     if kind not in FAMILIES:
@@ -81,27 +220,31 @@ def native_config(config: Any) -> NativeConfig:
     c = config
     if getattr(c, "quantization_config", None):
         raise UnsupportedError("the checkpoint is quantised")
-    gate = _GATES.get(c.hidden_act)
-    if gate is None:
+    if not _READ["hidden_act"](c.hidden_act):
         raise UnsupportedError(f"it does not know the activation {c.hidden_act}")
-    rope = dict(getattr(c, "rope_parameters", None) or {})
-    rotary = rope.get("rope_type", "default")
-    if rotary not in _ROTARY:
-        raise UnsupportedError(f"it does not know rotary embeddings of the kind {rotary}")
+    _check_fields(c.to_dict() if hasattr(c, "to_dict") else vars(c), kind)
+    rope = dict(c.rope_parameters)
+    rotary = _check_rope(rope)
+    if c.pad_token_id is not None and c.pad_token_id >= c.vocab_size:  # torch makes no such embeddings
+        raise UnsupportedError(f"its pad_token_id {c.pad_token_id} is outside the vocabulary of {c.vocab_size}")
     head_dim: int = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if head_dim % 2 or c.num_attention_heads % c.num_key_value_heads:
+        raise UnsupportedError(
+            f"it does not know {c.num_attention_heads} heads of {head_dim} numbers, {c.num_key_value_heads} of keys"
+        )
     frequencies, scale = _frequencies(config, rotary, rope, head_dim)
     biased = kind == "qwen2" or bool(getattr(c, "attention_bias", False))
     return NativeConfig(
         hidden_size=c.hidden_size,
         heads=c.num_attention_heads,
-        kv_heads=getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
         head_dim=head_dim,
         intermediate_size=c.intermediate_size,
         vocab_size=c.vocab_size,
         context=c.max_position_embeddings,
         epsilon=c.rms_norm_eps,
-        gate=gate,
-        tied=bool(c.tie_word_embeddings),
+        gate=_GATES[c.hidden_act],
+        tied=c.tie_word_embeddings,
         qk_norm=kind == "qwen3",
         attention_bias=biased,
         output_bias=biased and kind != "qwen2",
@@ -110,6 +253,38 @@ def native_config(config: Any) -> NativeConfig:
         rotary_scale=scale,
         layers=_layers(c, kind),
     )
+
+
+def _check_fields(fields: Mapping[str, Any], kind: str) -> None:
+    """Raises UnsupportedError for the first field that is not known, or whose value is not."""
+    known = {**_HARMLESS, **_RESOLVED, **_READ, **_FAMILY[kind]}
+    for name, value in fields.items():
+        if name not in known:
+            raise UnsupportedError(f"its configuration holds {name}, which the engine does not know")
+        if not known[name](value):
+            raise UnsupportedError(f"it does not know the {name} {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _is_theta(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _check_rope(rope: dict[str, Any]) -> str:
+    """The kind of rotary embedding. Raises UnsupportedError: it is not known, or is told more than belongs to it."""
+    kind = rope.get("rope_type")
+    if not isinstance(kind, str) or kind not in _ROTARY:
+        raise UnsupportedError(f"it does not know rotary embeddings of the kind {_short(kind)}")
+    known = {"rope_type", "type", "rope_theta"} | _ROTARY[kind]
+    if other := sorted(map(str, rope.keys() - known)):
+        raise UnsupportedError(f"it does not know {other[0]} of rotary embeddings of the kind {kind}")
+    if rope.get("type", kind) != kind or not _is_theta(rope.get("rope_theta")):
+        raise UnsupportedError(f"it does not understand the rotary embeddings {_short(rope)}")
+    return kind
 
 
 def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) -> tuple[tuple[float, ...], float]:
@@ -121,20 +296,28 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
         return tuple((1.0 / (rope["rope_theta"] ** exponents)).tolist()), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-    return tuple(frequencies.tolist()), float(scale)
+    try:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        found = tuple(frequencies.tolist()), float(scale)
+    except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError):
+        found = (), math.nan
+    if len(found[0]) != head_dim // 2 or not all(map(math.isfinite, (*found[0], found[1]))):
+        raise UnsupportedError(f"it does not understand the rotary embeddings {_short(rope)}")
+    return found
 
 
 def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
-    """For each layer, whether it rotates and its window. What transformers ignores in a family is ignored here, too."""
+    """For each layer, whether it rotates and its window."""
     count: int = c.num_hidden_layers
-    window: int = 0 if kind == "llama" else getattr(c, "sliding_window", None) or 0
-    kinds = ["sliding_attention" if window else "full_attention"] * count
-    if kind in ("qwen2", "qwen3", "smollm3"):
-        kinds = getattr(c, "layer_types", None) or ["full_attention"] * count
+    window: int | None = getattr(c, "sliding_window", None)
+    kinds = getattr(c, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * count
     if other := set(kinds) - {"full_attention", "sliding_attention"}:
         raise UnsupportedError(f"it does not know attention of the kind {', '.join(sorted(other))}")
     rotates = (getattr(c, "no_rope_layers", None) if kind == "smollm3" else None) or [1] * count  # 1: it does rotate
+    if not len(kinds) == len(rotates) == count:
+        raise UnsupportedError(f"it has {count} layers, but tells of {len(kinds)} and {len(rotates)}")
+    if "sliding_attention" in kinds and not window:
+        raise UnsupportedError("it has layers of sliding attention, but no sliding_window")
     return tuple(
-        (bool(turn), window if of == "sliding_attention" else 0) for turn, of in zip(rotates, kinds, strict=True)
+        (bool(turn), (window or 0) if of == "sliding_attention" else 0) for turn, of in zip(rotates, kinds, strict=True)
     )

@@ -240,7 +240,9 @@ def local_directory(source: ModelSource) -> Path:
     with _explained(source, "the model"):
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+        patterns = [
+            "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+        ]  # fmt: skip
         options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": ["consolidated*", "original/*"]}
         return Path(snapshot_download(source.location, **options, **_hub_options(source)))
 

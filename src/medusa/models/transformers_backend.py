@@ -113,7 +113,7 @@ class TransformersBackend:
                 model.set_attn_implementation("eager")
         self._compiled = compile
         if self_check:
-            check_tree_attention(self)
+            _check_or_refuse(self)
         if compile:
             compile_layers(model, self._cache)
 
@@ -232,6 +232,11 @@ class _MaskMaker:
             kinds = {"sliding_attention"} if self.window else {"full_attention"}
         if "sliding_attention" not in kinds:
             self.window = None
+        elif not self.window:
+            raise MedusaError(
+                f"the configuration of this {config.model_type} model has layers of sliding attention, but no "
+                "sliding_window: mend its config.json"
+            )
         self.kinds = kinds
 
     def make(
@@ -301,8 +306,25 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
         raise MedusaError(f"{name} has no LM head: load it as a causal language model")
 
 
+def _check_or_refuse(backend: TransformersBackend) -> None:
+    """The self-check. Whatever goes wrong in it, but for want of memory, is a refusal."""
+    try:
+        check_tree_attention(backend)
+    except (MedusaError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (
+        Exception
+    ) as error:  # each model has its own way to fail on masks, positions or a cache that it does not know
+        if "allocate memory" in str(error):  # torch has no type of its own for this on the CPU
+            raise
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        name = type(backend.model).__name__
+        raise SelfCheckError(f"{name} cannot verify a tree: its self-check failed ({said})") from error
+
+
 def check_tree_attention(backend: TransformersBackend) -> None:
-    """Compares a small tree in one pass with each of its paths run alone, without cache, by the model itself.
+    """Compares a small tree in one pass with each of its paths run alone, without cache, by the model itself. Windows
+    of attention are narrowed meanwhile, so that they show in so short a text.
 
     Raises:
         SelfCheckError: they differ by more than rounding, so decoding would not be lossless.
@@ -314,21 +336,39 @@ def check_tree_attention(backend: TransformersBackend) -> None:
         backend.max_length,
         len(prompt) + len(draft.tokens),
     )  # the probe is longer than some limits
-    try:
-        backend.prefill(0, prompt)
-        logits, _ = backend.verify([0], [draft])
-    finally:
-        backend.max_length = limit
     worst = 0.0
-    for path in ((0, 2), (0, 1, 3), (0, 1, 4, 5)):
-        ids = torch.tensor([[*prompt, *(draft.tokens[i] for i in path)]], device=backend._device)
-        with torch.inference_mode():
-            alone = backend.model(input_ids=ids, use_cache=False).logits[0, len(prompt) :].float()
-        tree = logits[0, list(path)].float().to(alone.device)
-        worst = max(worst, float((tree - alone).abs().max() / alone.std().clamp_min(1e-6)))
+    with _narrow_window(backend):
+        try:
+            backend.prefill(0, prompt)
+            logits, _ = backend.verify([0], [draft])
+        finally:
+            backend.max_length = limit
+        for path in ((0, 2), (0, 1, 3), (0, 1, 4, 5)):
+            ids = torch.tensor([[*prompt, *(draft.tokens[i] for i in path)]], device=backend._device)
+            with torch.inference_mode():
+                alone = backend.model(input_ids=ids, use_cache=False).logits[0, len(prompt) :].float()
+            tree = logits[0, list(path)].float().to(alone.device)
+            worst = max(worst, float((tree - alone).abs().max() / alone.std().clamp_min(1e-6)))
     backend.release(0)
     if not worst < (1e-2 if backend.model.dtype == torch.float32 else 0.5):
+        windows = " or the sliding_window of its configuration" if backend._masks.window else ""
         raise SelfCheckError(
-            f"{type(backend.model).__name__} does not honour tree attention (logits differ by {worst:.2g} standard "
-            "deviations): it cannot be decoded losslessly with Medusa"
+            f"{type(backend.model).__name__} does not honour tree attention{windows} (logits differ by {worst:.2g} "
+            "standard deviations): it cannot be decoded losslessly with Medusa"
         )
+
+
+@contextlib.contextmanager
+def _narrow_window(backend: TransformersBackend) -> Iterator[None]:
+    """Windows of 4 positions, for us and for the model, where there are any. A model whose class takes no note of the
+    setting then differs: what transformers writes with such a one depends on its cache, so there is no right text."""
+    masks, config = backend._masks, backend.model.config.get_text_config()
+    window = masks.window
+    if not window:
+        yield
+        return
+    masks.window = config.sliding_window = min(window, 4)
+    try:
+        yield
+    finally:
+        masks.window = config.sliding_window = window

@@ -207,6 +207,8 @@ COUNT = torch.arange(SIZE)[None]
         ("past_key_values", {"past_key_values": transformers.DynamicCache}),
         ("position_ids", {"position_ids": COUNT + 5}),
         ("position_ids", {"position_ids": COUNT * 2}),
+        ("position_ids", {"position_ids": COUNT[..., :-1]}),
+        ("logits_to_keep", {"logits_to_keep": torch.tensor([3])}),
         ("attention_mask", {"attention_mask": HOLE}),
         ("attention_mask", {"attention_mask": RIGHT}),
         ("attention_mask", {"attention_mask": HOLE * 2}),

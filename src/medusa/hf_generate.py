@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +109,7 @@ class _CustomGenerate:
         stop_strings: str | list[str] | None = None,
         **inputs: Any,
     ) -> Tensor:
-        frame = inspect.currentframe()
-        arguments = withheld(self, frame and frame.f_back)
+        arguments = withheld(self)
         for name in ("streamer", "tokenizer", "synced_gpus"):  # should a later transformers hand them on
             if (value := inputs.pop(name, None)) is not None:
                 arguments[name] = value

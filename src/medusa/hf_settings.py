@@ -7,10 +7,11 @@ refused by name, so that a setting never goes unheard.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, MethodType
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import UsageError
@@ -75,7 +76,7 @@ def check_config(config: GenerationConfig) -> None:
 
 # --- what the model would be given ------------------------------------------------------------------------------------
 
-_HARMLESS_INPUTS = {"use_cache", "logits_to_keep", "output_attentions", "output_hidden_states"}
+_HARMLESS_INPUTS = {"use_cache", "output_attentions", "output_hidden_states"}
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -101,6 +102,7 @@ def read_prompts(input_ids: Tensor, inputs: Mapping[str, Any]) -> list[list[int]
     mask, positions, cache = (inputs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
     for name, value in inputs.items():
         known = name in ("attention_mask", "position_ids", "past_key_values") or name in _HARMLESS_INPUTS
+        known = known or (name == "logits_to_keep" and isinstance(value, int))  # a tensor could leave out the last
         if not known and value is not None:
             raise refuse(name)
     if cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0):
@@ -113,8 +115,8 @@ def read_prompts(input_ids: Tensor, inputs: Mapping[str, Any]) -> list[list[int]
     if bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise UsageError("attention_mask hides tokens after the first: Medusa decoding wants padding on the left only")
     if positions is not None:
-        wanted = mask.long().cumsum(-1) - 1
-        if positions.ndim != 2 or positions.shape[1] != input_ids.shape[1]:
+        wanted = mask.long().cumsum(-1) - 1  # [B, T]; vision models have several planes [P, B, T], alike for text
+        if positions.ndim < 2 or positions.shape[-1] != len(mask[0]) or positions.shape[-2] not in (1, len(mask)):
             raise refuse("position_ids of this shape")
         if bool(((positions.to(mask.device) != wanted) & (mask == 1)).any()):
             raise refuse("position_ids that do not count up from 0")
@@ -226,8 +228,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise refuse(name)
 
 
-def withheld(function: Callable[..., Any], frame: FrameType | None) -> dict[str, Any]:
-    """Arguments of `generate` that it keeps from `function`, its `custom_generate`, which it has called from `frame`.
+def withheld(function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments of `generate` that it keeps from `function`, its `custom_generate`; to be called by that directly.
 
     transformers (5.23) hands a callable neither the streamer nor the tokenizer, and without the first its reader would
     wait for ever. So they are looked up where they are: in the arguments of `generate`, and for the tokenizer, which
@@ -236,6 +238,9 @@ def withheld(function: Callable[..., Any], frame: FrameType | None) -> dict[str,
     would keep their variables alive.
     """
     found: dict[str, Any] = {}
+    frame = inspect.currentframe()
+    for _ in range(2):  # over this function and its caller
+        frame = frame and frame.f_back
     while frame is not None and not {"custom_generate", "kwargs"}.isdisjoint(frame.f_code.co_varnames):
         variables = frame.f_locals
         for given in (variables, variables.get("kwargs")):

@@ -225,7 +225,7 @@ def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Pa
         model.dtype,
         model.device,
         model.training,  # dropout fails the self-check
-        model.config._attn_implementation,
+        getattr(model.config, "_attn_implementation", None),
         tuple(type(module) for module in model.modules()),  # adapters are layers
     )
     if heads is None:

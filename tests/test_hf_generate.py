@@ -13,7 +13,15 @@ import medusa
 from medusa.errors import MedusaError, UsageError
 from medusa.models.heads import Heads, HeadsConfig, save_heads
 from medusa.models.transformers_backend import TransformersBackend
-from tiny_models import FAMILIES, agrees, plain_logits, shared_model
+from tiny_lm import writer
+from tiny_models import (
+    FAMILIES,
+    agrees,
+    byte_ids,
+    make_tokenizer,
+    plain_logits,
+    shared_model,
+)
 
 
 def prompts(rows: int, size: int = 12) -> dict[str, torch.Tensor]:
@@ -182,3 +190,157 @@ def test_a_bad_setting_of_medusa_is_a_usage_error() -> None:
             shared_model("llama").generate(
                 **prompts(1), max_new_tokens=5, do_sample=False, pad_token_id=0, custom_generate=decode
             )
+
+
+# --- streamers --------------------------------------------------------------------------------------------------------
+
+
+class Recorder(transformers.generation.streamers.BaseStreamer):
+    """Every call, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[object] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls.append(value.tolist())
+
+    def end(self) -> None:
+        self.calls.append("end")
+
+
+@pytest.mark.parametrize("place", ["generate", "custom_generate"])
+def test_a_streamer_is_given_what_generate_gives_it(place: str) -> None:
+    model, ids = shared_model("llama"), prompts(1)["input_ids"]
+    options: dict[str, Any] = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False}
+    expected, found = Recorder(), Recorder()
+    model.generate(ids, **options, streamer=expected)
+    if place == "generate":
+        model.generate(ids, **options, streamer=found, custom_generate=medusa.custom_generate())
+    else:
+        model.generate(ids, **options, custom_generate=medusa.custom_generate(streamer=found))
+    assert found.calls == expected.calls
+    assert len(expected.calls) == 1 + 12 + 1
+
+
+def test_a_text_iterator_gives_the_text_of_generate_and_ends() -> None:
+    model, tokenizer = writer(), make_tokenizer()
+    ids = torch.tensor([byte_ids(b"Once upon")])
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    pieces = []
+    for decode in (None, medusa.custom_generate()):
+        # With a time limit, so that a reader who would wait for ever is an error.
+        streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=0.01)
+        model.generate(ids, **options, streamer=streamer, custom_generate=decode)
+        pieces.append(list(streamer))
+    assert pieces[1] == pieces[0]
+    assert len("".join(pieces[0])) > 10
+
+
+def test_a_streamer_given_by_position_is_found() -> None:
+    found = Recorder()
+    config = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0)
+    decode = medusa.custom_generate()
+    shared_model().generate(
+        prompts(1)["input_ids"], config, None, None, None, None, None, found, custom_generate=decode
+    )
+    assert len(found.calls) == 1 + 3 + 1
+
+
+@pytest.mark.parametrize("place", ["generate", "custom_generate"])
+def test_after_an_error_the_streamer_is_ended(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(streamer: Recorder, **options: Any) -> None:
+        given = {"streamer": streamer}
+        inner, outer = (given, {}) if place == "custom_generate" else ({}, given)
+        decode = medusa.custom_generate(**inner)
+        ids = prompts(1)["input_ids"]
+        shared_model().generate(ids, pad_token_id=0, max_new_tokens=12, **options, **outer, custom_generate=decode)
+
+    streamer = Recorder()
+    with pytest.raises(UsageError, match="no_repeat_ngram_size"):
+        generate(streamer, no_repeat_ngram_size=2)
+    assert streamer.calls[-1] == "end"
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("the machine is on fire")
+
+    monkeypatch.setattr("medusa.decoding.loop.Decoder.step", broken)
+    streamer = Recorder()
+    with pytest.raises(RuntimeError, match="fire"):
+        generate(streamer)
+    assert len(streamer.calls) == 3, "the prompt, the first token, the end"
+    assert streamer.calls[-1] == "end"
+
+
+def test_a_streamer_for_a_batch_or_two_streamers_are_refused_and_ended() -> None:
+    first, second = Recorder(), Recorder()
+    options: dict[str, Any] = {"pad_token_id": 0, "max_new_tokens": 5, "streamer": first}
+    with pytest.raises(UsageError, match=r"a streamer takes one text, not 2"):
+        shared_model().generate(**prompts(2), **options, custom_generate=medusa.custom_generate())
+    with pytest.raises(UsageError, match="two streamers"):
+        shared_model().generate(**prompts(1), **options, custom_generate=medusa.custom_generate(streamer=second))
+    assert first.calls.count("end") == 2
+    assert second.calls == ["end"]
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+def written(rows: list[bytes]) -> tuple[dict[str, Any], list[str]]:
+    """Left-padded prompts for the writer, and what it writes after each."""
+    longest = max(map(len, rows))
+    ids = [[0] * (longest - len(row)) + byte_ids(row) for row in rows]
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(ids).ne(0).long()}
+    out = writer().generate(**inputs, max_new_tokens=24, do_sample=False)
+    return inputs, make_tokenizer().batch_decode(out[:, longest:])
+
+
+def stopped(inputs: dict[str, Any], decode: Any, **options: Any) -> torch.Tensor:
+    settings = {"max_new_tokens": 24, "do_sample": False, "tokenizer": make_tokenizer(), **options}
+    out = writer().generate(**inputs, **settings, custom_generate=decode)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@pytest.mark.parametrize("rows", [[b"Once upon"], [b"Once upon", b"a time", b"!"]])
+@pytest.mark.parametrize("ends", [None, 2])
+def test_stop_strings_give_the_ids_of_generate(rows: list[bytes], ends: int | None) -> None:
+    inputs, texts = written(rows)
+    for stops in ([texts[0][3:6]], texts[-1][7:10], [texts[0][3:5], texts[-1][9:12]], ["not there"]):
+        options = {"stop_strings": stops, "eos_token_id": ends}
+        expected = stopped(inputs, None, **options)
+        assert torch.equal(stopped(inputs, medusa.custom_generate(), **options), expected)
+        if stops != ["not there"] and len(rows) == 1:
+            assert expected.shape[1] < inputs["input_ids"].shape[1] + 24, "the text was stopped"
+
+
+def test_a_stop_string_that_begins_in_the_prompt_stops_as_in_generate() -> None:
+    inputs, texts = written([b"Once upon"])
+    options = {"stop_strings": ["n" + texts[0][:1]]}
+    expected = stopped(inputs, None, **options)
+    assert torch.equal(stopped(inputs, medusa.custom_generate(), **options), expected)
+    assert expected.shape[1] == len("Once upon") + 1
+
+
+def test_stop_strings_stop_a_stream_too() -> None:
+    inputs, texts = written([b"Once upon"])
+    expected, found = Recorder(), Recorder()
+    options = {"stop_strings": [texts[0][3:6]]}
+    stopped(inputs, None, streamer=expected, **options)
+    stopped(inputs, medusa.custom_generate(), streamer=found, **options)
+    assert found.calls == expected.calls
+
+
+def test_other_ways_to_give_stop_strings() -> None:
+    inputs, texts = written([b"Once upon"])
+    stops = [texts[0][3:6]]
+    expected = stopped(inputs, None, stop_strings=stops)
+    decode = medusa.custom_generate(tokenizer=make_tokenizer())
+    assert torch.equal(stopped(inputs, decode, stop_strings=stops, tokenizer=None), expected)
+    criterion = transformers.StopStringCriteria(make_tokenizer(), stops)
+    criteria = transformers.StoppingCriteriaList([criterion])
+    assert torch.equal(stopped(inputs, medusa.custom_generate(), stopping_criteria=criteria, tokenizer=None), expected)
+    with pytest.raises(UsageError, match="stop_strings need the model's tokenizer"):
+        stopped(inputs, medusa.custom_generate(), stop_strings=stops, tokenizer=None)
+    for bad in ([], "", ["a", ""]):
+        with pytest.raises(UsageError, match="stop_strings must"):
+            stopped(inputs, medusa.custom_generate(), stop_strings=bad)

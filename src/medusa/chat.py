@@ -6,23 +6,23 @@ line) leaves the answers alone on stdout.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from medusa.errors import MedusaError, UsageError
+from medusa.chat_history import Message, is_text, load_history, save_history
+from medusa.errors import ContextFullError, MedusaError, UsageError
 
 if TYPE_CHECKING:
     from medusa.generation import Chunk, LanguageModel, Stats
 
 HELP = """\
 /reset         forget the conversation (the system prompt stays)
+/drop          forget the oldest turn, or as many as make room for a question that did not fit, and answer it
 /regen         answer the last question again
 /save FILE     write the conversation as JSON
 /load FILE     continue a saved conversation
@@ -33,6 +33,7 @@ HELP = """\
 //TEXT         say something that begins with a slash
 Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
+FREE = 0.25  # of the context, for the answer, where /drop makes room
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -161,74 +162,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 OUT_OF_MEMORY = "not enough memory; take a smaller --model, a shorter prompt or fewer --max-new-tokens"
 
 
-# --- history ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a conversation. `interrupted` marks an answer that Ctrl-C cut short."""
-
-    role: str  # "user" or "assistant"; the system prompt is kept beside the history
-    content: str
-    interrupted: bool = False
-
-
-def save_history(path: Path, system: str | None, history: Iterable[Message]) -> None:
-    """Write a conversation as JSON; the file is complete or untouched. Raises OSError."""
-    messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
-    for message in history:
-        marked = {"interrupted": True} if message.interrupted else {}
-        messages.append({"role": message.role, "content": message.content, **marked})
-    # Through symbolic links, so that the rename replaces the file and not the link to it.
-    path = Path(os.path.realpath(path))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"messages": messages}, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink()
-        raise
-
-
-def load_history(path: Path) -> tuple[str | None, list[Message]]:
-    """Read what `save_history` wrote: (system prompt, history). Raises OSError; UsageError when malformed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise UsageError(f"{path} is not a saved conversation: it is not JSON") from None
-    items = content.get("messages") if isinstance(content, dict) else None
-    if not isinstance(items, list):
-        raise UsageError(f'{path} is not a saved conversation: it has no list of "messages"')
-    messages = [_read_message(path, item) for item in items]
-    system = messages.pop(0).content if messages and messages[0].role == "system" else None
-    turns = [message.role for message in messages]
-    if turns != ["user", "assistant"] * (len(turns) // 2):
-        raise UsageError(f"{path} is not a saved conversation: questions and answers must alternate")
-    return system, messages
-
-
-def _read_message(path: Path, item: object) -> Message:
-    if isinstance(item, dict):
-        role, content, interrupted = item.get("role"), item.get("content"), item.get("interrupted", False)
-        if (
-            isinstance(role, str)
-            and role in ("system", "user", "assistant")
-            and isinstance(content, str)
-            and _is_text(content)
-            and isinstance(interrupted, bool)
-        ):
-            return Message(role, content, interrupted)
-    raise UsageError(f"{path} is not a saved conversation: a message needs a role and a content")
-
-
-def _is_text(text: str) -> bool:
-    """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
-    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 # --- the loop -----------------------------------------------------------------------------------------------
 
 
@@ -251,8 +184,10 @@ class Chat:
         self.answered: list[Stats] = []  # one entry an answer, since the start or the last /reset
         self.failed = False  # an answer or a command went wrong
         self._attempt = 0  # how often the last question was asked again
+        self._waiting: str | None = None  # a question that did not fit into the context
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
+            "/drop": self._drop,
             "/regen": self._regen,
             "/save": self._save,
             "/load": self._load,
@@ -318,13 +253,18 @@ class Chat:
 
     def say(self, text: str) -> None:
         """Put one user turn to the model and stream the answer; a turn that cannot be answered is dropped."""
-        if not _is_text(text):
+        if not is_text(text):
             self._fail("the input is not UTF-8 text")
             return
+        self._waiting = None
         self.history.append(Message("user", text))
         answer = None
         try:
             answer = self._answer()
+        except ContextFullError as error:
+            if len(self.history) > 1:
+                self._waiting = text
+            self._context_full(error)
         finally:
             if answer is None:
                 self.history.pop()
@@ -334,11 +274,16 @@ class Chat:
 
     def messages(self) -> list[dict[str, str]]:
         """Return the conversation as the chat template takes it."""
+        return self._messages(self.history)
+
+    def _messages(self, history: Iterable[Message]) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return system + [{"role": message.role, "content": message.content} for message in self.history]
+        return system + [{"role": message.role, "content": message.content} for message in history]
 
     def _answer(self, **changed: Any) -> Message | None:
-        """Stream an answer to the history; None, after saying why, when there is nothing to keep."""
+        """Stream an answer to the history; None, after saying why, when there is nothing to keep.
+
+        Raises ContextFullError, with nothing said."""
         shown = False
 
         def show(chunk: Chunk) -> None:
@@ -348,6 +293,8 @@ class Chat:
 
         try:
             answer = collect(self.lm.stream(self.messages(), **{**self.settings, **changed}), show)
+        except ContextFullError:
+            raise
         except (MedusaError, MemoryError, RuntimeError) as error:
             if not isinstance(error, MedusaError) and not is_out_of_memory(error):
                 raise
@@ -365,16 +312,63 @@ class Chat:
         if interrupted:
             notice("Interrupted; what was said so far stays in the conversation.")
         elif answer.finish_reason == "length":
-            notice("The answer reached its limit of tokens (--max-new-tokens).")
+            limit, said = self.settings.get("max_new_tokens"), len(answer.token_ids)
+            if limit is None or said >= limit:
+                notice("The answer reached its limit of tokens (--max-new-tokens).")
+            else:
+                notice("The answer filled the context: /drop forgets the oldest turn, /reset all.")
         return Message("assistant", answer.text, interrupted)
 
     def _fail(self, message: str) -> None:
         self.failed = True
         print(f"Error: {message}", file=sys.stderr, flush=True)
 
+    def _context_full(self, error: ContextFullError) -> None:
+        if len(self.history) == 1:  # the question alone
+            self._fail(str(error))
+            return
+        self._fail(
+            f"the conversation has {error.tokens} tokens and the context holds {error.context}: /drop forgets the "
+            "oldest turns to make room and answers, /reset forgets all"
+        )
+
     # commands: each takes the text after its name
 
+    def _drop(self, _: str) -> None:
+        if not self.history:
+            self._fail("there is no turn to forget")
+            return
+        question, turns = self._waiting, 1
+        if question is not None:
+            try:
+                turns = self._turns_too_many(question)
+            except MedusaError as error:
+                self._fail(str(error))
+                return
+        del self.history[: 2 * turns]
+        if turns:
+            notice(f"Forgot the oldest {count(turns, 'turn')}; {count(len(self.history) // 2, 'turn')} left.")
+        if question is not None:
+            self.say(question)
+
+    def _turns_too_many(self, question: str) -> int:
+        """How many of the oldest turns must go for `question` to fit, and an answer of a quarter of the context.
+
+        Raises ContextFullError when the question does not fit even alone."""
+        context = self.lm.backend.max_length
+        fitting = None
+        for turns in range(len(self.history) // 2 + 1):
+            tokens = len(self.lm.encode(self._messages([*self.history[2 * turns :], Message("user", question)])))
+            if tokens <= (1 - FREE) * context:
+                return turns
+            if fitting is None and tokens < context:
+                fitting = turns
+        if fitting is None:
+            raise ContextFullError(tokens, context)
+        return fitting
+
     def _reset(self, _: str) -> None:
+        self._waiting = None
         self.history.clear()
         self.answered.clear()
         notice("The conversation is empty.")
@@ -393,6 +387,8 @@ class Chat:
         answer = None
         try:
             answer = self._answer(**changed)
+        except ContextFullError as error:  # since then the system prompt has grown
+            self._context_full(error)
         finally:
             self.history.append(answer or before)
         self._attempt += answer is not None
@@ -422,11 +418,11 @@ class Chat:
         except UsageError as error:
             self._fail(str(error))
             return
-        self.system, self.history, self._attempt = system, history, 0
+        self.system, self.history, self._attempt, self._waiting = system, history, 0, None
         notice(f"Loaded {count(len(history) // 2, 'turn')} from {path}.")
 
     def _system(self, text: str) -> None:
-        if not _is_text(text):
+        if not is_text(text):
             self._fail("the input is not UTF-8 text")
             return
         if text:

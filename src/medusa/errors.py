@@ -1,4 +1,4 @@
-"""The two errors a caller is meant to see: each message is one sentence that says what to do."""
+"""The errors a caller is meant to see: each message is one sentence that says what to do."""
 
 
 class MedusaError(Exception):
@@ -7,3 +7,14 @@ class MedusaError(Exception):
 
 class UsageError(MedusaError, ValueError):
     """An argument is wrong. The command line exits with 2."""
+
+
+class ContextFullError(UsageError):
+    """A prompt of `tokens` tokens leaves no room for an answer in a context of `context`."""
+
+    def __init__(self, tokens: int, context: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, which leaves no room in the context of {context}: shorten it"
+        )
+        self.tokens = tokens
+        self.context = context

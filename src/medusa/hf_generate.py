@@ -2,12 +2,13 @@
 
     model.generate(**inputs, custom_generate=medusa.custom_generate(heads="path/to/heads"), max_new_tokens=100)
 
-`generate` prepares inputs and settings as ever and hands them to the function made here.
+`generate` prepares inputs and settings as ever and hands them to the function made here; `hf_settings.py` reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,48 +18,24 @@ from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
 from medusa.generation import Nodes, choose_nodes, make_drafter, measured_times
-from medusa.models.loading import as_token_ids
+from medusa.hf_settings import (
+    Stops,
+    check_arguments,
+    check_config,
+    check_model,
+    read_prompts,
+    read_sampling,
+    read_stops,
+    withheld,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
-# What changes the text and this loop does not do; each with the value that means off.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
-    "penalty_alpha": (None, 0.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None, 1.0),
-    "typical_p": (None, 1.0),
-    "epsilon_cutoff": (None, 0.0),
-    "eta_cutoff": (None, 0.0),
-    "top_h": (None,),
-    "min_new_tokens": (None, 0),  # before min_length, which generate derives from it
-    "min_length": (None, 0),
-    "max_time": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "watermarking_config": (None,),
-    "return_dict_in_generate": (None, False),
-}
-# What `generate` makes of the settings that are supported. Anything else in its lists is the caller's own.
-_KNOWN_STEPS = {
-    "EosTokenCriteria",
-    "LogitNormalization",
-    "MaxLengthCriteria",
-    "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-}
+    from medusa.models.heads import Heads
+    from medusa.models.transformers_backend import TransformersBackend
 
 
 def custom_generate(
@@ -67,6 +44,8 @@ def custom_generate(
     drafter: str = "union",
     nodes: Nodes = "auto",
     seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **typical: Any,
 ) -> Callable[..., Tensor]:
     """Makes a function for the `custom_generate` argument of transformers' `generate`.
@@ -75,65 +54,217 @@ def custom_generate(
         heads: a directory of saved heads; without one the n-gram drafter works alone.
         drafter, nodes: see `medusa.load`.
         seed: of sampling.
+        streamer, tokenizer: for `generate`'s own arguments of these names, where they cannot be given to it.
         typical: `acceptance`, `epsilon`, `delta`, see `LanguageModel.stream`.
 
-    The returned function raises UsageError for settings that Medusa does not do (beam search and the like).
+    The returned function raises UsageError for settings that Medusa does not do (beam search and the like). It keeps
+    what it has built for a model, so use one function for many calls.
+    """
+    return _CustomGenerate(heads, drafter, nodes, seed, streamer, tokenizer, typical)
+
+
+@dataclass(slots=True)
+class _Built:
+    """What is kept of a model between two calls.
+
+    It must not hold the model, which would then never be freed, and nothing that a change of the weights makes wrong.
+    The backend is made anew for each call and runs the live model. Kept are the result of the self-check, which
+    depends on the model's layers and not on their weights; the heads, which may hold copies of embeddings and LM head;
+    and the times of passes. `facts` is all that these depend on: when it changes, they are made anew.
     """
 
-    known: WeakKeyDictionary[PreTrainedModel, PassTimes] = WeakKeyDictionary()  # measured once, even without a cache
+    facts: tuple[object, ...]
+    heads: Heads | None
+    times: PassTimes | None = None
 
-    def generate(
-        model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **inputs: Any
+
+class _CustomGenerate:
+    def __init__(
+        self,
+        heads: str | Path | None,
+        drafter: str,
+        nodes: Nodes,
+        seed: int | None,
+        streamer: BaseStreamer | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        typical: dict[str, Any],
+    ) -> None:
+        self._heads = heads
+        self._drafter = drafter
+        self._nodes = nodes
+        self._seed = seed
+        self._streamer = streamer
+        self._tokenizer = tokenizer
+        self._typical = typical
+        self._built: WeakKeyDictionary[PreTrainedModel, _Built] = WeakKeyDictionary()
+
+    # `stop_strings` is named so that `generate` leaves it to us: with them in its own settings it would ask for a
+    # tokenizer, which it drops where it has a callable.
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        generation_config: GenerationConfig,
+        stop_strings: str | list[str] | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        arguments = withheld(self)
+        for name in ("streamer", "tokenizer", "synced_gpus"):  # should a later transformers hand them on
+            if (value := inputs.pop(name, None)) is not None:
+                arguments[name] = value
+        theirs = arguments.get("streamer")  # has been given the prompt by generate
+        streamers = [one for one in (theirs, self._streamer) if one is not None]
+        try:
+            if len(streamers) > 1:
+                raise UsageError("there are two streamers: give one to generate or to custom_generate, not to both")
+            if streamers and len(input_ids) > 1:
+                raise UsageError(f"a streamer takes one text, not {len(input_ids)}: give generate one prompt at a time")
+            if streamers and theirs is None:
+                streamers[0].put(input_ids.cpu())
+            check_arguments(arguments)
+            check_config(generation_config)
+            check_model(model)
+            tokenizer = arguments.get("tokenizer", self._tokenizer)
+            stops = read_stops(inputs.pop("stopping_criteria", ()), stop_strings, tokenizer)
+            return self._generate(model, input_ids, generation_config, stops, inputs, *streamers)
+        finally:
+            for one in streamers:  # after an error too: whoever reads must not wait for more
+                one.end()
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        stops: Stops,
+        inputs: dict[str, Any],
+        streamer: BaseStreamer | None = None,
     ) -> Tensor:
         import torch
 
-        from medusa.models.heads import load_heads, read_config
-        from medusa.models.transformers_backend import TransformersBackend
+        processors = inputs.pop("logits_processor", ())
+        prompts = read_prompts(input_ids, inputs)
+        width = input_ids.shape[1]
+        settings = read_sampling(
+            processors, do_sample=bool(config.do_sample), padding=[width - len(prompt) for prompt in prompts]
+        )
+        sampling = Sampling(**settings, seed=self._seed, **self._typical)
+        limit = max(1, stops.max_length - width)  # generate always says one token
+        decoder = self._make_decoder(model, max(map(len, prompts)) + limit)
 
-        for name, off in _UNSUPPORTED.items():
-            if getattr(generation_config, name, None) not in off:
-                raise UsageError(f"Medusa decoding does not support {name}: leave it out of generate")
-        for step in (*(inputs.get("logits_processor") or ()), *(inputs.get("stopping_criteria") or ())):
-            if type(step).__name__ not in _KNOWN_STEPS:
-                raise UsageError(f"Medusa decoding does not support {type(step).__name__}: leave it out of generate")
-        layers = read_config(heads).feature_layers if heads else ()
-        backend = TransformersBackend(model, feature_layers=layers)
-        loaded = load_heads(heads, backend.base_weights(), dtype=model.dtype) if heads else None
+        def say(prompt: list[int], padding: list[int], limit: int, stops: Stops) -> list[int]:
+            said: list[int] = []
+            for token in _tokens(decoder, prompt, padding, sampling, limit, stops):
+                said.append(token)
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+            return said
+
+        paddings = [row[: width - len(prompt)] for row, prompt in zip(input_ids.tolist(), prompts, strict=True)]
+        rows = [say(prompt, padding, limit, stops) for prompt, padding in zip(prompts, paddings, strict=True)]
+        longest = max(map(len, rows))
+        filler = _filler(config, stops)
+        for prompt, row in zip(prompts, rows, strict=True):
+            missing = longest - len(row)
+            if missing and filler is None:  # as generate does: without end tokens a row goes on until all have ended
+                row += say(prompt + row, [], missing, Stops(stops.max_length, (), ()))
+            elif filler is not None:
+                row += [filler] * missing
+        return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], dim=-1)
+
+    def _make_decoder(self, model: PreTrainedModel, positions: int) -> Decoder:
+        """A decoder for texts of up to `positions` tokens. UsageError: the model's context is shorter."""
+        import torch
+
+        from medusa.models.backend import DEFAULT_MAX_LENGTH
+        from medusa.models.heads import load_heads, read_config
+        from medusa.models.transformers_backend import TransformersBackend, check_tree_attention
+
+        layers = read_config(self._heads).feature_layers if self._heads else ()
+        backend = TransformersBackend(
+            model,
+            max_length=positions if positions > DEFAULT_MAX_LENGTH else None,
+            feature_layers=layers,
+            self_check=False,
+        )
+        if positions > backend.max_length:
+            raise UsageError(
+                f"max_length, or max_new_tokens after the prompt, reaches {positions} tokens, past the context of "
+                f"{backend.max_length}: ask for fewer"
+            )
+        facts = _facts(model, backend, self._heads)
+        built = self._built.get(model)
+        if built is None or built.facts != facts:
+            check_tree_attention(backend)
+            heads = load_heads(self._heads, backend.base_weights(), dtype=model.dtype) if self._heads else None
+            built = self._built[model] = _Built(facts, heads)
 
         def times() -> PassTimes:
-            if model not in known:
-                facts = {
+            if built.times is None:
+                timed = {
                     "parameters": model.num_parameters(),
                     "dtype": str(model.dtype),
                     "device": str(model.device),
                     "threads": torch.get_num_threads(),
                 }
-                known[model] = measured_times(backend, loaded, facts)
-            return known[model]
+                built.times = measured_times(backend, built.heads, timed)
+            return built.times
 
-        proposer = make_drafter(drafter, loaded)
-        decoder = Decoder(backend, proposer, choose_nodes(nodes, proposer, times))
-        sampling = Sampling(
-            temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 0.0,
-            top_k=(generation_config.top_k or 0) if generation_config.do_sample else 0,
-            top_p=(generation_config.top_p or 1.0) if generation_config.do_sample else 1.0,
-            min_p=(generation_config.min_p or 0.0) if generation_config.do_sample else 0.0,
-            repetition_penalty=generation_config.repetition_penalty or 1.0,
-            seed=seed,
-            **typical,
-        )
-        ends = as_token_ids(generation_config.eos_token_id)
-        pad = generation_config.pad_token_id
-        filler = pad if isinstance(pad, int) else ends[0] if ends else 0
-        mask = inputs.get("attention_mask")
-        rows: list[list[int]] = []
-        for i, row in enumerate(input_ids.tolist()):
-            prompt = row if mask is None else [t for t, m in zip(row, mask[i].tolist(), strict=True) if m]
-            limit = generation_config.max_length - len(row)  # generate has set max_length from max_new_tokens
-            steps = decode(decoder, prompt, sampling, max_new_tokens=limit, eos_token_ids=ends)
-            rows.append([*row, *(token for step in steps for token in step.tokens)])
-        longest = max(map(len, rows))
-        padded = [row + [filler] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded, device=input_ids.device)
+        proposer = make_drafter(self._drafter, built.heads)
+        return Decoder(backend, proposer, choose_nodes(self._nodes, proposer, times))
 
-    return generate
+
+def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Path | None) -> tuple[object, ...]:
+    """What `_Built` depends on. A weight's version counts the changes made to it in place, as training does.
+
+    Heads read a weight that changes unseen (through `.data`) as it is, or a copy of it as it was. Neither can change
+    a text: heads only guess.
+    """
+    facts: tuple[object, ...] = (
+        model.dtype,
+        model.device,
+        model.training,  # dropout fails the self-check
+        getattr(model.config, "_attn_implementation", None),
+        tuple(type(module) for module in model.modules()),  # adapters are layers
+    )
+    if heads is None:
+        return facts
+    from medusa.models.heads import CONFIG_FILE, WEIGHTS_FILE
+
+    files = tuple(
+        (found.st_mtime_ns, found.st_size, found.st_ino)
+        for name in (CONFIG_FILE, WEIGHTS_FILE)
+        if (path := Path(heads) / name).exists()
+        for found in (path.stat(),)
+    )
+    base = backend.base_weights()
+    weights = tuple(
+        (id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version)
+        for weight in (base.embedding, base.lm_head)
+    )
+    return (*facts, files, weights)
+
+
+def _filler(config: GenerationConfig, stops: Stops) -> int | None:
+    """What fills a row that ended before others; None where there are no end tokens, and so nothing fills."""
+    if not stops.eos_token_ids:
+        return None
+    return stops.eos_token_ids[0] if config.pad_token_id is None else int(config.pad_token_id)
+
+
+def _tokens(
+    decoder: Decoder, prompt: list[int], padding: Sequence[int], sampling: Sampling, limit: int, stops: Stops
+) -> Iterator[int]:
+    """The tokens of a text, one by one, up to the one that ends it. `padding` came before the prompt."""
+    ids = [*padding, *prompt]
+    steps = decode(decoder, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
+    try:
+        for step in steps:
+            for token in step.tokens:
+                ids.append(token)
+                yield token
+                if stops.hit(ids):
+                    return
+    finally:
+        steps.close()  # type: ignore[attr-defined]

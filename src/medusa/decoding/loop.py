@@ -15,7 +15,7 @@ from medusa.decoding.accept import accept, first_token
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter, Row
 from medusa.decoding.sampling import Sampling
-from medusa.errors import UsageError
+from medusa.errors import ContextFullError, UsageError
 from medusa.models.backend import Backend, read_on
 
 if TYPE_CHECKING:
@@ -77,16 +77,14 @@ class Decoder:
         self.nodes = nodes
 
     def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """Raises UsageError for an empty prompt, one that leaves no room in the context, or max_new_tokens < 1."""
+        """Raises UsageError for an empty prompt or max_new_tokens < 1, ContextFullError (one too) for a prompt that
+        leaves no room."""
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         if not prompt:
             raise UsageError("the prompt is empty: give at least one token")
         if len(prompt) >= self.backend.max_length:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room in the context of "
-                f"{self.backend.max_length}: shorten it"
-            )
+            raise ContextFullError(len(prompt), self.backend.max_length)
 
     def start(
         self,

@@ -1,0 +1,77 @@
+"""The history of a conversation, and the JSON file that keeps it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. `interrupted` marks an answer that Ctrl-C cut short."""
+
+    role: str  # "user" or "assistant"; the system prompt is kept beside the history
+    content: str
+    interrupted: bool = False
+
+
+def save_history(path: Path, system: str | None, history: Iterable[Message]) -> None:
+    """Write a conversation as JSON; the file is complete or untouched. Raises OSError."""
+    messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
+    for message in history:
+        marked = {"interrupted": True} if message.interrupted else {}
+        messages.append({"role": message.role, "content": message.content, **marked})
+    # Through symbolic links, so that the rename replaces the file and not the link to it.
+    path = Path(os.path.realpath(path))
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"messages": messages}, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink()
+        raise
+
+
+def load_history(path: Path) -> tuple[str | None, list[Message]]:
+    """Read what `save_history` wrote: (system prompt, history). Raises OSError; UsageError when malformed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise UsageError(f"{path} is not a saved conversation: it is not JSON") from None
+    items = content.get("messages") if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise UsageError(f'{path} is not a saved conversation: it has no list of "messages"')
+    messages = [_read_message(path, item) for item in items]
+    system = messages.pop(0).content if messages and messages[0].role == "system" else None
+    turns = [message.role for message in messages]
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise UsageError(f"{path} is not a saved conversation: questions and answers must alternate")
+    return system, messages
+
+
+def _read_message(path: Path, item: object) -> Message:
+    if isinstance(item, dict):
+        role, content, interrupted = item.get("role"), item.get("content"), item.get("interrupted", False)
+        if (
+            isinstance(role, str)
+            and role in ("system", "user", "assistant")
+            and isinstance(content, str)
+            and is_text(content)
+            and isinstance(interrupted, bool)
+        ):
+            return Message(role, content, interrupted)
+    raise UsageError(f"{path} is not a saved conversation: a message needs a role and a content")
+
+
+def is_text(text: str) -> bool:
+    """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
+    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)

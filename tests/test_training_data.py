@@ -404,7 +404,8 @@ def test_a_distilled_row_is_an_example_already(tmp_path: Path) -> None:
         ({"inputs": "Hi", "targets": 1}, 'but only "inputs", "targets"'),
         ({"prompt": "Hi"}, 'there is a prompt but no answer ("output", "response", "completion", "answer")'),
         ({"prompt": "Hi", "response": None}, "there is a prompt but no answer"),
-        ({"prompt": ["Hi"], "response": "Hello!"}, '"prompt" must be text, not a list'),
+        ({"prompt": ["Hi"], "response": "Hello!"}, "a message must be an object with named fields, not text"),
+        ({"question": ["Hi"], "response": "Hello!"}, '"question" must be text, not a list'),
         ({"question": "Hi", "answer": 7}, '"answer" must be text, not a number'),
         ({"text": ["Hi"]}, '"text" must be text, not a list'),
         ({"text": " \n"}, '"text" is empty'),
@@ -416,7 +417,7 @@ def test_a_distilled_row_is_an_example_already(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": None}]}, "a message needs a role and a content"),
         ({"messages": [{"role": "user", "content": 7}]}, '"content" must be text, not a number'),
         ({"messages": [{"role": "user", "content": "\udc80"}]}, '"content" holds half a character'),
-        ({"messages": [{"role": "tool", "content": "7"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": "narrator", "content": "7"}]}, "unknown role 'narrator'"),
         ({"messages": [{"role": 7, "content": "7"}]}, '"role" must be text, not a number'),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

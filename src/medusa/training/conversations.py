@@ -24,7 +24,8 @@ from medusa.training.messages import (
     Message,
     Tool,
     fields_of,
-    kind_of,
+    is_conversation,
+    list_of,
     listed,
     messages_of,
     present,
@@ -154,19 +155,26 @@ def _unknown(fields: Mapping[str, Any]) -> MalformedRow:
 
 def _question(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """The system message, if there is one, and the question with what it is about; or TRL's messages."""
-    if name == "prompt" and isinstance(fields[name], list):
+    if name == "prompt" and _holds_messages(fields, name):
         return _with_system(fields, messages_of(fields, name))
     parts = [text_of(fields, name), *(text_of(fields, more) for more in ("input", "context") if fields.get(more))]
     return _with_system(fields, ({"role": "user", "content": "\n\n".join(parts)},))
 
 
 def _answer(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
-    if name != "completion" or not isinstance(fields[name], list):
+    if name != "completion" or not _holds_messages(fields, name):
         return ({"role": "assistant", "content": text_of(fields, name)},)
     messages = messages_of(fields, name)
     if all(message["role"] != "assistant" for message in messages):
         raise MalformedRow('no assistant speaks in "completion"')
     return messages
+
+
+def _holds_messages(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether TRL's prompt or completion is a list of messages; its JSON text is one only if the other is one too, for
+    an answer may well be JSON."""
+    others = (is_conversation(fields.get(other)) for other in ("prompt", "completion"))
+    return isinstance(fields[name], list) or all(others)
 
 
 def _with_system(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -183,9 +191,9 @@ def _with_system(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> tu
 
 
 def _in_turn(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    said = fields["data"]
-    if not isinstance(said, list) or not said:
-        raise MalformedRow(f'"data" must be a list of texts, not {kind_of(said) if said != [] else "an empty one"}')
+    said = list_of(fields, "data", "what is said in turn must be a list of texts")
+    if not said:
+        raise MalformedRow('"data" is empty')
     return tuple(
         {"role": ("user", "assistant")[i % 2], "content": text_of({"data": one}, "data")} for i, one in enumerate(said)
     )

@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medusa.training.sources import MalformedRow, parse_json
+from medusa.training.sources import MalformedRow, is_message, parse_json
 
 Message = dict[str, Any]
 Tool = dict[str, Any]  # {"type": "function", "function": {"name", "description", "parameters"}}
@@ -43,7 +43,7 @@ _ROLES = {
 
 def messages_of(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """The messages in the field `name`: a list, or the JSON text of one."""
-    items = _list(fields, name, "the conversation must be a list of messages")
+    items = list_of(fields, name, "the conversation must be a list of messages")
     if not items:
         raise MalformedRow("the conversation is empty")
     return tuple(_message(item) for item in items)
@@ -52,7 +52,7 @@ def messages_of(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
 def tools_of(fields: Mapping[str, Any]) -> tuple[Tool, ...]:
     """The tools that a row offers the assistant: a list, or the JSON text of one."""
     name = one_of(fields, ("tools", "functions"))
-    return () if name is None else tuple(_tool(item, name) for item in _list(fields, name, "tools must be a list"))
+    return () if name is None else tuple(_tool(item, name) for item in list_of(fields, name, "tools must be a list"))
 
 
 def fields_of(item: object, what: str) -> dict[str, Any]:
@@ -102,11 +102,18 @@ def _whole(text: str, name: str) -> str:
     return text
 
 
-def _list(fields: Mapping[str, Any], name: str, rule: str) -> list[Any]:
+def list_of(fields: Mapping[str, Any], name: str, rule: str) -> list[Any]:
+    """The list in the field `name`, which may be its JSON text: a cell of a table holds nothing else."""
     value = _unpacked(fields[name])
     if not isinstance(value, list):
         raise MalformedRow(f'"{name}": {rule}, not {kind_of(value)}')
     return value
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a value is a list of messages, or the JSON text of one, and not a text or a list of rows."""
+    found = _unpacked(value)
+    return isinstance(found, list) and bool(found) and all(map(is_message, found))
 
 
 def _unpacked(value: object) -> object:
@@ -121,8 +128,14 @@ def _message(item: object) -> Message:
     fields = fields_of(item, "a message")
     names = [text_of(fields, key) for key in ("role", "from") if key in fields]
     said, calls = one_of(fields, ("content", "value")), _tool_calls(fields)
+    if said is not None and fields[said] == []:  # no parts
+        said = None
     if not names or (said is None and not calls):
-        raise MalformedRow(f"a message needs a role and a content, but has {listed(sorted(fields)[:6]) or 'nothing'}")
+        has, missing = (
+            listed(sorted(fields)[:6]) or "nothing",
+            ("content", "value", "tool_calls") if names else ("role", "from"),
+        )
+        raise MalformedRow(f"a message needs a role and a content, but has {has} and none of {listed(missing)}")
     role = _role(names)
     if role == "function_call" and said is not None and not calls:
         value = _unpacked(fields[said])
@@ -158,7 +171,7 @@ def _content(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _tool_calls(fields: Mapping[str, Any]) -> list[Message]:
-    calls = _list(fields, "tool_calls", "tool calls must be a list") if "tool_calls" in fields else []
+    calls = list_of(fields, "tool_calls", "tool calls must be a list") if "tool_calls" in fields else []
     if "function_call" in fields:
         if calls:
             raise MalformedRow('a message has both "tool_calls" and "function_call"')

@@ -136,22 +136,16 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[Place, object]]:
             raise MedusaError(f"{source} is not valid JSON: {error}") from None
         yield from _json_lines(source, path)
         return
-    rows = whole if isinstance(whole, list) and not _is_conversation(whole) else [whole]
+    # An array is a list of rows, or itself a row, which then is a list of messages.
+    rows = whole if isinstance(whole, list) and not (whole and all(map(is_message, whole))) else [whole]
     for number, row in enumerate(rows, start=1):
         yield f"{source}, row {number}", row
 
 
-def _is_conversation(items: list[object]) -> bool:
-    """Whether an array is one row, a list of messages, and not an array of rows."""
-    return bool(items) and all(
-        isinstance(item, dict)
-        and (
-            {"role", "content"} <= item.keys()
-            or {"role", "tool_calls"} <= item.keys()
-            or {"from", "value"} <= item.keys()
-        )
-        for item in items
-    )
+def is_message(item: object) -> bool:
+    """Whether an object is one message, in any of the forms of `messages.py`, and not a row."""
+    needed = ({"role", "content"}, {"role", "tool_calls"}, {"role", "function_call"}, {"from", "value"})
+    return isinstance(item, dict) and any(names <= item.keys() for names in needed)
 
 
 def _csv_rows(source: str, path: Path) -> Iterator[tuple[Place, object]]:

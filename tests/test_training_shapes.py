@@ -193,7 +193,10 @@ def test_of_prompt_and_completion_only_the_completion_is_learned_where_the_templ
         ),
         ({"messages": HI, "tools": "weather"}, '"tools": tools must be a list, not text'),
         ({"messages": HI, "tools": [7]}, 'a tool of "tools" must be an object'),
-        ({"messages": HI, "tools": [{"type": "function", "function": {}}]}, 'a tool of "tools" needs a "name"'),
+        (
+            {"messages": HI, "tools": [{"type": "function", "function": {}}]},
+            'a tool of "tools" needs a "function" with a "name"',
+        ),
         ({"messages": HI, "tools": [{"type": "retrieval", "function": {}}]}, "has the \"type\" 'retrieval'"),
     ],
 )
@@ -621,7 +624,7 @@ def check(faultless: Example, faulty: Row, path: tuple[Any, ...]) -> None:
         value = value.get(key) if isinstance(value, dict) else value[key]
     if found is None:
         # A row that has no known field left cannot say which of them it should have had.
-        names = {name, "role", *({"arguments"} & {*path})}
+        names = {name, "role", *({"arguments", "tools"} & {*path})}
         assert any(name in str(reason) for name in names) or len(path) == 1 or "part" in str(reason), reason
         return
     learned = "".join(TOKENIZERS[QWEN25].decode(found.token_ids[start:end]) for start, end in found.spans)
@@ -641,3 +644,33 @@ def test_a_row_with_a_fault_says_the_same_or_why_not(row: Row) -> None:
         check(faultless, changed(row, path, lambda fields, name: fields.update({name: [fields[name]] * 2})), path)
         for other in OTHERS:
             check(faultless, changed(row, path, lambda fields, name, other=other: fields.update({name: other})), path)
+
+
+NAMES = ["messages", "conversations", "role", "from", "content", "value", "tool_calls", "function_call", "function"]
+NAMES += ["name", "arguments", "tools", "prompt", "completion", "response", "data", "system", "type", "text", "chosen"]
+WORDS = ["user", "assistant", "tool", "function_call", "function", "text", "UUU", "[]", "{}", '[{"role": "user"}]']
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=200)
+@given(row=anything | st.lists(anything, max_size=3).map(lambda items: {"messages": items, "tools": items}))
+def test_any_json_at_all_is_read_or_malformed(row: Row) -> None:
+    with contextlib.suppress(MalformedRow):
+        read(row)
+    with contextlib.suppress(MalformedRow):
+        prompt_of(row, "here")
+
+
+@pytest.mark.parametrize("depth", [100, 400, 700, 900])
+def test_arguments_hundreds_of_brackets_deep_do_not_end_the_reading(tmp_path: Path, depth: int) -> None:
+    arguments = '{"city": ' + "[" * depth + "]" * depth + "}"
+    line = json.dumps({"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": 0}]}]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(HI) + "\n") * 9 + line.replace('"arguments": 0', f'"arguments": {arguments}'), "utf-8")
+    said: list[str] = []
+    examples = list(Reader(TOKENIZERS[QWEN25], "tiny", 1000, said.append).examples([str(path)]))
+    assert len(examples) + len(said) == 10

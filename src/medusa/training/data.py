@@ -109,7 +109,7 @@ def _read_source(
             if isinstance(row, MalformedRow):
                 raise row
             item = read(row, where)
-        except MalformedRow as error:
+        except (MalformedRow, RecursionError) as error:  # brackets hundreds deep
             malformed += 1
             first = first or f"{where}: {error}"
             if malformed <= SHOWN:

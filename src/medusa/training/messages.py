@@ -206,7 +206,9 @@ def _tool(item: object, where: str) -> Tool:
         fields_of(fields["function"], f'the "function" of a tool of "{where}"') if "function" in fields else fields
     )
     if "name" not in function:
-        raise MalformedRow(f'a tool of "{where}" needs a "name", but has {listed(sorted(function)[:6]) or "nothing"}')
+        raise MalformedRow(
+            f'a tool of "{where}" needs a "function" with a "name", but has {listed(sorted(function)[:6]) or "nothing"}'
+        )
     text_of(function, "name")
     _whole(json.dumps(function, ensure_ascii=False, default=str), where)
     return {"type": "function", "function": function}

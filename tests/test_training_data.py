@@ -15,6 +15,20 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from chat_templates import (
+    CHATML,
+    GEMMA,
+    HEADER,
+    LLAMA3,
+    MARKED,
+    MISTRAL,
+    PHI3,
+    PLAIN,
+    QWEN3,
+    R1,
+    marked,
+    tokenizer_with,
+)
 from medusa.errors import MedusaError, UsageError
 from medusa.training.data import (
     Conversation,
@@ -26,104 +40,6 @@ from medusa.training.data import (
     read_prompts,
 )
 from tiny_models import make_tokenizer
-
-# --- templates, each like a family's own ------------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
-    "{% endif %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}"
-    "{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
-    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-PHI3 = (  # ends the whole conversation with one more token, which the model never writes
-    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-QWEN3 = (  # a thought is shown in the last turn only, where it is shown even if it is empty
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}"
-    "{% set thought = m['content'].split('</think>')[0].replace('<think>', '').strip() "
-    "if '</think>' in m['content'] else '' %}"
-    "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}"
-    "{{ m['content'].split('</think>')[-1].strip() }}"
-    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-R1 = (  # opens a thought for the model, but shows none of earlier turns
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'].split('</think>')[-1] }}{{ eos_token }}"
-    "{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
-)
-PLAIN = (  # nothing but words
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-)
-
-
-def marked(block: str) -> str:
-    """ChatML whose answers stand in {% generation %} blocks."""
-    return (
-        "{% for m in messages %}{% if m['role'] == 'assistant' %}" + block + "{% else %}"
-        "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-
-
-HEADER = "{{ '<|im_start|>assistant\n' }}"
-MARKED = {
-    "the answer and its end": marked(
-        HEADER + "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    ),
-    "the answer alone": marked(
-        HEADER + "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' + '\n' }}"
-    ),
-    "the whole turn": marked(
-        "{% generation %}{{ '<|im_start|>assistant\n' + m['content'] + '<|im_end|>\n' }}{%- endgeneration %}"
-    ),
-    "two halves": marked(
-        HEADER + "{% generation %}{{ m['content'][:2] }}{% endgeneration %}"
-        "{%- generation -%}{{ m['content'][2:] + '<|im_end|>' }}{%- endgeneration -%}{{ '\n' }}"
-    ),
-}
-
-SPECIAL = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|assistant|>",
-    "<|user|>",
-)
-
-
-def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
-    """One token a byte, but for <|start|> (bos), <|end|> (eos), the markers above and a few merges (" the")."""
-    tokenizer = make_tokenizer(template)
-    tokenizer.add_tokens(list(SPECIAL), special_tokens=True)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    return tokenizer
-
 
 CHATML_TOKENIZER = tokenizer_with(CHATML)
 
@@ -404,7 +320,8 @@ def test_a_distilled_row_is_an_example_already(tmp_path: Path) -> None:
         ({"inputs": "Hi", "targets": 1}, 'but only "inputs", "targets"'),
         ({"prompt": "Hi"}, 'there is a prompt but no answer ("output", "response", "completion", "answer")'),
         ({"prompt": "Hi", "response": None}, "there is a prompt but no answer"),
-        ({"prompt": ["Hi"], "response": "Hello!"}, '"prompt" must be text, not a list'),
+        ({"prompt": ["Hi"], "response": "Hello!"}, "a message must be an object with named fields, not text"),
+        ({"question": ["Hi"], "response": "Hello!"}, '"question" must be text, not a list'),
         ({"question": "Hi", "answer": 7}, '"answer" must be text, not a number'),
         ({"text": ["Hi"]}, '"text" must be text, not a list'),
         ({"text": " \n"}, '"text" is empty'),
@@ -416,7 +333,7 @@ def test_a_distilled_row_is_an_example_already(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": None}]}, "a message needs a role and a content"),
         ({"messages": [{"role": "user", "content": 7}]}, '"content" must be text, not a number'),
         ({"messages": [{"role": "user", "content": "\udc80"}]}, '"content" holds half a character'),
-        ({"messages": [{"role": "tool", "content": "7"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": "narrator", "content": "7"}]}, "unknown role 'narrator'"),
         ({"messages": [{"role": 7, "content": "7"}]}, '"role" must be text, not a number'),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

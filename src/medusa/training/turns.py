@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa.errors import UsageError
 
@@ -60,9 +60,20 @@ class Turns:
         return cls(before_user, before_answer, seam)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, answer: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    answer: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The text of a conversation by the chat template, with the opening of an answer if `answer`."""
-    text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=answer)
+    text = tokenizer.apply_chat_template(
+        [dict(m) for m in messages],
+        tools=[dict(tool) for tool in tools] or None,
+        tokenize=False,
+        add_generation_prompt=answer,
+    )
     assert isinstance(text, str)
     return text
 

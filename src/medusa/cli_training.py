@@ -158,7 +158,8 @@ def train(
     _need_extra()
     from medusa.training.accuracy import describe
     from medusa.training.config import load_config
-    from medusa.training.run import RUN_FILE, run_directory
+    from medusa.training.resume import RUN_FILE
+    from medusa.training.run import run_directory
     from medusa.training.run import train as run
 
     options: dict[str, Any] = {

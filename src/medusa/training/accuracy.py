@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa.decoding.tree import RankPath
+from medusa.errors import MedusaError
 from medusa.models.heads import Heads
 from medusa.training.features import Batch
 from medusa.training.objective import draft_labels
@@ -26,22 +27,30 @@ def ranks(heads: Heads, batches: Iterable[Batch]) -> Tensor:
 
     DEEPEST stands for all lower ranks and for tokens that cannot be guessed; positions with an answer too short for
     all K heads are left out.
+
+    Heads are measured in the precision of their own weights, which is float32 in training and calibration, whatever the
+    machine does fast: it is what all ways of decoding round from (int8 weights with float32 logits, bfloat16, float32),
+    and logits rounded to bfloat16 tie so often that ties would decide some ranks in a hundred. Of equal logits the
+    smaller id of the draft vocabulary comes first.
     """
     found = []
+    dtype = next(heads.parameters()).dtype
     for batch in batches:
         whole = (batch.tokens >= 0).all(dim=1)
         if not bool(whole.any()):
             continue
         tokens = batch.tokens[whole].to(heads.device)
         labels = draft_labels(heads, tokens[:, 1:])
-        with torch.autocast(heads.device.type, torch.bfloat16):
-            logits = heads(batch.features[whole].to(heads.device), tokens[:, :-1])
+        with torch.autocast(heads.device.type, enabled=False):
+            logits = heads(batch.features[whole].to(heads.device, dtype), tokens[:, :-1])
+        ids = torch.arange(heads.lm_head_rows, device=heads.device)
         levels = []
         for k, level in enumerate(logits):
-            level, label = level.float(), labels[:, k]
-            value = level.gather(1, label.clamp_min(0)[:, None])
-            rank = (level > value).sum(1).clamp_max(DEEPEST)
-            levels.append(torch.where(label < 0, DEEPEST, rank))
+            label = labels[:, k, None]
+            value = level.gather(1, label.clamp_min(0))
+            before = (level > value) | ((level == value) & (ids < label))
+            known = (label[:, 0] >= 0) & level.isfinite().all(1)  # NaN compares as smaller: all would be right
+            levels.append(torch.where(known, before.sum(1).clamp_max(DEEPEST), DEEPEST))
         found.append(torch.stack(levels, dim=1).cpu())
     return torch.cat(found) if found else torch.empty(0, heads.config.num_heads, dtype=torch.int64)
 
@@ -57,7 +66,9 @@ class Accuracy:
 
     @classmethod
     def of(cls, table: Tensor, nodes: int = TREE_NODES) -> Accuracy:
-        """From the ranks [P, K]."""
+        """From the ranks [P, K]. Raises MedusaError where there are none."""
+        if not len(table):
+            raise MedusaError(f"nothing measures the heads: every answer is shorter than {table.shape[1] + 1} tokens")
         top = {n: tuple(round(x, 4) for x in (table < n).float().mean(0).tolist()) for n in TOPS}
         return cls(len(table), top, best_paths(table.tolist(), nodes))
 

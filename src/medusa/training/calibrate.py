@@ -7,6 +7,7 @@ here, so N* = argmax E(N) / t(N).
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,12 @@ from medusa.decoding.tree import Tree
 from medusa.errors import MedusaError, UsageError
 from medusa.models import zoo
 from medusa.models.backend import Backend
-from medusa.models.heads import Heads, load_heads, save_heads, vocabulary_hash, write_config
+from medusa.models.heads import WEIGHTS_FILE, Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example
-from medusa.training.features import joined, read_rows
+from medusa.training.features import joined, longest_answer, read_rows
 from medusa.training.text import Reporter, read_text, room, write_text
 
 DRAWN_NODES = 32  # a picture of more is hard to read
@@ -58,16 +59,12 @@ class Calibration:
 
 def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accuracy:
     """The heads' accuracy on texts that they have not learned from. Raises MedusaError where there is no such text."""
-    parts = [part for part in (read_rows(backend, example) for example in examples) if len(part[1])]
-    if not parts:
-        raise MedusaError("there is nothing to calibrate on: no answer in the text")
-    table = joined(parts)
     levels, size = heads.config.num_heads, heads.config.hidden_size
-    batches = (table.take(rows, levels, size, finals=False) for rows in torch.arange(len(table)).split(BATCH))
-    found = ranks(heads, batches)
-    if not len(found):
+    if longest_answer(examples, backend.max_length) <= levels:
         raise MedusaError(f"every answer is shorter than the {levels + 1} tokens that {levels} heads look at")
-    return Accuracy.of(found)
+    table = joined([read_rows(backend, example) for example in examples])
+    batches = (table.take(rows, levels, size, finals=False) for rows in torch.arange(len(table)).split(BATCH))
+    return Accuracy.of(ranks(heads, batches))
 
 
 def sizes(accuracy: Accuracy, times: PassTimes) -> list[Size]:
@@ -122,6 +119,7 @@ def calibrate_heads(
     found = zoo.find_heads(heads, source)
     if found is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH")
+    check_target(found if out is None else out)
     reporter.stage("Loading")
     shape = zoo.load_config(source).get_text_config()
     slots, length = room(shape, SLOTS, TextConfig().max_length)
@@ -158,6 +156,16 @@ def calibrate_heads(
     except OSError as error:
         raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
     return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
+
+
+def check_target(directory: Path) -> None:
+    """Raises, as saving would in the end, where heads cannot be written."""
+    empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
+    if not empty and not (directory / WEIGHTS_FILE).is_file():
+        raise UsageError(f"{directory} is there and does not hold heads: name a new directory with --out")
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise MedusaError(f"cannot write {directory}: permission denied; name another directory with --out")
 
 
 def speed_report(accuracy: Accuracy, times: PassTimes) -> tuple[str, ...]:

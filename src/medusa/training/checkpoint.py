@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from medusa.errors import MedusaError, UsageError
 from medusa.files import replacing
+from medusa.training.config import flat
 
 
 def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str, Any]) -> None:
@@ -27,6 +29,18 @@ def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str,
         raise MedusaError(f"cannot write {path}: {error}; make room and go on with --resume") from None
 
 
+@contextmanager
+def taking_up(path: Path) -> Iterator[None]:
+    """For the code that puts the content of a checkpoint in its places: MedusaError where it does not fit there."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise MedusaError(f"{path} is of another version of Medusa ({reason}): delete it to begin again") from None
+
+
 def read_checkpoint(path: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
     """The parts of the content called `names`, on the CPU.
 
@@ -38,9 +52,12 @@ def read_checkpoint(path: Path, facts: Mapping[str, Any], names: tuple[str, ...]
         found, content = saved["facts"], tuple(saved[name] for name in names)
     except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise MedusaError(f"{path} is damaged ({error}): delete it to begin again") from None
-    if found != facts:
-        name = next((name for name in facts if found.get(name) != facts[name]), "Medusa")
-        raise UsageError(
-            f"{path} belongs to a run with another {name}: go on with the run.yaml beside it, or take another --out"
-        )
+    found = flat(found)
+    for name, value in flat(facts).items():  # an older version has written more of them, or not this one
+        if name in found and found[name] != value:
+            other = f"another {name}" if name in ("text", "model") else f"{name}={found[name]}, not {value}"
+            raise UsageError(
+                f"{path} belongs to a run with {other}: go on with the run.yaml that it was begun with, or take "
+                "another --out"
+            )
     return content

@@ -74,12 +74,14 @@ class OptimiserConfig(_Section):
     clip: Annotated[float, Field(gt=0)] = 1.0  # greatest norm of the gradient
     lambda_: Annotated[float, Field(gt=0, le=1)] = Field(default=0.8, alias="lambda")  # head k weighs lambda ** k
     distillation: Annotated[float, Field(ge=0, le=1)] = 0.0  # share of KL to the model's own distribution in the loss
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    # auto: bfloat16 where the machine has instructions for it, else float32; see training/precision.py. run.yaml keeps
+    # "auto", so that the run may go on on another machine; the config of the heads tells what it was.
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
     cache_features: bool = True  # compute hidden states once and keep them on disk, or anew in each epoch
     eval_every: Annotated[int, Field(ge=1)] | None = None  # steps; None: each epoch
     patience: Annotated[int, Field(ge=0)] = 0  # evaluations without gain that end the training; 0: off
     save_every: Annotated[int, Field(ge=1)] = 200  # steps between checkpoints
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
@@ -125,6 +127,14 @@ class TrainConfig(_Section):
         """The run as YAML, every value spelt out."""
         text = yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
         return f"# medusa train --config run.yaml\n{text}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str] = ()) -> TrainConfig:

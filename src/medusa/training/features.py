@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,6 +106,11 @@ def labelled_rows(example: Example, max_length: int) -> tuple[Tensor, Tensor, Te
 def count_rows(example: Example, max_length: int) -> int:
     """How many rows `read_rows` gives."""
     return sum(max(0, min(end, max_length, len(example.token_ids)) - max(1, start)) for start, end in example.spans)
+
+
+def longest_answer(examples: Sequence[Example], max_length: int) -> int:
+    """In tokens that can be guessed from something. It takes K + 1 of them to measure K heads."""
+    return max((count_rows(replace(e, spans=(span,)), max_length) for e in examples for span in e.spans), default=0)
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Table:

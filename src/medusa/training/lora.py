@@ -11,48 +11,50 @@ features.py. The heads have been trained alone before (trainer.py), and their we
 first errors do not upset the model.
 
 Whatever ran the frozen model for Medusa-1, in however few bits, the model that is adapted is a copy of its own with
-plain weights, in `training.precision`; heads borrow embeddings and LM head from it from then on. It all runs in one
-process.
+plain weights in the precision of the training; heads borrow embeddings and LM head from it from then on. It all runs in
+one process.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError
-from medusa.models import zoo
 from medusa.models.heads import BaseWeights, Heads
-from medusa.models.swap import swapped_in
 from medusa.models.transformers_backend import accepts_logits_to_keep, capture_input
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.checkpoint import read_checkpoint, write_checkpoint
+from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
 from medusa.training.config import TrainConfig
 from medusa.training.data import Example
 from medusa.training.features import Batch, Table, labelled_rows, shuffled
 from medusa.training.objective import Losses, draft_labels, head_weights, losses, teacher_logits
-from medusa.training.trainer import JUDGED_NODES, InterruptedTrainingError, schedule, stop_signals, warm_up
+from medusa.training.precision import training_dtype
+from medusa.training.trainer import (
+    JUDGED_NODES,
+    InterruptedTrainingError,
+    not_a_number,
+    schedule,
+    stop_signals,
+    warm_up,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 CHECKPOINT = "lora-checkpoint.pt"
-MODEL_DIR = "model"
-ADAPTER_DIR = "adapter"
+LARGEST_LOSS = 700.0  # whose perplexity is still a number
 _NO_LIMIT = 2**63 - 1
 
 
@@ -139,6 +141,7 @@ class LoraTrainer:
         self._lm_head: Any = base.get_output_embeddings()
         weights = BaseWeights(cast(Tensor, base.get_input_embeddings().weight), self._lm_head.weight)
         self._device = weights.embedding.device
+        self._dtype = training_dtype(self._shared.precision, self._device)
         self.heads = Heads(heads.config, weights, heads.draft_ids).to(self._device)
         self.heads.load_state_dict(heads.state_dict())
         ids = self.heads.draft_ids
@@ -153,7 +156,7 @@ class LoraTrainer:
         self.batch_size = min(self._lora.batch_size, len(self._learned))
         self.epoch_steps = len(self._learned) // self.batch_size
         self.steps = min(self._lora.epochs * self.epoch_steps, self._lora.max_steps or _NO_LIMIT)
-        self.step = 0
+        self.step, self._resumed_at = 0, -1
         self._before: Quality | None = None
         self._directory, self._facts, self._tell = directory, dict(facts), tell
         self._rates = (self._lora.learning_rate, self._lora.heads_learning_rate)
@@ -181,14 +184,23 @@ class LoraTrainer:
         if not path.is_file():
             return False
         names = ("adapters", "heads", "optimizer", "step", "before")
-        adapters, heads, optimizer, self.step, before = read_checkpoint(path, self._facts, names)
-        with torch.no_grad():
+        adapters, heads, optimizer, step, before = read_checkpoint(path, self._facts, names)
+        with taking_up(path), torch.no_grad():
             for name, parameter in self.adapters.items():
                 parameter.copy_(adapters[name])
-        self.heads.load_state_dict(heads)
-        self._optimizer.load_state_dict(optimizer)
-        self._before = Quality(before["perplexity"], Accuracy(**before["accuracy"]))
+            self.heads.load_state_dict(heads)
+            self._optimizer.load_state_dict(optimizer)
+            self._before = Quality(before["perplexity"], Accuracy(**before["accuracy"]))
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = self._shared.weight_decay  # which may have changed
+        self.step = self._resumed_at = step
         return True
+
+    def standing(self) -> str:
+        """After `resume`, for people: from where it goes on."""
+        if self.step >= self.steps:
+            return f"all {self.steps} steps of Medusa-2 are done: more lora.epochs (or lora.max_steps) would go on"
+        return f"going on after step {self.step} of Medusa-2"
 
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
@@ -250,10 +262,8 @@ class LoraTrainer:
         parameters = [*self.adapters.values(), *self.heads.parameters()]
         norm = nn.utils.clip_grad_norm_(parameters, self._shared.clip)
         if not all(map(math.isfinite, (base_loss, *means, float(norm)))):
-            raise MedusaError(
-                f"the loss is not a number at step {self.step + 1} of Medusa-2: the checkpoint of an earlier step is "
-                "kept; go on with --resume and a smaller lora.learning_rate"
-            )
+            path = self._directory / CHECKPOINT
+            raise not_a_number(self.step, self._resumed_at, "lora.learning_rate", path, " of Medusa-2")
         factor = schedule(self.step, self.steps, self._lora.warmup)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
@@ -317,7 +327,7 @@ class LoraTrainer:
         return logits.to(self._device).float(), torch.cat([*middle, final.to(self._device)], dim=-1)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._shared.precision == "bfloat16")
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     # --- what came of it --------------------------------------------------------------------------------------------
 
@@ -335,8 +345,11 @@ class LoraTrainer:
             total += float(F.cross_entropy(logits, passage.roots.long().to(self._device), reduction="sum"))
             tokens += len(passage.roots)
             tables.append(ranks(self.heads, [passage.batch(features, size)]))
-        if not math.isfinite(total):
-            raise MedusaError("the model's loss on held-out text is not a number: train with a smaller learning rate")
+        if not total / tokens < LARGEST_LOSS:  # NaN is not
+            raise MedusaError(
+                "the model's loss on held-out text is not a number, or so great that the model is spoilt: delete "
+                f"{self._directory / CHECKPOINT} and begin Medusa-2 anew with --resume and a smaller lora.learning_rate"
+            )
         return Quality(math.exp(total / tokens), Accuracy.of(torch.cat(tables)))
 
     def merge(self) -> None:
@@ -375,9 +388,6 @@ def need_peft() -> None:
         raise MedusaError("--train-base lora needs peft: pip install 'medusa-decode[train]'")
 
 
-# --- the result -------------------------------------------------------------------------------------------------------
-
-
 def compare(before: Quality, after: Quality) -> str:
     """What training the model has cost and brought, in one line."""
     change = 100 * (after.perplexity / before.perplexity - 1)
@@ -386,51 +396,3 @@ def compare(before: Quality, after: Quality) -> str:
         f"held-out perplexity {before.perplexity:.2f} -> {after.perplexity:.2f} ({change:+.1f}%); "
         f"tokens per step at {JUDGED_NODES} nodes {old:.2f} -> {new:.2f}"
     )
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes weights as safetensors, configuration and tokenizer; the directory appears whole or not at all.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
-    with _written(directory) as new, zoo.quiet():
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-
-
-def save_adapter(model: PeftModel, base: str, directory: Path) -> None:
-    """Writes the adapters in peft's format, with a README; `base` is the model's name as a user knows it.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
-    model.peft_config["default"].base_model_name_or_path = base
-    with _written(directory) as new:
-        model.save_pretrained(str(new), save_embedding_layers=False)
-        (new / "README.md").write_text(_README.format(base=base), encoding="utf-8")
-
-
-@contextmanager
-def _written(directory: Path) -> Iterator[Path]:
-    """`swapped_in`, with what a killed run left behind swept before, and errors in one sentence."""
-    for left in directory.parent.glob(f".{directory.name}-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        with swapped_in(directory) as new:
-            yield new
-    except (OSError, SafetensorError) as error:
-        raise MedusaError(f"cannot write {directory}: {error}; make room and go on with --resume") from None
-
-
-_README = """\
-# LoRA adapter of {base} (Medusa-2)
-
-It was trained together with the Medusa heads in `../heads`, which read the hidden states of the adapted model.
-
-RUN is the directory above this one.
-
-- Merge it: `medusa train --out RUN --resume lora.merge=true` writes `RUN/model`; then
-  `medusa generate "..." --model RUN/model --heads RUN/heads`.
-- Load it with peft: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "RUN/adapter")`.
-"""

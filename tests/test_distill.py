@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from medusa.errors import MedusaError, UsageError
 from medusa.generation import LanguageModel
 from medusa.models.transformers_backend import TransformersBackend
 from medusa.training.distill import DistillSettings, Prompt, Written, distill
-from medusa.training.talk import LoopWatch, Talked
+from medusa.training.talk import LoopWatch, Talk, Talked, Turn, talk_in_slots
 from medusa.training.text_file import TextFile
 from medusa.training.turns import Turns
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
@@ -247,3 +248,53 @@ def test_resuming_a_row_equals_starting_with_its_text() -> None:
         while expected.finish_reason is None:
             fresh.step([expected])
         assert row.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("template", "long"),
+    [
+        (None, Prompt(("why? " * 300,))),
+        (CHAT_TEMPLATE, Prompt(("why? " * 300,))),
+        (CHAT_TEMPLATE, Prompt(("Why?",), "Be brief. " * 200)),
+    ],
+)
+def test_a_prompt_longer_than_the_context_is_dropped_and_the_run_goes_on(
+    template: str | None, long: Prompt, tmp_path: Path
+) -> None:
+    prompts = [Prompt(("What is it?",)), long, Prompt(("Tell me more.",))]
+    for _ in range(2):  # a run that is started again meets it again
+        distill(model(2, template, ends=[2]), tmp_path / "text.jsonl", HOT, prompts=prompts)
+        assert [row["number"] for row in rows_of(tmp_path / "text.jsonl")] == [0, 2]
+    (tmp_path / "text.jsonl").unlink()
+    written = distill(model(2, template, ends=[2]), tmp_path / "text.jsonl", HOT, prompts=prompts)
+    assert written.dropped == {"too long": 1}
+
+
+def slots_of_toy(slots: int = 2) -> Decoder:
+    return Decoder(ToyBackend(ToyModel(seed=3), num_slots=slots), NoDrafter(), 1)
+
+
+def test_a_turn_that_fails_leaves_no_slot_in_use() -> None:
+    def talk(number: int) -> Talk:
+        yield Turn([1, 2], Sampling(), 4, frozenset())
+        if number == 1:
+            raise RuntimeError("no next turn")
+        yield Turn([3], Sampling(), 4, frozenset())
+        return Talked(0.0)
+
+    for slots in (1, 2):
+        decoder = slots_of_toy(slots)
+        with pytest.raises(RuntimeError, match="no next turn"):
+            list(talk_in_slots(decoder, ((number, talk(number)) for number in range(5))))
+        assert [decoder.backend.length(slot) for slot in range(slots)] == [0] * slots
+
+
+def test_conversations_that_end_at_once_are_given_one_by_one() -> None:
+    """Else a run in which none has room would never hear of it."""
+
+    def talk() -> Talk:
+        return Talked(0.0, fault="too long")
+        yield Turn([], Sampling(), 1, frozenset())
+
+    talks = talk_in_slots(slots_of_toy(), ((number, talk()) for number in itertools.count()))
+    assert [number for number, _ in itertools.islice(talks, 5)] == [0, 1, 2, 3, 4]

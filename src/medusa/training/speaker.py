@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from medusa.training.distill import DistillSettings
 
 SHORTEST_USER = 10  # characters of an invented user turn
+SPARE = 8  # tokens that an answer finds room for, at the least
+TOO_LONG = "too long"  # for the slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class Speaker:
         user_ends = self.eos_token_ids | {before_answer[0]}
         seam, drop = self.encode(turns.before_user), False
         for turn in range(count):
-            if len(talked.token_ids) + len(seam) + limits.max_user_tokens + len(before_answer) >= self.room - 8:
+            if len(talked.token_ids) + len(seam) + limits.max_user_tokens + len(before_answer) >= self.room - SPARE:
+                talked.fault = "" if turn else TOO_LONG
                 break
             asking = Sampling(
                 temperature=limits.user_temperature, top_p=limits.top_p, seed=self.seed(number, turn, "user")
@@ -106,8 +109,8 @@ class Speaker:
             tokens, drop = self.encode(f"{opening}{user}{turns.before_answer}"), False
             if turn:
                 tokens, drop = self.joined(talked, tokens)
-            if len(talked.token_ids) + len(tokens) + 8 >= self.room:
-                talked.fault = "" if turn else "too long"
+            if len(talked.token_ids) + len(tokens) + SPARE >= self.room:
+                talked.fault = "" if turn else TOO_LONG
                 break
             said = yield from self._answer(talked, number, turn, tokens, drop)
             talked.messages += [
@@ -124,7 +127,10 @@ class Speaker:
         sampling = Sampling(
             temperature=self.settings.user_temperature, top_p=self.settings.top_p, seed=self.seed(number, 0, "text")
         )
-        limit = min(self.settings.max_answer_tokens, self.room - len(opening) - 8)
+        limit = min(self.settings.max_answer_tokens, self.room - len(opening) - SPARE)
+        if limit < 1 or not opening:
+            talked.fault = TOO_LONG if opening else "empty prompt"
+            return talked
         said = yield Turn(opening, sampling, limit, self.eos_token_ids)
         talked.token_ids = [*opening, *said.tokens]
         talked.labels.append((len(opening), len(talked.token_ids)))

@@ -44,6 +44,7 @@ class Talked:
     token_ids: list[int] = field(default_factory=list)
     labels: list[tuple[int, int]] = field(default_factory=list)
     fault: str = ""
+    spent: int = 0  # tokens that the model wrote, kept or not
 
     @property
     def answer_tokens(self) -> int:
@@ -75,41 +76,52 @@ def talk_in_slots(
 ) -> Iterator[tuple[int, Talked]]:
     """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
 
-    `spent` is told after each pass how many tokens it gave.
+    `spent` is told after each pass, and each turn that begins, how many tokens it gave.
     """
     queue = iter(talks)
     free = list(range(decoder.backend.num_slots))[::-1]
     running: dict[int, tuple[int, Talk, Row, LoopWatch]] = {}
     ended: list[tuple[int, Talked]] = []
 
+    def release(slot: int) -> None:
+        if decoder.backend.length(slot):  # else the conversation was over before it began, or the prefill failed
+            decoder.backend.release(slot)
+
     def go_on(slot: int, number: int, talk: Talk, said: Said | None, before: Row | None) -> None:
         """Starts the conversation's next turn; one that is over at once is followed by the next."""
-        while True:
-            try:
-                turn = next(talk) if said is None else talk.send(said)
-            except StopIteration as end:
-                decoder.backend.release(slot)
-                free.append(slot)
-                ended.append((number, end.value))
-                return
-            options: dict[str, Any] = {"max_new_tokens": turn.max_new_tokens, "eos_token_ids": turn.ends}
-            if before is None:
-                row, step = decoder.start(slot, turn.tokens, turn.sampling, **options)
-            else:
-                if turn.drop_last:
-                    before.tokens.pop()
-                row, step = decoder.resume(before, turn.tokens, turn.sampling, **options)
-            if row.finish_reason is None:
-                watch = LoopWatch()
-                watch.push(step.tokens[0])
-                running[slot] = number, talk, row, watch
-                return
-            said, before = Said(list(step.tokens), row.finish_reason), row
+        try:
+            while True:
+                try:
+                    turn = next(talk) if said is None else talk.send(said)
+                except StopIteration as end:
+                    release(slot)
+                    free.append(slot)
+                    ended.append((number, end.value))
+                    return
+                options: dict[str, Any] = {"max_new_tokens": turn.max_new_tokens, "eos_token_ids": turn.ends}
+                if before is None:
+                    row, step = decoder.start(slot, turn.tokens, turn.sampling, **options)
+                else:
+                    if turn.drop_last:
+                        before.tokens.pop()
+                    row, step = decoder.resume(before, turn.tokens, turn.sampling, **options)
+                spent(len(step.tokens))
+                if row.finish_reason is None:
+                    watch = LoopWatch()
+                    watch.push(step.tokens[0])
+                    running[slot] = number, talk, row, watch
+                    return
+                said, before = Said(list(step.tokens), row.finish_reason), row
+        except BaseException:  # also Ctrl-C: the slot is not among those running, which are released below
+            release(slot)
+            raise
 
     try:
         while True:
             while free and (item := next(queue, None)) is not None:
                 go_on(free.pop(), *item, None, None)
+                yield from ended  # at once: there may be no end of conversations that are over before they begin
+                ended.clear()
             yield from ended
             ended.clear()
             if not running:

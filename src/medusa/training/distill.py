@@ -1,8 +1,10 @@
 """Training text that the model writes itself: invented user turns, its answers, several turns deep.
 
 Conversation n is a function of the settings, the seed and n alone, and rows are written in the order of n: a run that
-was killed and goes on ends with the same file as one that was not. Conversations run side by side, one in each slot of
-the backend, by plain decoding; a slot goes on with its text, so that no turn is computed twice.
+was killed and goes on ends with the same file as one that was not. So it is on the native engine, to the bit, and in
+float32. On the transformers backend in bfloat16 the width of a pass changes how sums are rounded, and near-ties fall
+differently: there a conversation also depends on which others ran beside it, and a run that goes on ends with another
+file, as good as the first. The same holds for an endpoint, as far as its engine does so.
 
 What heads learn best is what will be decoded, so answers end where the model ends them; those that fall into a loop are
 cut once the loop is plain (see `LoopWatch`).
@@ -14,7 +16,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,14 +25,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
-from medusa.errors import UsageError
-from medusa.training.speaker import Speaker
+from medusa.errors import MedusaError, UsageError
+from medusa.training import openings
+from medusa.training.speaker import Speaker, line_ends
 from medusa.training.talk import Talk, Talked, talk_in_slots
-from medusa.training.text_file import TextFile
+from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
 from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from medusa.generation import LanguageModel
+
+JUDGED = 200  # conversations, by the last of which a run is judged
+HOPELESS = 0.95  # share of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,20 +84,32 @@ class Written:
     seconds: float = 0.0
     before: int = 0  # of `tokens`, what earlier runs wrote
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> conversations
+    # Of the conversations of this run that have ended, those that wait for an earlier number included: tokens that the
+    # model wrote, and tokens of answers that are kept.
+    ended_spent: int = 0
+    ended_kept: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         return self.spent / self.seconds if self.seconds else 0.0
 
     @property
-    def kept_per_second(self) -> float:
-        return (self.tokens - self.before) / self.seconds if self.seconds else 0.0
+    def seconds_left(self) -> float | None:
+        """By what this run has kept of the tokens it wrote; None until half of these are of conversations that have
+        ended, for the first to end are short ones. Those under way count, as so much of their tokens will be kept."""
+        if not self.ended_kept or 2 * self.ended_spent < self.spent:
+            return None
+        kept = self.spent * self.ended_kept / self.ended_spent
+        return max(0.0, self.seconds * ((self.wanted - self.before) / kept - 1))
 
     def summary(self) -> str:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
         return f"{self.rows} conversations, {self.tokens} tokens of answers" + (
-            f"; dropped: {dropped}" if dropped else ""
+            f"; dropped: {counts(self.dropped)}" if self.dropped else ""
         )
+
+
+def counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
 def distill(
@@ -110,7 +130,7 @@ def distill(
 
     Raises:
         UsageError: settings that do not go with the model, or with the file there is.
-        MedusaError: the file is not one of distilled text.
+        MedusaError: the file is not one of distilled text; or nearly all conversations are dropped.
     """
     speaker = Speaker(lm.tokenizer, frozenset(lm.eos_token_ids), settings, lm.backend.max_length)
     decoder = Decoder(lm.backend, NoDrafter(), 1)
@@ -118,15 +138,23 @@ def distill(
     def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
         return talk_in_slots(decoder, _talks(speaker, start, prompts), spent)
 
-    header = row_header(lm.name, settings, prompts, lm.runs_on())
-    return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
+    header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
+    return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
 
 
 def row_header(
-    model: str, settings: DistillSettings, prompts: Sequence[Prompt] | None, runs_on: Mapping[str, object]
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DistillSettings,
+    prompts: Sequence[Prompt] | None,
+    runs_on: Mapping[str, object],
 ) -> dict[str, Any]:
     """What every row says of how it came about."""
-    asked = {} if prompts is None else {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
+    asked = {}
+    if prompts is not None:
+        asked["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    elif tokenizer.chat_template:
+        asked[OPENINGS] = openings.digest()
     return {"model": model, "seed": settings.seed, "settings": {**settings.shape(), **runs_on, **asked}}
 
 
@@ -135,13 +163,26 @@ def write_in_order(
     wanted: int,
     finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]],
     tell: Callable[[Written], None],
+    *,
+    endless: bool,
 ) -> Written:
     """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations.
 
     `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
-    order in which they end.
+    order in which they end. `endless` says that it always gives another one.
+
+    Raises:
+        UsageError: the file was begun in another way.
+        MedusaError: nearly all conversations are dropped.
     """
     written = Written(file.rows, file.tokens, wanted, before=file.tokens)
+    if file.older and file.tokens < wanted:
+        file.close()
+        raise UsageError(
+            f"{file.path} was begun by an older version of Medusa, which invented questions in another way: "
+            "name a new file or directory"
+        )
+    judge = Judge(endless)
     started = time.perf_counter()
 
     def spent(tokens: int) -> None:
@@ -159,16 +200,43 @@ def write_in_order(
                 if ended is None:
                     break
                 waiting[ended[0]] = ended[1]
+                written.ended_spent += ended[1].spent
+                written.ended_kept += 0 if fault_of(ended[1]) else ended[1].answer_tokens
                 continue
-            if reason := file.add(number, waiting.pop(number)):
+            talked = waiting.pop(number)
+            reason = file.add(number, talked)
+            if reason:
                 written.dropped[reason] += 1
+                written.ended_kept -= 0 if fault_of(talked) else talked.answer_tokens  # it is a repetition
             number += 1
             written.rows, written.tokens = file.rows, file.tokens
             tell(written)
+            judge.hear(reason)
     finally:
         talks.close()  # type: ignore[attr-defined]
         file.close()
     return written
+
+
+@dataclass(slots=True)
+class Judge:
+    """Ends a run in which nearly all conversations are dropped, for it would hardly come to an end, or waste its time.
+    A prompt that comes twice is no reason: these come to an end."""
+
+    endless: bool
+    _last: deque[str] = field(default_factory=lambda: deque(maxlen=JUDGED))
+
+    def hear(self, reason: str) -> None:
+        """Takes why a conversation was dropped, or "". Raises MedusaError."""
+        if reason == REPEATED and not self.endless:
+            return
+        self._last.append(reason)
+        dropped = Counter(filter(None, self._last))
+        if len(self._last) == JUDGED and dropped.total() > HOPELESS * JUDGED:
+            mend = "give prompts (--prompts FILE)" if self.endless else "mend the prompts"
+            raise MedusaError(
+                f"of the last {JUDGED} conversations {dropped.total()} were dropped ({counts(dropped)}): {mend}"
+            )
 
 
 class Prompt(NamedTuple):
@@ -192,9 +260,9 @@ def _talks(speaker: Speaker, start: int, prompts: Sequence[Prompt] | None) -> It
             for number, prompt in enumerate(prompts[start:], start):
                 yield number, speaker.plain(number, list(tokenizer("\n\n".join(prompt.users))["input_ids"]))
     elif prompts is None:
-        turns = Turns.of(tokenizer)
+        turns, lines = Turns.of(tokenizer), line_ends(tokenizer)
         for number in itertools.count(start):
-            yield number, speaker.invented(number, turns)
+            yield number, speaker.invented(number, turns, lines)
     else:
         shapes: dict[str | None, Turns] = {}
         for number, prompt in enumerate(prompts[start:], start):

@@ -1,4 +1,9 @@
-"""What the model says in a conversation, and what it is asked."""
+"""What the model says in a conversation, and what it is asked.
+
+A user's turn that the model invents begins with a few words that are given (see openings.py). It ends where the model
+ends it, or with its first line: many models have only learned to end answers, and would go on with one. After a colon
+the turn goes on, to what the line announces, until the model ends it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa.decoding.sampling import Sampling
+from medusa.training.openings import opening
 from medusa.training.talk import Said, Talk, Talked, Turn
 from medusa.training.turns import Turns
 
@@ -19,11 +25,23 @@ if TYPE_CHECKING:
 SHORTEST_USER = 10  # characters of an invented user turn
 SPARE = 8  # tokens that an answer finds room for, at the least
 TOO_LONG = "too long"  # for the slots
+NO_QUESTION = "no question"
+
+
+def is_question(given: str, said: str) -> bool:
+    """Whether a user's turn says anything beyond the words that it was given to begin with."""
+    return len((given + said).strip()) >= SHORTEST_USER and any(map(str.isalnum, said))
+
+
+def line_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that hold the end of a line."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], skip_special_tokens=True)
+    return frozenset(token for token, text in enumerate(texts) if "\n" in text)
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """What all conversations share: the tokenizer, the seams of the template, the limits."""
+    """What all conversations share: the tokenizer, the limits."""
 
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
@@ -37,10 +55,24 @@ class Speaker:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def text(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+    def text(self, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
+        """What tokens say. Some tokenizers leave out a space before the first; not so if it is told what is before."""
+        text, before = (
+            self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in ([*after, *tokens], after)
+        )
         assert isinstance(text, str)
-        return text
+        assert isinstance(before, str)
+        return text[len(before) :]
+
+    def opening(self, number: int, turn: int) -> str:
+        """The first words of a user's turn that is invented."""
+        return opening(self.seed(number, turn, "opening"), turn)
+
+    def asking(self, number: int, turn: int) -> Sampling:
+        settings = self.settings
+        return Sampling(
+            temperature=settings.user_temperature, top_p=settings.top_p, seed=self.seed(number, turn, "user")
+        )
 
     def answering(self, number: int, turn: int) -> Sampling:
         temperatures = self.settings.temperatures
@@ -64,37 +96,20 @@ class Speaker:
             return seam, True
         return seam, False
 
-    def invented(self, number: int, turns: Turns) -> Talk:
-        """The model asks and answers."""
-        limits = self.settings
+    def invented(self, number: int, turns: Turns, lines: frozenset[int]) -> Talk:
+        """The model asks and answers. `lines` are the tokens that end a line."""
         talked = Talked(self.answering(number, 0).temperature)
-        count = 1 + self.seed(number, 0, "turns") % (limits.turns if turns.before_next is not None else 1)
-        before_answer = self.encode(turns.before_answer)
-        user_ends = self.eos_token_ids | {before_answer[0]}
-        seam, drop = self.encode(turns.before_user), False
-        for turn in range(count):
-            if len(talked.token_ids) + len(seam) + limits.max_user_tokens + len(before_answer) >= self.room - SPARE:
-                talked.fault = "" if turn else TOO_LONG
+        most = self.settings.turns if turns.before_next is not None else 1
+        for turn in range(1 + self.seed(number, 0, "turns") % most):
+            before = list(talked.token_ids), list(talked.labels)
+            asked = yield from self._ask(talked, number, turn, turns, lines)
+            if isinstance(asked, str):  # what was said before is kept as it was
+                talked.token_ids, talked.labels = before
+                talked.fault = "" if turn else asked
                 break
-            asking = Sampling(
-                temperature=limits.user_temperature, top_p=limits.top_p, seed=self.seed(number, turn, "user")
-            )
-            said = yield Turn(seam, asking, limits.max_user_tokens, user_ends, drop)
-            user = self.text(said.tokens)
-            if said.finish_reason != "stop" or len(user.strip()) < SHORTEST_USER:
-                talked.fault = "" if turn else "no question"
+            said = yield from self._answer(talked, number, turn, *asked)
+            if said.finish_reason != "stop":
                 break
-            talked.token_ids += [*seam, *said.tokens]
-            tokens, drop = self.joined(talked, before_answer)
-            said = yield from self._answer(talked, number, turn, tokens, drop)
-            talked.messages += [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": self.text(said.tokens)},
-            ]
-            if said.finish_reason != "stop" or turn + 1 == count:
-                break
-            assert turns.before_next is not None
-            seam, drop = self.joined(talked, self.encode(turns.before_next))
         return talked
 
     def given(self, number: int, turns: Turns, system: str | None, users: Sequence[str]) -> Talk:
@@ -105,18 +120,15 @@ class Speaker:
         for turn, user in enumerate(users):
             if turn and turns.before_next is None:
                 break
-            opening = turns.before_next if turn else turns.before_user
-            tokens, drop = self.encode(f"{opening}{user}{turns.before_answer}"), False
+            before = turns.before_next if turn else turns.before_user
+            tokens, drop = self.encode(f"{before}{turns.shown(user)}{turns.before_answer}"), False
             if turn:
                 tokens, drop = self.joined(talked, tokens)
             if len(talked.token_ids) + len(tokens) + SPARE >= self.room:
                 talked.fault = "" if turn else TOO_LONG
                 break
+            talked.messages.append({"role": "user", "content": user})
             said = yield from self._answer(talked, number, turn, tokens, drop)
-            talked.messages += [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": self.text(said.tokens)},
-            ]
             if said.finish_reason != "stop":
                 break
         return talked
@@ -132,10 +144,54 @@ class Speaker:
             talked.fault = TOO_LONG if opening else "empty prompt"
             return talked
         said = yield Turn(opening, sampling, limit, self.eos_token_ids)
+        talked.spent += len(said.tokens)
         talked.token_ids = [*opening, *said.tokens]
         talked.labels.append((len(opening), len(talked.token_ids)))
         talked.messages.append({"role": "assistant", "content": self.text(said.tokens)})
         return talked
+
+    def _ask(
+        self, talked: Talked, number: int, turn: int, turns: Turns, lines: frozenset[int]
+    ) -> Generator[Turn, Said, tuple[list[int], bool] | str]:
+        """Adds a user's turn that the model writes, but for what ends it; returns the seam to the answer, and whether
+        the last token is dropped (see `joined`). A string says why there is no such turn; the text is then undefined.
+        """
+        given = self.opening(number, turn)
+        before_answer = self.encode(turns.before_answer)
+        tokens, drop = self.encode(f"{turns.before_next if turn else turns.before_user}{given}"), False
+        if turn:
+            tokens, drop = self.joined(talked, tokens)
+        room = self.settings.max_user_tokens
+        if len(talked.token_ids) + len(tokens) + room + len(before_answer) + SPARE >= self.room:
+            return TOO_LONG
+
+        ends = self.eos_token_ids | {before_answer[0]}
+        sampling = self.asking(number, turn)
+        said = yield Turn(tokens, sampling, room, ends | lines, drop)
+        talked.spent += len(said.tokens)
+        written = said.tokens
+        announces = written[-1] in lines - ends and self.text(written, tokens).rstrip().endswith(":")
+        if announces and len(written) < room:
+            said = yield Turn([], sampling, room - len(written), ends)
+            talked.spent += len(said.tokens)
+            written = [*written, *said.tokens]
+        if said.finish_reason != "stop":
+            return NO_QUESTION
+
+        talked.token_ids += tokens
+        start = len(talked.token_ids)
+        talked.token_ids += written
+        rest = ""
+        if written[-1] in ends:
+            seam, drop = self.joined(talked, before_answer)
+        else:  # what the token holds beside the end of the line belongs to the turn
+            rest = self.text([talked.token_ids.pop()]).partition("\n")[0].rstrip()
+            seam, drop = self.encode(rest + turns.before_answer), True
+        user = self.text(talked.token_ids[start:], talked.token_ids[:start]) + rest
+        if not is_question(given, user):
+            return NO_QUESTION
+        talked.messages.append({"role": "user", "content": given + user})
+        return seam, drop
 
     def _answer(
         self, talked: Talked, number: int, turn: int, tokens: list[int], drop: bool
@@ -144,8 +200,10 @@ class Speaker:
         said = yield Turn(
             tokens, self.answering(number, turn), self.settings.max_answer_tokens, self.eos_token_ids, drop
         )
+        talked.spent += len(said.tokens)
         talked.token_ids += tokens
         start = len(talked.token_ids)
         talked.token_ids += said.tokens
         talked.labels.append((start, len(talked.token_ids)))
+        talked.messages.append({"role": "assistant", "content": self.text(said.tokens)})
         return said

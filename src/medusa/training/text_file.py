@@ -14,6 +14,13 @@ from medusa.errors import MedusaError, UsageError
 from medusa.training.talk import Talked
 
 SHORTEST_ANSWER = 8  # tokens of a conversation's answers
+REPEATED = "repeated"
+OPENINGS = "openings"  # the setting that rows of an older way of inventing do not have
+
+
+def fault_of(talked: Talked) -> str:
+    """Why a conversation is not kept whatever else was said; "" if it may be."""
+    return talked.fault or ("too short" if talked.answer_tokens < SHORTEST_ANSWER else "")
 
 
 class TextFile:
@@ -26,6 +33,7 @@ class TextFile:
         self.rows = 0
         self.tokens = 0  # of answers
         self.next_number = 0
+        self.older = False  # rows came about in an older way of inventing; none must be added
         self._seen: set[str] = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -41,29 +49,36 @@ class TextFile:
                 try:
                     row = json.loads(line)
                     header = {name: row[name] for name in self.header}
+                    header["settings"] = dict(row.get("settings", {}))
                     number, labels = int(row["number"]), row["labels"]
                     tokens = sum(end - start for start, end in labels)
                 except (ValueError, KeyError, TypeError):
                     raise MedusaError(
                         f"{self.path}, line {line_number}, is not a row of distilled text: name a new file"
                     ) from None
-                if header != self.header:
-                    name = next(name for name in self.header if header[name] != self.header[name])
-                    raise UsageError(
-                        f"{self.path} was made with {name} {_short(header[name])}, not {_short(self.header[name])}: "
-                        "go on with the same settings, or name a new file"
-                    )
+                self._compare(header)
                 whole += len(line)
                 self._count(row, number, tokens)
         if whole < self.path.stat().st_size:
             os.truncate(self.path, whole)
 
+    def _compare(self, header: Mapping[str, Any]) -> None:
+        """Raises UsageError where a row came about in another way."""
+        found, wanted = ({**h, **h.get("settings", {})} for h in (header, self.header))
+        if OPENINGS in wanted and OPENINGS not in found:
+            self.older = True
+            found[OPENINGS] = wanted[OPENINGS]
+        for name in [*wanted, *found]:
+            if name != "settings" and found.get(name) != wanted.get(name):
+                raise UsageError(
+                    f"{self.path} was made with {name} {_short(found.get(name))}, not {_short(wanted.get(name))}: "
+                    "go on with the same settings, or name a new file"
+                )
+
     def add(self, number: int, talked: Talked) -> str:
         """Writes a conversation, unless there is a reason not to, which is returned. Numbers must ascend."""
-        if talked.fault:
-            return talked.fault
-        if talked.answer_tokens < SHORTEST_ANSWER:
-            return "too short"
+        if fault := fault_of(talked):
+            return fault
         row = {
             "number": number,
             **self.header,
@@ -73,7 +88,7 @@ class TextFile:
             "labels": talked.labels,
         }
         if self._seen & _keys(row):
-            return "repeated"
+            return REPEATED
         # One write of a whole line: what is cut short by a kill is one row, which the next run drops.
         try:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -95,9 +95,9 @@ class Written:
 
     @property
     def seconds_left(self) -> float | None:
-        """By what this run has kept of the tokens it wrote; None until half of these are of conversations that have
+        """By what this run has kept of the tokens it wrote; None until two thirds are of conversations that have
         ended, for the first to end are short ones. Those under way count, as so much of their tokens will be kept."""
-        if not self.ended_kept or 2 * self.ended_spent < self.spent:
+        if not self.ended_kept or 3 * self.ended_spent < 2 * self.spent:
             return None
         kept = self.spent * self.ended_kept / self.ended_spent
         return max(0.0, self.seconds * ((self.wanted - self.before) / kept - 1))

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from medusa.errors import UsageError
 from medusa.training.distill import DistillSettings
 from medusa.training.speaker import NO_QUESTION, Speaker, line_ends
-from medusa.training.talk import Said, Talk, Talked
+from medusa.training.talk import Said, Talk, Talked, Turn
 from medusa.training.turns import Turns, render
 from tiny_models import make_tokenizer
 
@@ -205,3 +207,33 @@ def test_a_template_that_cannot_be_cut_is_refused(template: str | None, message:
 def test_a_template_of_one_turn_gives_conversations_of_one_turn() -> None:
     single = QWEN + "{%- if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif -%}"
     assert Turns.of(make_tokenizer(single)).before_next is None
+
+
+def test_a_seam_is_read_as_in_the_middle_of_a_text() -> None:
+    """Tokenizers of the older SentencePiece kind put a space before a text, but not before a part of one."""
+    letters = sorted({*"▁\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,?!'[]/"})
+    vocabulary = {token: i for i, token in enumerate(["<|pad|>", "<|start|>", "<|end|>", *letters, "▁▁"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "▁")]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|start|>", "<|end|>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>")
+    fast.chat_template = (
+        "<|start|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+    )
+    speak = Speaker(fast, frozenset({END}), DistillSettings(turns=1), room=2000)
+    turns, lines = Turns.of(fast), line_ends(fast)
+    assert turns.before_next == "<|end|>[INST] "
+    assert lines == {vocabulary["\n"]}
+    read = fast("my bells\n", add_special_tokens=False)["input_ids"]
+    talk = speak.invented(0, turns, lines)
+    first = next(talk)
+    second = talk.send(Said(read, "stop"))
+    assert isinstance(second, Turn)
+    assert [*first.tokens, *read[:-1], *second.tokens] == speak.encode(
+        f"<|start|>[INST] {speak.opening(0, 0)} my bells [/INST]"
+    )
+    with pytest.raises(StopIteration) as ended:
+        talk.send(Said(speak.encode("So.<|end|>"), "stop"))
+    assert ended.value.value.messages[0]["content"] == f"{speak.opening(0, 0)} my bells"

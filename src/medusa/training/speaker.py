@@ -55,6 +55,11 @@ class Speaker:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def seam(self, text: str) -> list[int]:
+        """The tokens of a text that follows another. Some tokenizers put a space before what they take for a start."""
+        before, whole = self.encode("a"), self.encode(f"a{text}")
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
+
     def text(self, tokens: Sequence[int], after: Sequence[int] = ()) -> str:
         """What tokens say. Some tokenizers leave out a space before the first; not so if it is told what is before."""
         text, before = (
@@ -157,7 +162,7 @@ class Speaker:
         the last token is dropped (see `joined`). A string says why there is no such turn; the text is then undefined.
         """
         given = self.opening(number, turn)
-        before_answer = self.encode(turns.before_answer)
+        before_answer = self.seam(turns.before_answer)
         tokens, drop = self.encode(f"{turns.before_next if turn else turns.before_user}{given}"), False
         if turn:
             tokens, drop = self.joined(talked, tokens)
@@ -186,7 +191,7 @@ class Speaker:
             seam, drop = self.joined(talked, before_answer)
         else:  # what the token holds beside the end of the line belongs to the turn
             rest = self.text([talked.token_ids.pop()]).partition("\n")[0].rstrip()
-            seam, drop = self.encode(rest + turns.before_answer), True
+            seam, drop = self.seam(rest + turns.before_answer), True
         user = self.text(talked.token_ids[start:], talked.token_ids[:start]) + rest
         if not is_question(given, user):
             return NO_QUESTION

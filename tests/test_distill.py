@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,11 @@ from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import LanguageModel
 from medusa.models.transformers_backend import TransformersBackend
-from medusa.training.distill import DistillSettings, LoopWatch, Prompt, Talked, TextFile, Written, distill
+from medusa.training import openings
+from medusa.training.distill import DistillSettings, Prompt, Written, distill, write_in_order
+from medusa.training.talk import LoopWatch, Talk, Talked, Turn, talk_in_slots
+from medusa.training.text import Silent, shown_by
+from medusa.training.text_file import TextFile
 from medusa.training.turns import Turns
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
 
@@ -245,3 +251,187 @@ def test_resuming_a_row_equals_starting_with_its_text() -> None:
         while expected.finish_reason is None:
             fresh.step([expected])
         assert row.tokens == expected.tokens
+
+
+@pytest.mark.parametrize(
+    ("template", "long"),
+    [
+        (None, Prompt(("why? " * 300,))),
+        (CHAT_TEMPLATE, Prompt(("why? " * 300,))),
+        (CHAT_TEMPLATE, Prompt(("Why?",), "Be brief. " * 200)),
+    ],
+)
+def test_a_prompt_longer_than_the_context_is_dropped_and_the_run_goes_on(
+    template: str | None, long: Prompt, tmp_path: Path
+) -> None:
+    prompts = [Prompt(("What is it?",)), long, Prompt(("Tell me more.",))]
+    for _ in range(2):  # a run that is started again meets it again
+        distill(model(2, template, ends=[2]), tmp_path / "text.jsonl", HOT, prompts=prompts)
+        assert [row["number"] for row in rows_of(tmp_path / "text.jsonl")] == [0, 2]
+    (tmp_path / "text.jsonl").unlink()
+    written = distill(model(2, template, ends=[2]), tmp_path / "text.jsonl", HOT, prompts=prompts)
+    assert written.dropped == {"too long": 1}
+
+
+def slots_of_toy(slots: int = 2) -> Decoder:
+    return Decoder(ToyBackend(ToyModel(seed=3), num_slots=slots), NoDrafter(), 1)
+
+
+def test_a_turn_that_fails_leaves_no_slot_in_use() -> None:
+    def talk(number: int) -> Talk:
+        yield Turn([1, 2], Sampling(), 4, frozenset())
+        if number == 1:
+            raise RuntimeError("no next turn")
+        yield Turn([3], Sampling(), 4, frozenset())
+        return Talked(0.0)
+
+    for slots in (1, 2):
+        decoder = slots_of_toy(slots)
+        with pytest.raises(RuntimeError, match="no next turn"):
+            list(talk_in_slots(decoder, ((number, talk(number)) for number in range(5))))
+        assert [decoder.backend.length(slot) for slot in range(slots)] == [0] * slots
+
+
+def test_conversations_that_end_at_once_are_given_one_by_one() -> None:
+    """Else a run in which none has room would never hear of it."""
+
+    def talk() -> Talk:
+        return Talked(0.0, fault="too long")
+        yield Turn([], Sampling(), 1, frozenset())
+
+    talks = talk_in_slots(slots_of_toy(), ((number, talk()) for number in itertools.count()))
+    assert [number for number, _ in itertools.islice(talks, 5)] == [0, 1, 2, 3, 4]
+
+
+def test_invented_turns_begin_with_the_words_of_a_user(whole: Path) -> None:
+    rows = rows_of(whole)
+    assert {row["settings"]["openings"] for row in rows} == {openings.digest()}
+    for row in rows:
+        first, *later = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        assert first.startswith(openings.FIRST)
+        assert all(user.startswith(openings.LATER) for user in later)
+    assert len({row["messages"][0]["content"][:6] for row in rows}) > len(rows) / 2
+
+
+@pytest.mark.parametrize(("template", "room", "reason"), [(CHAT_TEMPLATE, 60, "too long"), (None, 1024, "too short")])
+def test_a_run_that_keeps_nothing_ends_and_says_why(
+    template: str | None, room: int, reason: str, tmp_path: Path
+) -> None:
+    """One without room for a question, and one of a model that ends every text at once."""
+    backend = TransformersBackend(make_model(vocab_size=TOKENIZER_VOCAB, max_position_embeddings=room), num_slots=3)
+    ends = range(TOKENIZER_VOCAB)
+    lm = LanguageModel("tiny", make_tokenizer(template), backend, drafter="none", nodes=1, eos_token_ids=ends)
+    with pytest.raises(
+        MedusaError, match=rf"of the last 200 conversations 200 were dropped \(200 {reason}\): give prompts"
+    ):
+        distill(lm, tmp_path / "text.jsonl", HOT)
+    assert (tmp_path / "text.jsonl").read_bytes() == b""
+
+
+def ended(*talks: Talked) -> Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]]:
+    return lambda start, spent: (pair for pair in enumerate(talks[start:], start))
+
+
+def answered(number: int, tokens: int = 20) -> Talked:
+    says = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "It is."}]
+    return Talked(0.0, says, list(range(tokens)), [(0, tokens)], spent=tokens)
+
+
+def test_a_run_is_judged_by_its_last_conversations(tmp_path: Path) -> None:
+    """One in ten that is kept is enough, and prompts that come again and again are no reason to end."""
+    many = [answered(n) if n % 10 == 0 else Talked(0.0, fault="no question") for n in range(500)]
+    written = write_in_order(TextFile(tmp_path / "a", {}), 10**6, ended(*many), lambda _: None, endless=True)
+    assert written.rows == 50
+    again = [answered(0)] * 500
+    written = write_in_order(TextFile(tmp_path / "b", {}), 10**6, ended(*again), lambda _: None, endless=False)
+    assert written.dropped == {"repeated": 499}
+    with pytest.raises(MedusaError, match=r"199 were dropped \(199 repeated\)"):
+        write_in_order(TextFile(tmp_path / "c", {}), 10**6, ended(*again), lambda _: None, endless=True)
+    failing = [answered(n) if n < 300 else Talked(0.0, fault="too long") for n in range(1000)]
+    with pytest.raises(MedusaError, match=r"191 were dropped \(191 too long\): mend the prompts"):
+        write_in_order(TextFile(tmp_path / "d", {}), 10**6, ended(*failing), lambda _: None, endless=False)
+
+
+def test_a_file_of_an_older_way_of_inventing_is_kept_but_not_gone_on_with(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+
+    def older(line: str) -> str:
+        row = json.loads(line)
+        del row["settings"]["openings"]
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    path.write_text("".join(map(older, lines)), encoding="utf-8")
+    before = path.read_bytes()
+    assert distill(model(), path, HOT).spent == 0  # it is whole
+    assert path.read_bytes() == before
+    path.write_text("".join(map(older, lines[:2])), encoding="utf-8")
+    before = path.read_bytes()
+    with pytest.raises(
+        UsageError, match="begun by an older version of Medusa, which invented questions in another way"
+    ):
+        distill(model(), path, HOT)
+    assert path.read_bytes() == before
+
+
+def test_the_setting_that_differs_is_named(whole: Path) -> None:
+    with pytest.raises(UsageError, match=r"was made with max_answer_tokens 24, not 25: go on with the same settings"):
+        distill(model(), whole, replace(HOT, max_answer_tokens=25, tokens=10_000))
+    with pytest.raises(UsageError, match=r"was made with prompts null, not \"[0-9a-f]{16}\""):
+        distill(model(), whole, replace(HOT, tokens=10_000), prompts=[Prompt(("Why?",))])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_time_that_is_left_is_told_once_it_is_known_and_steadily(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversations of 60 to 1,000 tokens in 24 slots, a pass a second, rows in order; those of 96 have no question."""
+    clock = [0.0]
+    monkeypatch.setattr("medusa.training.distill.time.perf_counter", lambda: clock[0])
+    chance = random.Random(seed)
+
+    def simulated(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+        numbers = itertools.count(start)
+        running: dict[int, list[int]] = {}
+        while True:
+            while len(running) < 24:
+                size = chance.choice((96, 60, 300, 1000))
+                running[next(numbers)] = [size, size]
+            clock[0] += 1.0
+            spent(len(running))
+            for number, (size, left) in list(running.items()):
+                running[number][1] = left - 1
+                if left == 1:
+                    del running[number]
+                    fault = "no question" if size == 96 else ""
+                    yield number, replace(answered(number, size - size // 5), spent=size, fault=fault)
+
+    told: list[tuple[float, float | None]] = []
+    for wanted in (100_000, 250_000):  # the second run goes on with what the first has left
+        clock[0] = 0.0
+        told.clear()
+        file = TextFile(tmp_path / "text.jsonl", {})
+        tell = lambda written: told.append((written.seconds, written.seconds_left))  # noqa: E731
+        write_in_order(file, wanted, simulated, tell, endless=True)
+        end = told[-1][0]
+        assert told[0][1] is None
+        known = [(at, at + left) for at, left in told if left is not None]
+        assert known[0][0] < end / 3
+        # The hour of the end that is told: never far off, and it does not jump.
+        assert all(abs(hour - end) < 0.4 * end for _, hour in known)
+        later = [hour for at, hour in known if at > 0.5 * end]
+        assert all(abs(hour - end) < 0.2 * end for hour in later)
+        assert all(abs(a - b) < 0.25 * end for (_, a), (_, b) in itertools.pairwise(known))
+
+
+def test_a_reporter_hears_no_time_before_it_is_known() -> None:
+    heard: list[str] = []
+
+    class Reporter(Silent):
+        def progress(self, done: int, total: int, text: str) -> None:
+            heard.append(text)
+
+    tell = shown_by(Reporter())
+    tell(Written(wanted=1000, spent=100, seconds=10.0))
+    tell(Written(rows=2, tokens=90, wanted=1000, spent=200, seconds=20.0, ended_spent=150, ended_kept=135))
+    assert heard == ["0 conversations, 10 tokens/s", "2 conversations, 10 tokens/s, 2 min left"]

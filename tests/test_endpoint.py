@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from medusa.cli import main
 from medusa.errors import MedusaError
 from medusa.training.distill import DistillSettings, Prompt
 from medusa.training.endpoint import distill_remotely
-from tiny_models import make_tokenizer
+from medusa.training.openings import FIRST, LATER
+from tiny_models import CHAT_TEMPLATE, make_tokenizer
 
 pytest.importorskip("openai")
 SETTINGS = DistillSettings(tokens=400, max_answer_tokens=60)
@@ -25,21 +27,30 @@ SETTINGS = DistillSettings(tokens=400, max_answer_tokens=60)
 
 @dataclass
 class Server:
-    """Says something that follows from what it is asked. `refuse` is a status for every other request."""
+    """Says something that follows from what it is asked. `refuse` is a status for every other request, and `refused` a
+    text whose requests are bad ones; `ends` is how a user's turn ends."""
 
     url: str = ""
     asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     refuse: int = 0
+    refused: str = "\0"
+    ends: str = ", please?"
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         seed = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if path.endswith("/chat/completions"):
             cut = int(seed[0], 16) < 3
-            message = {"role": "assistant", "content": f"The answer is {seed[:12]} and no other."}
+            said = "naughty" if "naughty" in body["messages"][-1]["content"] else "no other"
+            message = {"role": "assistant", "content": f"The answer is {seed[:12]} and {said}."}
             return {"choices": [{"index": 0, "message": message, "finish_reason": "length" if cut else "stop"}]}
         assert path.endswith("/completions")
-        assert body["prompt"].endswith("<|start|>user: ")
-        return {"choices": [{"index": 0, "text": f"What is {seed[:10]}, please?", "finish_reason": "stop"}]}
+        if body["prompt"].endswith("\n"):  # after a colon
+            assert "\n" not in body["stop"]
+            return {"choices": [{"index": 0, "text": f"line {seed[:5]}\nand another one", "finish_reason": "stop"}]}
+        opened = body["prompt"].rpartition("<|start|>user: ")[2]
+        assert opened in (*FIRST, *LATER)
+        assert "\n" in body["stop"]
+        return {"choices": [{"index": 0, "text": f" {seed[:10]}{self.ends}", "finish_reason": "stop"}]}
 
 
 @pytest.fixture
@@ -51,7 +62,12 @@ def server() -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             state.asked.append((self.path, body))
             status = state.refuse if state.refuse and len(state.asked) % 2 else 200
-            reply = {"error": {"message": "not today"}} if status != 200 else state.reply(self.path, body)
+            status = 400 if state.refused in json.dumps(body) else status
+            reply = (
+                {"error": {"message": "not today, nor in 4096 years" if status == 400 else "not today"}}
+                if status != 200
+                else state.reply(self.path, body)
+            )
             reply |= {"id": "1", "object": "completion", "created": 1, "model": body["model"]}
             data = json.dumps(reply).encode()
             self.send_response(status)
@@ -92,6 +108,8 @@ def test_the_model_behind_an_endpoint_asks_and_answers(server: Server, tmp_path:
     assert any(len(row["labels"]) > 1 for row in rows)
     tokenizer = make_tokenizer()
     for row in rows:
+        users = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        assert all(user.startswith(LATER if turn else FIRST) for turn, user in enumerate(users))
         assert row["model"] == "org/big"
         assert row["settings"]["backend"] == "endpoint"
         said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
@@ -136,3 +154,40 @@ def test_nobody_at_the_endpoint_is_one_clear_sentence(
         main(["distill", "--out", str(tmp_path / "a.jsonl"), "--endpoint", "http://127.0.0.1:9/v1", "--model", "org/m"])
     assert ended.value.code == 1
     assert "cannot reach http://127.0.0.1:9/v1: is the server running" in capfd.readouterr().err
+
+
+def test_an_announced_text_is_asked_for(server: Server, tmp_path: Path) -> None:
+    server.ends = " says:"
+    distill_remotely(server.url, "m", tmp_path / "a.jsonl", SETTINGS, served_model="m", parallel=4)
+    said = [row["messages"][0]["content"] for row in rows_of(tmp_path / "a.jsonl")]
+    assert all(re.search(r" says:\nline .*\nand another one$", text) for text in said)
+
+
+REFUSING = CHAT_TEMPLATE.replace(
+    "<|start|>{{", "{% if 'naughty' in m['content'] %}{{ raise_exception('naughty') }}{% endif %}<|start|>{{"
+)
+
+
+def test_a_conversation_that_cannot_be_used_is_dropped_and_the_run_goes_on(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template does not take what was said, or the endpoint not what is asked."""
+    monkeypatch.setattr("medusa.models.zoo.load_tokenizer", lambda source: make_tokenizer(REFUSING))
+    server.refused = "far too long"
+    prompts = [Prompt((f"Is it {word}?",)) for word in ("nice", "naughty", "far too long", "good")]
+    written = distill_remotely(server.url, "m", tmp_path / "a.jsonl", SETTINGS, served_model="m", prompts=prompts)
+    assert [row["number"] for row in rows_of(tmp_path / "a.jsonl")] == [0, 3]
+    assert sorted(written.dropped.values()) == [1, 1]
+    assert written.dropped["the chat template of m refuses it: naughty"] == 1
+    assert any(re.match(r"refused by the endpoint: .*not today, nor in N years", reason) for reason in written.dropped)
+
+
+def test_a_run_of_conversations_that_cannot_be_used_ends(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa.models.zoo.load_tokenizer", lambda source: make_tokenizer(REFUSING))
+    server.ends = " naughty?"
+    with pytest.raises(
+        MedusaError, match=r"of the last 200 conversations 200 were dropped \(200 the chat template of m"
+    ):
+        distill_remotely(server.url, "m", tmp_path / "a.jsonl", SETTINGS, served_model="m", parallel=4)

@@ -1,8 +1,10 @@
 """Training text that the model writes itself: invented user turns, its answers, several turns deep.
 
 Conversation n is a function of the settings, the seed and n alone, and rows are written in the order of n: a run that
-was killed and goes on ends with the same file as one that was not. Conversations run side by side, one in each slot of
-the backend, by plain decoding; a slot goes on with its text, so that no turn is computed twice.
+was killed and goes on ends with the same file as one that was not. So it is on the native engine, to the bit, and in
+float32. On the transformers backend in bfloat16 the width of a pass changes how sums are rounded, and near-ties fall
+differently: there a conversation also depends on which others ran beside it, and a run that goes on ends with another
+file, as good as the first. The same holds for an endpoint, as far as its engine does so.
 
 What heads learn best is what will be decoded, so answers end where the model ends them; those that fall into a loop are
 cut once the loop is plain (see `LoopWatch`).
@@ -10,22 +12,24 @@ cut once the loop is plain (see `LoopWatch`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa.decoding.draft import NoDrafter, Row
+from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
+from medusa.training import openings
+from medusa.training.speaker import Speaker, line_ends
+from medusa.training.talk import Talk, Talked, talk_in_slots
+from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
 from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
@@ -33,8 +37,8 @@ if TYPE_CHECKING:
 
     from medusa.generation import LanguageModel
 
-SHORTEST_USER = 10  # characters of an invented user turn
-SHORTEST_ANSWER = 8  # tokens of a conversation's answers
+JUDGED = 200  # conversations, by the last of which a run is judged
+HOPELESS = 0.95  # share of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,348 +73,6 @@ class DistillSettings:
         return {name: value for name, value in json.loads(json.dumps(asdict(self))).items() if name != "tokens"}
 
 
-class LoopWatch:
-    """Tells when a text has fallen into a loop: nearly all of its last `window` 4-grams have occurred in it before."""
-
-    def __init__(self, window: int = 64, share: float = 0.85) -> None:
-        self._window, self._share = window, share
-        self._last: deque[int] = deque(maxlen=4)
-        self._seen: set[tuple[int, ...]] = set()
-        self._repeats: deque[bool] = deque(maxlen=window)
-
-    def push(self, token: int) -> bool:
-        """Adds a token; whether the text loops."""
-        self._last.append(token)
-        if len(self._last) == 4:
-            gram = tuple(self._last)
-            self._repeats.append(gram in self._seen)
-            self._seen.add(gram)
-        return len(self._repeats) == self._window and sum(self._repeats) >= self._share * self._window
-
-
-# --- conversations side by side -------------------------------------------------------------------------------------
-
-
-class Turn(NamedTuple):
-    """What a conversation asks for: tokens to add to its text, and how to go on from there until one of `ends`."""
-
-    tokens: Sequence[int]
-    sampling: Sampling
-    max_new_tokens: int
-    ends: frozenset[int]
-    drop_last: bool = False  # the last token of the text is taken back first
-
-
-class Said(NamedTuple):
-    """What the model said, the token that ended it included."""
-
-    tokens: list[int]
-    finish_reason: str  # "stop", "length" or "loop"
-
-
-Talk = Generator[Turn, Said, "Talked"]
-
-
-def talk_in_slots(
-    decoder: Decoder, talks: Iterable[tuple[int, Talk]], spent: Callable[[int], None] = lambda tokens: None
-) -> Iterator[tuple[int, Talked]]:
-    """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
-
-    `spent` is told after each pass how many tokens it gave.
-    """
-    queue = iter(talks)
-    free = list(range(decoder.backend.num_slots))[::-1]
-    running: dict[int, tuple[int, Talk, Row, LoopWatch]] = {}
-    ended: list[tuple[int, Talked]] = []
-
-    def go_on(slot: int, number: int, talk: Talk, said: Said | None, before: Row | None) -> None:
-        """Starts the conversation's next turn; one that is over at once is followed by the next."""
-        while True:
-            try:
-                turn = next(talk) if said is None else talk.send(said)
-            except StopIteration as end:
-                decoder.backend.release(slot)
-                free.append(slot)
-                ended.append((number, end.value))
-                return
-            options: dict[str, Any] = {"max_new_tokens": turn.max_new_tokens, "eos_token_ids": turn.ends}
-            if before is None:
-                row, step = decoder.start(slot, turn.tokens, turn.sampling, **options)
-            else:
-                if turn.drop_last:
-                    before.tokens.pop()
-                row, step = decoder.resume(before, turn.tokens, turn.sampling, **options)
-            if row.finish_reason is None:
-                watch = LoopWatch()
-                watch.push(step.tokens[0])
-                running[slot] = number, talk, row, watch
-                return
-            said, before = Said(list(step.tokens), row.finish_reason), row
-
-    try:
-        while True:
-            while free and (item := next(queue, None)) is not None:
-                go_on(free.pop(), *item, None, None)
-            yield from ended
-            ended.clear()
-            if not running:
-                return
-            steps = decoder.step([row for _, _, row, _ in running.values()])
-            spent(sum(len(step.tokens) for step in steps))
-            for (slot, (number, talk, row, watch)), step in zip(list(running.items()), steps, strict=True):
-                looped = sum(watch.push(token) for token in step.tokens) > 0  # all are pushed
-                if row.finish_reason is not None or looped:
-                    del running[slot]
-                    said = Said(row.tokens[row.prompt_tokens :], row.finish_reason or "loop")
-                    go_on(slot, number, talk, said, row)
-    finally:
-        for slot in running:
-            decoder.backend.release(slot)
-
-
-# --- what is talked about -------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Talked:
-    """A conversation as it grew. `labels` are the answers' tokens, [start, end). `fault` says why it is not kept."""
-
-    temperature: float
-    messages: list[dict[str, str]] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    labels: list[tuple[int, int]] = field(default_factory=list)
-    fault: str = ""
-
-    @property
-    def answer_tokens(self) -> int:
-        return sum(end - start for start, end in self.labels)
-
-
-@dataclass(frozen=True, slots=True)
-class Speaker:
-    """What all conversations share: the tokenizer, the seams of the template, the limits."""
-
-    tokenizer: PreTrainedTokenizerBase
-    eos_token_ids: frozenset[int]
-    settings: DistillSettings
-    room: int  # tokens that a slot holds
-
-    def seed(self, number: int, turn: int, who: str) -> int:
-        text = f"{self.settings.seed}/{number}/{turn}/{who}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def text(self, tokens: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def answering(self, number: int, turn: int) -> Sampling:
-        temperatures = self.settings.temperatures
-        temperature = temperatures[number % len(temperatures)]
-        return Sampling(
-            temperature=temperature,
-            top_p=self.settings.top_p if temperature else 1.0,
-            seed=self.seed(number, turn, "answer"),
-        )
-
-    def joined(self, talked: Talked, seam: list[int]) -> tuple[list[int], bool]:
-        """How `seam` follows the text, whose last token the model wrote to end its turn: what to add, and whether the
-        last token is dropped because the template ends the turn in another way."""
-        if talked.token_ids[-1] == seam[0]:
-            return seam[1:], False
-        if talked.token_ids[-1] in self.eos_token_ids:
-            talked.token_ids.pop()
-            if talked.labels and talked.labels[-1][1] > len(talked.token_ids):
-                start, end = talked.labels[-1]
-                talked.labels[-1] = start, end - 1
-            return seam, True
-        return seam, False
-
-    def invented(self, number: int, turns: Turns) -> Talk:
-        """The model asks and answers."""
-        limits = self.settings
-        talked = Talked(self.answering(number, 0).temperature)
-        count = 1 + self.seed(number, 0, "turns") % (limits.turns if turns.before_next is not None else 1)
-        before_answer = self.encode(turns.before_answer)
-        user_ends = self.eos_token_ids | {before_answer[0]}
-        seam, drop = self.encode(turns.before_user), False
-        for turn in range(count):
-            if len(talked.token_ids) + len(seam) + limits.max_user_tokens + len(before_answer) >= self.room - 8:
-                break
-            asking = Sampling(
-                temperature=limits.user_temperature, top_p=limits.top_p, seed=self.seed(number, turn, "user")
-            )
-            said = yield Turn(seam, asking, limits.max_user_tokens, user_ends, drop)
-            user = self.text(said.tokens)
-            if said.finish_reason != "stop" or len(user.strip()) < SHORTEST_USER:
-                talked.fault = "" if turn else "no question"
-                break
-            talked.token_ids += [*seam, *said.tokens]
-            tokens, drop = self.joined(talked, before_answer)
-            said = yield from self._answer(talked, number, turn, tokens, drop)
-            talked.messages += [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": self.text(said.tokens)},
-            ]
-            if said.finish_reason != "stop" or turn + 1 == count:
-                break
-            assert turns.before_next is not None
-            seam, drop = self.joined(talked, self.encode(turns.before_next))
-        return talked
-
-    def given(self, number: int, turns: Turns, system: str | None, users: Sequence[str]) -> Talk:
-        """The model answers what it is asked, turn by turn."""
-        talked = Talked(self.answering(number, 0).temperature)
-        if system:
-            talked.messages.append({"role": "system", "content": system})
-        for turn, user in enumerate(users):
-            if turn and turns.before_next is None:
-                break
-            opening = turns.before_next if turn else turns.before_user
-            tokens, drop = self.encode(f"{opening}{user}{turns.before_answer}"), False
-            if turn:
-                tokens, drop = self.joined(talked, tokens)
-            if len(talked.token_ids) + len(tokens) + 8 >= self.room:
-                talked.fault = "" if turn else "too long"
-                break
-            said = yield from self._answer(talked, number, turn, tokens, drop)
-            talked.messages += [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": self.text(said.tokens)},
-            ]
-            if said.finish_reason != "stop":
-                break
-        return talked
-
-    def plain(self, number: int, opening: Sequence[int]) -> Talk:
-        """A text without turns, for models without a chat template."""
-        talked = Talked(self.settings.user_temperature)
-        sampling = Sampling(
-            temperature=self.settings.user_temperature, top_p=self.settings.top_p, seed=self.seed(number, 0, "text")
-        )
-        limit = min(self.settings.max_answer_tokens, self.room - len(opening) - 8)
-        said = yield Turn(opening, sampling, limit, self.eos_token_ids)
-        talked.token_ids = [*opening, *said.tokens]
-        talked.labels.append((len(opening), len(talked.token_ids)))
-        talked.messages.append({"role": "assistant", "content": self.text(said.tokens)})
-        return talked
-
-    def _answer(
-        self, talked: Talked, number: int, turn: int, tokens: list[int], drop: bool
-    ) -> Generator[Turn, Said, Said]:
-        """Adds `tokens` and the model's answer to the text."""
-        said = yield Turn(
-            tokens, self.answering(number, turn), self.settings.max_answer_tokens, self.eos_token_ids, drop
-        )
-        talked.token_ids += tokens
-        start = len(talked.token_ids)
-        talked.token_ids += said.tokens
-        talked.labels.append((start, len(talked.token_ids)))
-        return said
-
-
-# --- the file -------------------------------------------------------------------------------------------------------
-
-
-class TextFile:
-    """The JSONL of a run, which only grows, one whole row at a time. Opening it takes up what an earlier run left."""
-
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        """Raises UsageError when the file was made with other settings, MedusaError when it is not such a file."""
-        self.path = path
-        self.header = dict(header)  # what every row says of how it came about
-        self.rows = 0
-        self.tokens = 0  # of answers
-        self.next_number = 0
-        self._seen: set[str] = set()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._take_up()
-        self._file = path.open("a", encoding="utf-8")
-
-    def _take_up(self) -> None:
-        whole = 0  # bytes up to the end of the last whole row
-        with self.path.open("rb") as file:
-            for line_number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break  # the run was killed while writing
-                try:
-                    row = json.loads(line)
-                    header = {name: row[name] for name in self.header}
-                    number, labels = int(row["number"]), row["labels"]
-                    tokens = sum(end - start for start, end in labels)
-                except (ValueError, KeyError, TypeError):
-                    raise MedusaError(
-                        f"{self.path}, line {line_number}, is not a row of distilled text: name a new file"
-                    ) from None
-                if header != self.header:
-                    name = next(name for name in self.header if header[name] != self.header[name])
-                    raise UsageError(
-                        f"{self.path} was made with {name} {_short(header[name])}, not {_short(self.header[name])}: "
-                        "go on with the same settings, or name a new file"
-                    )
-                whole += len(line)
-                self._count(row, number, tokens)
-        if whole < self.path.stat().st_size:
-            os.truncate(self.path, whole)
-
-    def add(self, number: int, talked: Talked) -> str:
-        """Writes a conversation, unless there is a reason not to, which is returned. Numbers must ascend."""
-        if talked.fault:
-            return talked.fault
-        if talked.answer_tokens < SHORTEST_ANSWER:
-            return "too short"
-        row = {
-            "number": number,
-            **self.header,
-            "temperature": talked.temperature,
-            "messages": talked.messages,
-            "token_ids": talked.token_ids,
-            "labels": talked.labels,
-        }
-        if self._seen & _keys(row):
-            return "repeated"
-        # One write of a whole line: what is cut short by a kill is one row, which the next run drops.
-        try:
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise MedusaError(
-                f"cannot write {self.path}: {error.strerror}; make room and run the same command again"
-            ) from None
-        self._count(row, number, talked.answer_tokens)
-        return ""
-
-    def _count(self, row: Mapping[str, Any], number: int, tokens: int) -> None:
-        self._seen |= _keys(row)
-        self.rows += 1
-        self.tokens += tokens
-        self.next_number = number + 1
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a row that found no room, which has been reported
-            self._file.close()
-
-
-def _keys(row: Mapping[str, Any]) -> set[str]:
-    """What two conversations must not share: the first question, or all that was said."""
-    said = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
-    whole = said if said else [repr(row["token_ids"])]
-    parts = ["\n".join(whole), *(said[:1] if len(said) > 1 and said[0].startswith("user") else [])]
-    return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-# --- the run --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(slots=True)
 class Written:
     """Where a run stands. `spent` counts all tokens that the model wrote in this run, kept or not."""
@@ -422,20 +84,32 @@ class Written:
     seconds: float = 0.0
     before: int = 0  # of `tokens`, what earlier runs wrote
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> conversations
+    # Of the conversations of this run that have ended, those that wait for an earlier number included: tokens that the
+    # model wrote, and tokens of answers that are kept.
+    ended_spent: int = 0
+    ended_kept: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         return self.spent / self.seconds if self.seconds else 0.0
 
     @property
-    def kept_per_second(self) -> float:
-        return (self.tokens - self.before) / self.seconds if self.seconds else 0.0
+    def seconds_left(self) -> float | None:
+        """By what this run has kept of the tokens it wrote; None until two thirds are of conversations that have
+        ended, for the first to end are short ones. Those under way count, as so much of their tokens will be kept."""
+        if not self.ended_kept or 3 * self.ended_spent < 2 * self.spent:
+            return None
+        kept = self.spent * self.ended_kept / self.ended_spent
+        return max(0.0, self.seconds * ((self.wanted - self.before) / kept - 1))
 
     def summary(self) -> str:
-        dropped = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
         return f"{self.rows} conversations, {self.tokens} tokens of answers" + (
-            f"; dropped: {dropped}" if dropped else ""
+            f"; dropped: {counts(self.dropped)}" if self.dropped else ""
         )
+
+
+def counts(reasons: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
 
 
 def distill(
@@ -456,7 +130,7 @@ def distill(
 
     Raises:
         UsageError: settings that do not go with the model, or with the file there is.
-        MedusaError: the file is not one of distilled text.
+        MedusaError: the file is not one of distilled text; or nearly all conversations are dropped.
     """
     speaker = Speaker(lm.tokenizer, frozenset(lm.eos_token_ids), settings, lm.backend.max_length)
     decoder = Decoder(lm.backend, NoDrafter(), 1)
@@ -464,15 +138,23 @@ def distill(
     def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
         return talk_in_slots(decoder, _talks(speaker, start, prompts), spent)
 
-    header = row_header(lm.name, settings, prompts, lm.runs_on())
-    return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
+    header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
+    return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
 
 
 def row_header(
-    model: str, settings: DistillSettings, prompts: Sequence[Prompt] | None, runs_on: Mapping[str, object]
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DistillSettings,
+    prompts: Sequence[Prompt] | None,
+    runs_on: Mapping[str, object],
 ) -> dict[str, Any]:
     """What every row says of how it came about."""
-    asked = {} if prompts is None else {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]}
+    asked = {}
+    if prompts is not None:
+        asked["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    elif tokenizer.chat_template:
+        asked[OPENINGS] = openings.digest()
     return {"model": model, "seed": settings.seed, "settings": {**settings.shape(), **runs_on, **asked}}
 
 
@@ -481,13 +163,26 @@ def write_in_order(
     wanted: int,
     finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]],
     tell: Callable[[Written], None],
+    *,
+    endless: bool,
 ) -> Written:
     """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations.
 
     `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
-    order in which they end.
+    order in which they end. `endless` says that it always gives another one.
+
+    Raises:
+        UsageError: the file was begun in another way.
+        MedusaError: nearly all conversations are dropped.
     """
     written = Written(file.rows, file.tokens, wanted, before=file.tokens)
+    if file.older and file.tokens < wanted:
+        file.close()
+        raise UsageError(
+            f"{file.path} was begun by an older version of Medusa, which invented questions in another way: "
+            "name a new file or directory"
+        )
+    judge = Judge(endless)
     started = time.perf_counter()
 
     def spent(tokens: int) -> None:
@@ -505,16 +200,43 @@ def write_in_order(
                 if ended is None:
                     break
                 waiting[ended[0]] = ended[1]
+                written.ended_spent += ended[1].spent
+                written.ended_kept += 0 if fault_of(ended[1]) else ended[1].answer_tokens
                 continue
-            if reason := file.add(number, waiting.pop(number)):
+            talked = waiting.pop(number)
+            reason = file.add(number, talked)
+            if reason:
                 written.dropped[reason] += 1
+                written.ended_kept -= 0 if fault_of(talked) else talked.answer_tokens  # it is a repetition
             number += 1
             written.rows, written.tokens = file.rows, file.tokens
             tell(written)
+            judge.hear(reason)
     finally:
         talks.close()  # type: ignore[attr-defined]
         file.close()
     return written
+
+
+@dataclass(slots=True)
+class Judge:
+    """Ends a run in which nearly all conversations are dropped, for it would hardly come to an end, or waste its time.
+    A prompt that comes twice is no reason: these come to an end."""
+
+    endless: bool
+    _last: deque[str] = field(default_factory=lambda: deque(maxlen=JUDGED))
+
+    def hear(self, reason: str) -> None:
+        """Takes why a conversation was dropped, or "". Raises MedusaError."""
+        if reason == REPEATED and not self.endless:
+            return
+        self._last.append(reason)
+        dropped = Counter(filter(None, self._last))
+        if len(self._last) == JUDGED and dropped.total() > HOPELESS * JUDGED:
+            mend = "give prompts (--prompts FILE)" if self.endless else "mend the prompts"
+            raise MedusaError(
+                f"of the last {JUDGED} conversations {dropped.total()} were dropped ({counts(dropped)}): {mend}"
+            )
 
 
 class Prompt(NamedTuple):
@@ -538,9 +260,9 @@ def _talks(speaker: Speaker, start: int, prompts: Sequence[Prompt] | None) -> It
             for number, prompt in enumerate(prompts[start:], start):
                 yield number, speaker.plain(number, list(tokenizer("\n\n".join(prompt.users))["input_ids"]))
     elif prompts is None:
-        turns = Turns.of(tokenizer)
+        turns, lines = Turns.of(tokenizer), line_ends(tokenizer)
         for number in itertools.count(start):
-            yield number, speaker.invented(number, turns)
+            yield number, speaker.invented(number, turns, lines)
     else:
         shapes: dict[str | None, Turns] = {}
         for number, prompt in enumerate(prompts[start:], start):

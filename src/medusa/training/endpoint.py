@@ -1,11 +1,13 @@
 """Training text from a model that another engine serves: any OpenAI-compatible endpoint.
 
 The chat interface gives answers. For the model to invent what users say, it must be made to write a user's turn, which
-only the older text interface (`/completions`) can; engines such as vLLM and llama.cpp have both.
+only the older text interface (`/completions`) can; engines such as vLLM and llama.cpp have both. How such a turn begins
+and ends is told in speaker.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -14,19 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from medusa.models import zoo
 from medusa.remote import openai_client
-from medusa.training.data import Conversation, encode
-from medusa.training.distill import (
-    SHORTEST_USER,
-    DistillSettings,
-    LoopWatch,
-    Prompt,
-    Speaker,
-    Talked,
-    TextFile,
-    Written,
-    row_header,
-    write_in_order,
-)
+from medusa.training.data import Conversation, MalformedRow, encode
+from medusa.training.distill import DistillSettings, Prompt, Written, row_header, write_in_order
+from medusa.training.speaker import NO_QUESTION, Speaker, is_question
+from medusa.training.talk import LoopWatch, Talked
+from medusa.training.text_file import TextFile
 from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
@@ -52,7 +46,8 @@ def distill_remotely(
         parallel: conversations under way at once.
 
     Raises:
-        MedusaError: the endpoint cannot be reached, or refuses. What was written stays, and is gone on with.
+        MedusaError: the endpoint cannot be reached, or refuses; or nearly all conversations are dropped. What was
+            written stays, and is gone on with.
     """
     tokenizer = zoo.load_tokenizer(zoo.resolve(model))
     turns = Turns.of(tokenizer)
@@ -71,16 +66,16 @@ def distill_remotely(
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         number, talked = running.pop(future), future.result()
-                        spent(talked.answer_tokens)
+                        spent(talked.spent)
                         yield number, talked
             finally:
                 for future in running:
                     future.cancel()
 
-    header = row_header(model, settings, prompts, {"backend": "endpoint", "dtype": None})
+    header = row_header(model, tokenizer, settings, prompts, {"backend": "endpoint", "dtype": None})
     with openai_client(url) as client:
         remote = Remote(client, served_model, speaker, turns)
-        return write_in_order(TextFile(out, header), settings.tokens, finished, tell)
+        return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,47 +88,72 @@ class Remote:
     turns: Turns
 
     def talk(self, number: int, prompt: Prompt | None) -> Talked:
-        """A whole conversation: of the given turns, or of invented ones."""
+        """A whole conversation: of the given turns, or of invented ones. What cannot be used has a fault."""
+        from openai import BadRequestError
+
+        talked = Talked(self.speaker.answering(number, 0).temperature)
+        try:
+            whole = self._talk(talked, number, prompt)
+            if not talked.fault:
+                self._encode(talked, whole)
+        except BadRequestError as error:  # say, it is longer than the engine's context; other refusals end the run
+            talked.fault = "refused by the endpoint: " + re.sub(r"\d+", "N", error.message)[:120]  # counted by reason
+        except MalformedRow as error:
+            talked.fault = str(error)
+        talked.spent = talked.answer_tokens
+        return talked
+
+    def _talk(self, talked: Talked, number: int, prompt: Prompt | None) -> bool:
+        """Adds the messages; whether the last answer came to its end."""
         speaker, settings = self.speaker, self.speaker.settings
-        talked = Talked(speaker.answering(number, 0).temperature)
         count = 1 + speaker.seed(number, 0, "turns") % settings.turns if prompt is None else len(prompt.users)
         if prompt is not None and prompt.system:
             talked.messages.append({"role": "system", "content": prompt.system})
         whole = True
         for turn in range(count):
             user = self._invent(talked, number, turn) if prompt is None else prompt.users[turn]
-            if len(user.strip()) < SHORTEST_USER and prompt is None:
-                talked.fault = "" if turn else "no question"
+            if user is None:
+                talked.fault = "" if turn else NO_QUESTION
                 break
             talked.messages.append({"role": "user", "content": user})
             answer, whole = self._answer(talked, number, turn)
             talked.messages.append({"role": "assistant", "content": answer})
             if not whole:
                 break
-        if not talked.fault:
-            self._encode(talked, whole)
-        return talked
+        return whole
 
-    def _invent(self, talked: Talked, number: int, turn: int) -> str:
-        """The next user turn, by the text interface; empty where the model does not come to an end."""
-        settings = self.speaker.settings
+    def _invent(self, talked: Talked, number: int, turn: int) -> str | None:
+        """The next user turn, by the text interface; None where the model does not come to an end."""
         text = self.turns.before_user
         if talked.messages:
             if self.turns.before_next is None:
-                return ""
+                return None
             contents = [message["content"] for message in talked.messages]
             seams = [self.turns.before_answer, self.turns.before_next] * len(contents)
             text += "".join(piece for pair in zip(contents, seams, strict=False) for piece in pair)
+        given = self.speaker.opening(number, turn)
+        room = self.speaker.settings.max_user_tokens
+        said = self._go_on(text + given, number, turn, room, [self.turns.before_answer.strip(), "\n"])
+        if said is not None and said[0].rstrip().endswith(":") and (room := room - said[1]) > 0:
+            line = f"{said[0]}\n"
+            more = self._go_on(text + given + line, number, turn, room, [self.turns.before_answer.strip()])
+            said = None if more is None else (line + more[0], 0)
+        return given + said[0].rstrip() if said is not None and is_question(given, said[0]) else None
+
+    def _go_on(self, text: str, number: int, turn: int, room: int, stop: list[str]) -> tuple[str, int] | None:
+        """How a user's turn goes on after `text`, and in how many tokens; None where it does not end within `room`."""
+        sampling = self.speaker.asking(number, turn)
         choice = self.client.completions.create(
             model=self.served_model,
             prompt=text,
-            max_tokens=settings.max_user_tokens,
-            temperature=settings.user_temperature,
-            top_p=settings.top_p,
-            seed=self.speaker.seed(number, turn, "user") % 2**31,
-            stop=[self.turns.before_answer.strip()],
+            max_tokens=room,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=None if sampling.seed is None else sampling.seed % 2**31,
+            stop=stop,
         ).choices[0]
-        return choice.text if choice.finish_reason == "stop" else ""
+        tokens = len(self.speaker.encode(choice.text)) + 1
+        return (choice.text, tokens) if choice.finish_reason == "stop" else None
 
     def _answer(self, talked: Talked, number: int, turn: int) -> tuple[str, bool]:
         """The answer, and whether the model came to its end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,11 +111,12 @@ def shown_by(reporter: Reporter) -> Callable[[Written], None]:
     """Tells a reporter how far distilling is."""
 
     def tell(written: Written) -> None:
-        left = (written.wanted - written.tokens) / written.kept_per_second if written.kept_per_second else 0
+        left = written.seconds_left
         reporter.progress(
             min(written.tokens, written.wanted),
             written.wanted,
-            f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s, {left / 60:.0f} min left",
+            f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s"
+            + ("" if left is None else f", {math.ceil(left / 60)} min left"),
         )
 
     return tell

@@ -10,22 +10,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER, _ANSWER, _NEXT = "\u241fuser\u241f", "\u241fanswer\u241f", "\u241fnext\u241f"
+_REFUSALS = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError)  # what templates raise
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
     """`before_user` opens the conversation, `before_answer` follows a user's turn, `before_next` follows an answer and
-    opens the next turn; None where the template has no such seam. The two seams begin with whatever ends a turn."""
+    opens the next turn; None where the template has no such seam. The two seams begin with whatever ends a turn.
+    `strips` says whether the template takes white space off the start and the end of a user's turn."""
 
     before_user: str
     before_answer: str
     before_next: str | None
+    strips: tuple[bool, bool] = (False, False)
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> Turns:
@@ -36,28 +41,37 @@ class Turns:
         """
         if not tokenizer.chat_template:
             raise UsageError("the model has no chat template")
-        question = render(tokenizer, _with_system(tokenizer, system, [{"role": "user", "content": _USER}]), answer=True)
+
+        def shown(user: str, *later: dict[str, str]) -> str:
+            messages = _with_system(tokenizer, system, [{"role": "user", "content": user}, *later])
+            return render(tokenizer, messages, answer=True)
+
+        try:
+            question = shown(_USER)
+            padded = shown(f" \n{_USER}\n ")
+        except _REFUSALS as error:
+            raise UsageError(f"the chat template refuses a plain user turn: {error}") from None
         before_user, found, before_answer = question.partition(_USER)
-        if not found:
-            raise UsageError("the chat template does not show the user's turn as it is")
-        whole = render(
-            tokenizer,
-            _with_system(
-                tokenizer,
-                system,
-                [
-                    {"role": "user", "content": _USER},
-                    {"role": "assistant", "content": _ANSWER},
-                    {"role": "user", "content": _NEXT},
-                ],
-            ),
-            answer=True,
-        )
+        if not found or not before_answer:
+            raise UsageError("the chat template does not show the user's turn as it is, or nothing after it")
+        strips = padded.startswith(before_user + _USER), padded.endswith(_USER + before_answer)
+        alone = cls(before_user, before_answer, None, strips)
+        try:
+            whole = shown(_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT})
+        except _REFUSALS:  # it takes one turn only
+            return alone
         head, _, rest = whole.partition(_ANSWER)
         seam, found, tail = rest.partition(_NEXT)
-        if not found or head != question or tail != before_answer:
-            return cls(before_user, before_answer, None)
-        return cls(before_user, before_answer, seam)
+        # Some templates write a space before an answer (Mistral); the model writes it itself.
+        if not found or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:
+            return alone
+        return cls(before_user, before_answer, seam, strips)
+
+    def shown(self, user: str) -> str:
+        """A user's turn as the template shows it."""
+        start, end = self.strips
+        user = user.lstrip() if start else user
+        return user.rstrip() if end else user
 
 
 def render(
@@ -84,13 +98,11 @@ def _with_system(
     """Puts a system prompt first; into the user's first turn where the template knows no such role."""
     if not system:
         return messages
-    import jinja2
-
     with_role = [{"role": "system", "content": system}, *messages]
     try:
-        if system in render(tokenizer, with_role):
+        if system.strip() in render(tokenizer, with_role):
             return with_role
-    except jinja2.TemplateError:
+    except _REFUSALS:
         pass
     first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
     return [first, *messages[1:]]

@@ -1,0 +1,124 @@
+"""The file of a run: conversations as JSON lines, which only grow."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medusa.errors import MedusaError, UsageError
+from medusa.training.talk import Talked
+
+SHORTEST_ANSWER = 8  # tokens of a conversation's answers
+REPEATED = "repeated"
+OPENINGS = "openings"  # the setting that rows of an older way of inventing do not have
+
+
+def fault_of(talked: Talked) -> str:
+    """Why a conversation is not kept whatever else was said; "" if it may be."""
+    return talked.fault or ("too short" if talked.answer_tokens < SHORTEST_ANSWER else "")
+
+
+class TextFile:
+    """The JSONL of a run, which only grows, one whole row at a time. Opening it takes up what an earlier run left."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Raises UsageError when the file was made with other settings, MedusaError when it is not such a file."""
+        self.path = path
+        self.header = dict(header)  # what every row says of how it came about
+        self.rows = 0
+        self.tokens = 0  # of answers
+        self.next_number = 0
+        self.older = False  # rows came about in an older way of inventing; none must be added
+        self._seen: set[str] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._take_up()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _take_up(self) -> None:
+        whole = 0  # bytes up to the end of the last whole row
+        with self.path.open("rb") as file:
+            for line_number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break  # the run was killed while writing
+                try:
+                    row = json.loads(line)
+                    header = {name: row[name] for name in self.header}
+                    header["settings"] = dict(row.get("settings", {}))
+                    number, labels = int(row["number"]), row["labels"]
+                    tokens = sum(end - start for start, end in labels)
+                except (ValueError, KeyError, TypeError):
+                    raise MedusaError(
+                        f"{self.path}, line {line_number}, is not a row of distilled text: name a new file"
+                    ) from None
+                self._compare(header)
+                whole += len(line)
+                self._count(row, number, tokens)
+        if whole < self.path.stat().st_size:
+            os.truncate(self.path, whole)
+
+    def _compare(self, header: Mapping[str, Any]) -> None:
+        """Raises UsageError where a row came about in another way."""
+        found, wanted = ({**h, **h.get("settings", {})} for h in (header, self.header))
+        if OPENINGS in wanted and OPENINGS not in found:
+            self.older = True
+            found[OPENINGS] = wanted[OPENINGS]
+        for name in [*wanted, *found]:
+            if name != "settings" and found.get(name) != wanted.get(name):
+                raise UsageError(
+                    f"{self.path} was made with {name} {_short(found.get(name))}, not {_short(wanted.get(name))}: "
+                    "go on with the same settings, or name a new file"
+                )
+
+    def add(self, number: int, talked: Talked) -> str:
+        """Writes a conversation, unless there is a reason not to, which is returned. Numbers must ascend."""
+        if fault := fault_of(talked):
+            return fault
+        row = {
+            "number": number,
+            **self.header,
+            "temperature": talked.temperature,
+            "messages": talked.messages,
+            "token_ids": talked.token_ids,
+            "labels": talked.labels,
+        }
+        if self._seen & _keys(row):
+            return REPEATED
+        # One write of a whole line: what is cut short by a kill is one row, which the next run drops.
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise MedusaError(
+                f"cannot write {self.path}: {error.strerror}; make room and run the same command again"
+            ) from None
+        self._count(row, number, talked.answer_tokens)
+        return ""
+
+    def _count(self, row: Mapping[str, Any], number: int, tokens: int) -> None:
+        self._seen |= _keys(row)
+        self.rows += 1
+        self.tokens += tokens
+        self.next_number = number + 1
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a row that found no room, which has been reported
+            self._file.close()
+
+
+def _keys(row: Mapping[str, Any]) -> set[str]:
+    """What two conversations must not share: the first question, or all that was said."""
+    said = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
+    whole = said if said else [repr(row["token_ids"])]
+    parts = ["\n".join(whole), *(said[:1] if len(said) > 1 and said[0].startswith("user") else [])]
+    return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

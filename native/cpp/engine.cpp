@@ -46,7 +46,7 @@ void Config::check() const {
 }
 
 Engine::Engine(Config config, int threads, const std::string& isa)
-    : config_((config.check(), std::move(config))), kernels_(kernels_for(isa)), pool_(std::max(1, threads)) {
+    : config_((config.check(), std::move(config))), kernels_(kernels_for(isa)), pool_(threads) {
   dim_ = round_up(config_.head_dim, kLanes);
   cache_item_ = config_.format == Format::float32 ? 4 : 2;
   head_bytes_ = std::size_t(2) * kLanes * dim_ * cache_item_;

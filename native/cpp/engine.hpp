@@ -96,7 +96,7 @@ class Engine {
   const Config& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
   Pool& pool() { return pool_; }
-  std::mutex& mutex() { return mutex_; }
+  OwnerMutex& mutex() { return mutex_; }
   const Source& embedding() const { return embedding_; }
   const Source& lm_source() const { return lm_source_; }
   std::size_t weight_bytes() const;  // read by a pass over one token
@@ -151,7 +151,7 @@ class Engine {
   Config config_;
   const Kernels& kernels_;
   Pool pool_;
-  std::mutex mutex_;
+  OwnerMutex mutex_;
   int dim_ = 0;         // head_dim, padded to 16
   int cache_item_ = 0;  // bytes of a cached number
   std::size_t head_bytes_ = 0;

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-import torch
 
 from medusa.errors import UsageError
 from medusa.models.native_backend import NativeBackend
@@ -181,12 +180,11 @@ def test_a_child_forked_while_another_thread_is_in_a_pass_refuses_the_engine_but
         try:
             busy.verify([0], [wide])
         except UsageError as error:
-            assert "another thread" in str(error) and "\n" not in str(error)
             fresh = NativeBackend(config, weights, dtype="float32", threads=2, isa="portable")
             fresh.prefill(0, [1])
             fresh.verify([0], [wide])
-            return b"refused"
-        return b"ran"
+            return str(error).encode()
+        return b""
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -197,4 +195,6 @@ def test_a_child_forked_while_another_thread_is_in_a_pass_refuses_the_engine_but
     finally:
         stop.set()
         thread.join()
-    assert b"refused" in found
+    refusals = {message for message in found if message}
+    assert len(refusals) == 1
+    assert b"another thread" in refusals.pop()

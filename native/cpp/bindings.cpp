@@ -123,6 +123,7 @@ NB_MODULE(_engine, m) {
   m.doc() = "The CPU engine of Medusa.";
   m.attr("MAX_NODES") = medusa::kMaxNodes;
   m.attr("CHUNK") = medusa::kChunk;
+  m.attr("SPAN") = medusa::kSpan;
   m.def("usable_isas", &medusa::usable_isas, "Instruction sets that this build and this machine have, best first.");
   m.def("read_bandwidth", &medusa::read_bandwidth, "threads"_a, Without(), "Bytes per second read from memory.");
 
@@ -209,7 +210,9 @@ NB_MODULE(_engine, m) {
       .def("length", &medusa::Engine::length, "slot"_a)
       .def_prop_ro("isa", [](const medusa::Engine& engine) { return std::string(engine.kernels().name); })
       .def_prop_ro("threads", [](medusa::Engine& engine) { return engine.pool().threads(); })
-      .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes);
+      .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes)
+      .def_prop_ro("attention_pieces", &medusa::Engine::attention_pieces,
+                   "Pieces into which the last pass divided the attention of each layer.");
 
   nb::class_<medusa::Heads>(m, "Heads")
       .def(

@@ -196,12 +196,11 @@ std::vector<float> read(const Source& source, const std::string& name) {
 }
 
 int padded_inputs(Format format, int inputs) {
-  const int group = group_of(format);
-  return (inputs + group - 1) / group * group;
+  return round_up(inputs, group_of(format));
 }
 
 std::vector<OutputRow> rows_of(const Source& source) {
-  std::vector<OutputRow> rows((source.rows + kLanes - 1) / kLanes * kLanes);
+  std::vector<OutputRow> rows(round_up(source.rows, kLanes));
   for (int i = 0; i < source.rows; i++) rows[i] = {&source, i};
   return rows;
 }

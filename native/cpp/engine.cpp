@@ -30,15 +30,24 @@ std::vector<float> vector_of(const Source& source, int size, const std::string& 
 }  // namespace
 
 void Config::check() const {
-  const int most = 1 << 20;
+  constexpr int most = 1 << 24;  // so that products of two stay within a whole number of 64 bits, and sums within 32
   for (auto [name, value] : {std::pair("hidden_size", hidden_size), {"heads", heads}, {"kv_heads", kv_heads},
                              {"head_dim", head_dim}, {"intermediate_size", intermediate_size},
                              {"vocab_size", vocab_size}, {"max_length", max_length}, {"slots", slots}})
-    require(value > 0 && value <= most * 16, std::string(name) + " is out of range");
+    require(value > 0 && value <= most, std::string(name) + " is out of range");
   require(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+  require(std::int64_t(heads + 2 * std::int64_t(kv_heads)) * (head_dim + kLanes) <= most, "there are too many heads");
   require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0, "rotary_dim must be even, at most head_dim");
   require(int(inverse_frequencies.size()) == rotary_dim / 2, "inverse_frequencies must have rotary_dim / 2 values");
-  require(!layers.empty(), "there must be a layer");
+  for (float frequency : inverse_frequencies)
+    require(std::isfinite(frequency), "a rotary frequency is not a finite number");
+  for (auto [name, value] : {std::pair("epsilon", epsilon), {"attention_scale", attention_scale},
+                             {"rotary_scale", rotary_scale}})
+    require(std::isfinite(value), std::string(name) + " is not a finite number");
+  require(epsilon >= 0, "epsilon must not be negative");
+  require(!layers.empty() && layers.size() <= 4096, "there must be 1 to 4096 layers");
+  for (const LayerConfig& layer : layers) require(layer.window >= 0, "a window must not be negative");
+  require(feature_layers.size() < 64, "there must be fewer than 64 feature_layers");
   for (int layer : feature_layers)
     require(layer >= 1 && layer < int(layers.size()), "feature_layers must be from 1 to the number of layers - 1");
 }

@@ -14,7 +14,7 @@ namespace {
 
 // Between passes the caller is away for a millisecond or so; waking a sleeping thread would cost a tenth of that.
 constexpr auto kLinger = std::chrono::milliseconds(2);
-constexpr int kMostThreads = 1024;
+constexpr int kMostThreads = 4096;
 
 std::atomic<unsigned> fork_count{0};
 

@@ -30,7 +30,7 @@ std::vector<float> vector_of(const Source& source, int size, const std::string& 
 }  // namespace
 
 void Config::check() const {
-  constexpr int most = 1 << 24;  // so that products of two stay within a whole number of 64 bits, and sums within 32
+  constexpr int most = 1 << 24;  // so that sums of a few stay within 32 bits
   for (auto [name, value] : {std::pair("hidden_size", hidden_size), {"heads", heads}, {"kv_heads", kv_heads},
                              {"head_dim", head_dim}, {"intermediate_size", intermediate_size},
                              {"vocab_size", vocab_size}, {"max_length", max_length}, {"slots", slots}})

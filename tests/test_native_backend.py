@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -473,6 +475,9 @@ def test_a_path_can_be_kept_once() -> None:
         ({"feature_layers": (0,)}, "feature_layers"),
         ({"feature_layers": (1, 3)}, "feature_layers"),
         ({"isa": "mmx"}, "mmx.*usable.*portable"),
+        ({"threads": 0}, "threads.*not 0"),
+        ({"threads": -2}, "threads.*not -2"),
+        ({"threads": 5000}, "threads.*not 5000"),
     ],
 )
 def test_a_bad_option_is_a_usage_error(options: dict[str, Any], reason: str) -> None:
@@ -502,6 +507,37 @@ def test_threads_are_those_asked_for_or_those_of_torch() -> None:
     model = shared_model("llama")
     assert native(model, threads=3).engine.threads == 3
     assert native(model).engine.threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"layers": ((True, 0), (True, -1), (True, 0))}, "window must not be negative"),
+        ({"epsilon": math.nan}, "epsilon is not a finite number"),
+        ({"rotary_scale": math.inf}, "rotary_scale is not a finite number"),
+        ({"inverse_frequencies": (1.0, math.nan, 0.1, 0.01)}, "frequency is not a finite number"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_refused_by_name(changes: dict[str, Any], reason: str) -> None:
+    model = shared_model("llama")
+    config = replace(native_config(model.config), **changes)
+    with pytest.raises(MedusaError, match=reason) as error:
+        NativeBackend(config, model.state_dict())
+    assert_one_sentence(error)
+
+
+@pytest.mark.parametrize(("level", "count"), [(2**31 - 1, 1), (0, 1), (1, -1), (1, 2**31 - 1), (1, 0)])
+def test_heads_are_asked_for_a_level_and_a_number_of_tokens_that_there_are(level: int, count: int) -> None:
+    backend = native(shared_model("llama"))
+    heads = medusa_native.Heads(backend.engine, kind="sequential", levels=1, features=1, precision="float32")
+    size = backend.hidden_size
+    heads.load_level(1, [{"linear": torch.zeros(size, 2 * size)}])
+    heads.load_tied([])
+    base, nodes = np.zeros((1, size), np.float32), np.zeros((1, 1, 0), np.float32)
+    zero = np.zeros((1, 1), np.int32)
+    assert heads.level(1, base, nodes, zero, zero, 1)[1].shape == (1, 1, 1)
+    with pytest.raises(ValueError, match=r"no such level|more guesses"):
+        heads.level(level, base, nodes, zero, zero, count)
 
 
 # --- bad weights ------------------------------------------------------------------------------------------------------

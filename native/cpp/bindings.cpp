@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <climits>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -35,6 +36,8 @@ Source source_of(const Tensor& tensor) {
   else if (type.code == std::uint8_t(nb::dlpack::dtype_code::Float) && type.bits == 16) source.dtype = medusa::Dtype::float16;
   else throw std::invalid_argument("a weight must be float32, bfloat16 or float16");
   if (tensor.ndim() < 1 || tensor.ndim() > 2) throw std::invalid_argument("a weight has one or two dimensions");
+  for (std::size_t i = 0; i < tensor.ndim(); i++)
+    if (tensor.shape(i) > std::size_t(INT_MAX)) throw std::invalid_argument("a weight is too large");
   source.rows = tensor.ndim() == 2 ? int(tensor.shape(0)) : 1;
   source.columns = int(tensor.shape(tensor.ndim() - 1));
   return source;
@@ -95,12 +98,13 @@ nb::tuple arrays(const medusa::Engine& engine, const medusa::Results& results) {
 
 nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const FloatsIn& nodes, const IdsIn& parents,
                 const IdsIn& tokens, int count) {
+  heads.check(level, count);
   const std::size_t batch = tokens.shape(0), width = tokens.shape(1);
   const std::size_t above = batch && nodes.ndim() == 3 ? nodes.shape(1) : 0;
   const bool residual = heads.kind() == medusa::HeadsKind::residual;
   const int first = heads.kind() == medusa::HeadsKind::recurrent ? heads.hidden_size() : 0;
   const std::size_t carried = level > 1 ? std::size_t(heads.node_size(level - 1)) : std::size_t(first);
-  if (batch == 0 || width == 0 || level < 1 || base.size() != batch * heads.hidden_size() ||
+  if (batch == 0 || width == 0 || base.size() != batch * heads.hidden_size() ||
       parents.shape(0) != batch || parents.shape(1) != width || (!residual && nodes.size() != batch * above * carried))
     throw std::invalid_argument("heads: the arrays do not fit together");
   const std::size_t rows = residual ? 1 : width, size = heads.node_size(level);
@@ -123,6 +127,7 @@ NB_MODULE(_engine, m) {
   m.doc() = "The CPU engine of Medusa.";
   m.attr("MAX_NODES") = medusa::kMaxNodes;
   m.attr("CHUNK") = medusa::kChunk;
+  m.attr("SPAN") = medusa::kSpan;
   m.def("usable_isas", &medusa::usable_isas, "Instruction sets that this build and this machine have, best first.");
   m.def("read_bandwidth", &medusa::read_bandwidth, "threads"_a, Without(), "Bytes per second read from memory.");
 
@@ -209,7 +214,9 @@ NB_MODULE(_engine, m) {
       .def("length", &medusa::Engine::length, "slot"_a)
       .def_prop_ro("isa", [](const medusa::Engine& engine) { return std::string(engine.kernels().name); })
       .def_prop_ro("threads", [](medusa::Engine& engine) { return engine.pool().threads(); })
-      .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes);
+      .def_prop_ro("weight_bytes", &medusa::Engine::weight_bytes)
+      .def_prop_ro("attention_pieces", &medusa::Engine::attention_pieces,
+                   "Pieces into which the last pass divided the attention of each layer.");
 
   nb::class_<medusa::Heads>(m, "Heads")
       .def(

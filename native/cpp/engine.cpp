@@ -11,8 +11,6 @@
 namespace medusa {
 namespace {
 
-int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
 void require(bool good, const std::string& message) {
   if (!good) throw std::invalid_argument(message);
 }
@@ -32,21 +30,30 @@ std::vector<float> vector_of(const Source& source, int size, const std::string& 
 }  // namespace
 
 void Config::check() const {
-  const int most = 1 << 20;
+  constexpr int most = 1 << 24;  // so that sums of a few stay within 32 bits
   for (auto [name, value] : {std::pair("hidden_size", hidden_size), {"heads", heads}, {"kv_heads", kv_heads},
                              {"head_dim", head_dim}, {"intermediate_size", intermediate_size},
                              {"vocab_size", vocab_size}, {"max_length", max_length}, {"slots", slots}})
-    require(value > 0 && value <= most * 16, std::string(name) + " is out of range");
+    require(value > 0 && value <= most, std::string(name) + " is out of range");
   require(heads % kv_heads == 0, "heads must be a multiple of kv_heads");
+  require(std::int64_t(heads + 2 * std::int64_t(kv_heads)) * (head_dim + kLanes) <= most, "there are too many heads");
   require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0, "rotary_dim must be even, at most head_dim");
   require(int(inverse_frequencies.size()) == rotary_dim / 2, "inverse_frequencies must have rotary_dim / 2 values");
-  require(!layers.empty(), "there must be a layer");
+  for (float frequency : inverse_frequencies)
+    require(std::isfinite(frequency), "a rotary frequency is not a finite number");
+  for (auto [name, value] : {std::pair("epsilon", epsilon), {"attention_scale", attention_scale},
+                             {"rotary_scale", rotary_scale}})
+    require(std::isfinite(value), std::string(name) + " is not a finite number");
+  require(epsilon >= 0, "epsilon must not be negative");
+  require(!layers.empty() && layers.size() <= 4096, "there must be 1 to 4096 layers");
+  for (const LayerConfig& layer : layers) require(layer.window >= 0, "a window must not be negative");
+  require(feature_layers.size() < 64, "there must be fewer than 64 feature_layers");
   for (int layer : feature_layers)
     require(layer >= 1 && layer < int(layers.size()), "feature_layers must be from 1 to the number of layers - 1");
 }
 
 Engine::Engine(Config config, int threads, const std::string& isa)
-    : config_((config.check(), std::move(config))), kernels_(kernels_for(isa)), pool_(std::max(1, threads)) {
+    : config_((config.check(), std::move(config))), kernels_(kernels_for(isa)), pool_(threads) {
   dim_ = round_up(config_.head_dim, kLanes);
   cache_item_ = config_.format == Format::float32 ? 4 : 2;
   head_bytes_ = std::size_t(2) * kLanes * dim_ * cache_item_;
@@ -60,8 +67,13 @@ Engine::Engine(Config config, int threads, const std::string& isa)
     slot.cache = Buffer(places / kLanes * block_bytes_, true);
     slot.parents.reserve(kMaxNodes);
   }
-  score_stride_ = places;
-  scores_ = Buffer(score_stride_ * kQueryTile * sizeof(float) * pool_.threads(), true);
+  scores_ = Buffer(sizeof(float) * kSpanPlaces * kQueryTile * pool_.threads());
+  for (const LayerConfig& layer : config_.layers) {
+    const auto same = [&](const Division& division) { return division.window == layer.window; };
+    const auto found = std::find_if(divisions_.begin(), divisions_.end(), same);
+    division_of_.push_back(int(found - divisions_.begin()));
+    if (found == divisions_.end()) divisions_.push_back({layer.window, false, {}});
+  }
   phases_ = std::vector<Phase>(layers_.size() * 10 + 3);
   for (Phase& phase : phases_) phase.shape(pool_.threads());
   const Format f = config_.format;
@@ -311,208 +323,6 @@ void Engine::keep(const std::vector<int>& slots, const std::vector<std::vector<i
     slot.length += int(paths[b].size());
     slot.parents.clear();
   }
-}
-
-// --- one pass -------------------------------------------------------------------------------------------------------
-
-void Engine::pass(int outputs, bool with_logits) {
-  const int count = int(tokens_.size());
-  with_logits_ = with_logits;
-  const Config& c = config_;
-  results_.rows = results_.nodes = 0;
-  if (count > capacity_) {
-    const int capacity = round_up(count, 16);
-    const std::size_t room = sizeof(float) * capacity;
-    hidden_.fit(room * c.hidden_size);
-    normed_.fit(room * c.hidden_size);
-    qkv_.fit(room * dim_ * (c.heads + 2 * c.kv_heads));
-    attended_.fit(room * dim_ * c.heads);
-    gated_.fit(room * round_up(c.intermediate_size, kLanes));
-    rotary_.fit(room * std::max(1, c.rotary_dim));
-    panel_.fit(room * kMaxPanel * kLanes * pool_.threads());
-    input_.fit(capacity);
-    attention_out_.fit(capacity);
-    mlp_.fit(capacity);
-    lm_input_.fit(capacity);
-    lm_tokens_.reserve(capacity);
-    capacity_ = capacity;  // only now: any of these may find no memory
-  }
-  // Whoever still holds smaller results keeps them.
-  const auto grow = [](std::shared_ptr<Buffer>& buffer, std::size_t bytes) {
-    if (!buffer || buffer->size() < bytes) buffer = std::make_shared<Buffer>(bytes);
-  };
-  grow(results_.logits, std::size_t(with_logits ? outputs : 0) * lm_head_.outputs() * sizeof(float));
-  grow(results_.features, std::size_t(outputs) * feature_size() * sizeof(float));
-  results_.rows = outputs;
-  lm_tokens_.clear();
-  for (int t = 0; t < count; t++)
-    if (output_[t] >= 0) lm_tokens_.push_back(t);
-
-  // Queries of one slot and one key-value head, a few at a time: they share the keys and values they read.
-  const int group = c.heads / c.kv_heads;
-  tiles_.clear();
-  for (int first = 0, end; first < count; first = end) {
-    for (end = first; end < count && tokens_[end].slot == tokens_[first].slot;) end++;
-    const int queries = (end - first) * group;
-    for (int head = 0; head < c.kv_heads; head++)  // the tiles of one head after each other: its keys are at hand
-      for (int at = 0; at < queries; at += kQueryTile)
-        tiles_.push_back({first, at, std::min(kQueryTile, queries - at), head});
-  }
-  for (Phase& phase : phases_) phase.reset();
-  pool_.run([this](int thread) { run(thread); });
-}
-
-template <typename Epilogue>
-void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase,
-                     const Linear* next, Epilogue epilogue) {
-  const int count = int(&x == &lm_input_ ? lm_tokens_.size() : tokens_.size());
-  float* panel = panel_.as<float>() + std::size_t(capacity_) * kMaxPanel * kLanes * thread;
-  // The gates' blocks come in pairs; where that moves the start of a range by one block, no harm is done.
-  const std::byte* then = next ? next->block(phase.first(thread, next->blocks, 1)) : nullptr;
-  multiply(kernels_, linear, x.view(), count, unit, thread, phase, panel, then, epilogue);
-}
-
-void Engine::run(int thread) {
-  const Config& c = config_;
-  const int count = int(tokens_.size()), size = c.hidden_size, outputs = int(lm_tokens_.size());
-  const int wide = dim_ * (c.heads + 2 * c.kv_heads), inner = round_up(c.intermediate_size, kLanes);
-  float* hidden = hidden_.as<float>();
-  float* normed = normed_.as<float>();
-  float* qkv = qkv_.as<float>();
-  float* gated = gated_.as<float>();
-  float* features = results_.features->as<float>();
-  Phase* phase = phases_.data();
-  const auto each_token = [&](auto work) {
-    (phase++)->run(thread, count, 1, 4, [&](int first, int n) {
-      for (int t = first; t < first + n; t++) work(t);
-    });
-  };
-
-  each_token([&](int t) { embed(t); });
-  for (int l = 0; l < int(layers_.size()); l++) {
-    const Layer& layer = layers_[l];
-    each_token([&](int t) {
-      const float* row = hidden + std::size_t(t) * size;
-      for (std::size_t i = 0; output_[t] >= 0 && i < c.feature_layers.size(); i++)
-        if (c.feature_layers[i] == l)
-          std::memcpy(features + std::size_t(output_[t]) * feature_size() + i * size, row, size * sizeof(float));
-      kernels_.rms_norm(row, layer.input_norm.data(), c.epsilon, size, normed + std::size_t(t) * size);
-      input_.set(kernels_, t, normed + std::size_t(t) * size, size);
-    });
-    product(layer.qkv, input_, 1, thread, *phase++, &layer.o, copied_to(qkv, wide));
-    each_token([&](int t) { rotate(t, l); });
-    (phase++)->run(thread, int(tiles_.size()), 1, 2, [&](int first, int n) {
-      for (int i = first; i < first + n; i++) attend(tiles_[i], thread, l);
-    });
-    each_token([&](int t) {
-      attention_out_.set(kernels_, t, attended_.as<float>() + std::size_t(t) * dim_ * c.heads, dim_ * c.heads);
-    });
-    product(layer.o, attention_out_, 1, thread, *phase++, &layer.gate_up, added_to(hidden, size));
-    each_token([&](int t) {
-      kernels_.rms_norm(hidden + std::size_t(t) * size, layer.post_norm.data(), c.epsilon, size,
-                        normed + std::size_t(t) * size);
-      input_.set(kernels_, t, normed + std::size_t(t) * size, size);
-    });
-    product(layer.gate_up, input_, 2, thread, *phase++, &layer.down, gated_to(kernels_, c.gate, gated, inner));
-    each_token([&](int t) { mlp_.set(kernels_, t, gated + std::size_t(t) * inner, inner); });
-    const Linear* next = l + 1 < int(layers_.size()) ? &layers_[l + 1].qkv : &lm_head_;
-    product(layer.down, mlp_, 1, thread, *phase++, next, added_to(hidden, size));
-  }
-  if (outputs == 0) return;
-  (phase++)->run(thread, outputs, 1, 1, [&](int i, int) {
-    const int t = lm_tokens_[i];
-    float* final = features + std::size_t(output_[t] + 1) * feature_size() - size;
-    kernels_.rms_norm(hidden + std::size_t(t) * size, final_norm_.data(), c.epsilon, size, final);
-    lm_input_.set(kernels_, i, final, size);
-  });
-  if (!with_logits_) return;
-  float* logits = results_.logits->as<float>();
-  product(lm_head_, lm_input_, 1, thread, *phase++, &layers_[0].qkv, [=](int i, int first, int n, const float* y) {
-    std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));
-  });
-}
-
-// The token's embedding, and the cosines and sines of its position.
-void Engine::embed(int t) {
-  const Config& c = config_;
-  const int half = c.rotary_dim / 2;
-  embedding_.row(tokens_[t].id, hidden_.as<float>() + std::size_t(t) * c.hidden_size);
-  float* turn = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;  // cosines, then sines
-  for (int i = 0; i < half; i++) {
-    const double angle = float(tokens_[t].position) * c.inverse_frequencies[i];  // in single precision, as trained
-    turn[i] = float(std::cos(angle)) * c.rotary_scale;
-    turn[half + i] = float(std::sin(angle)) * c.rotary_scale;
-  }
-}
-
-// Norm, rotation and scale of the queries; norm and rotation of the keys, which go to the cache with the values.
-void Engine::rotate(int t, int l) {
-  const Config& c = config_;
-  const Layer& layer = layers_[l];
-  const int half = c.rotary_dim / 2, wide = dim_ * (c.heads + 2 * c.kv_heads);
-  const auto turn = [&](float* x, const float* turns, const std::vector<float>& norm) {
-    if (!norm.empty()) kernels_.rms_norm(x, norm.data(), c.epsilon, c.head_dim, x);
-    if (!c.layers[l].rotary) return;
-    for (int i = 0; i < half; i++) {
-      const float a = x[i], b = x[half + i];
-      x[i] = a * turns[i] - b * turns[half + i];
-      x[half + i] = b * turns[i] + a * turns[half + i];
-    }
-  };
-  const Token& token = tokens_[t];
-  float* q = qkv_.as<float>() + std::size_t(t) * wide;
-  float* k = q + dim_ * c.heads;
-  float* v = k + dim_ * c.kv_heads;
-  const float* turns = rotary_.as<float>() + std::size_t(t) * c.rotary_dim;
-  for (int h = 0; h < c.heads; h++, q += dim_) {
-    turn(q, turns, layer.q_norm);
-    for (int i = 0; i < dim_; i++) q[i] *= c.attention_scale;
-  }
-  for (int h = 0; h < c.kv_heads; h++, k += dim_, v += dim_) {
-    turn(k, turns, layer.k_norm);
-    std::byte* block = cache_at(slots_[token.slot], token.place, l, h);
-    if (cache_item_ == 4) write_cache<float>(block, token.place % kLanes, k, v);
-    else write_cache<std::uint16_t>(block, token.place % kLanes, k, v);
-  }
-}
-
-template <typename T>
-void Engine::write_cache(std::byte* block, int lane, const float* k, const float* v) const {
-  T* keys = reinterpret_cast<T*>(block);
-  alignas(64) T row[kLanes];
-  const Format format = sizeof(T) == 4 ? Format::float32 : Format::bfloat16;
-  for (int d = 0; d < dim_; d += kLanes) {
-    kernels_.quantise[int(format)](k + d, kLanes, kLanes, reinterpret_cast<std::byte*>(row), nullptr, nullptr, nullptr);
-    for (int i = 0; i < kLanes; i++) keys[(d + i) * kLanes + lane] = row[i];
-  }
-  T* values = keys + std::size_t(kLanes + lane) * dim_;
-  kernels_.quantise[int(format)](v, dim_, dim_, reinterpret_cast<std::byte*>(values), nullptr, nullptr, nullptr);
-}
-
-void Engine::attend(const Tile& tile, int thread, int l) {
-  const Config& c = config_;
-  const int group = c.heads / c.kv_heads, wide = dim_ * (c.heads + 2 * c.kv_heads);
-  AttentionTask task;
-  task.cache = cache_at(slots_[tokens_[tile.token].slot], 0, l, tile.head);
-  task.block_stride = block_bytes_;
-  task.dim = dim_;
-  task.queries = tile.count;
-  task.scores = scores_.as<float>() + score_stride_ * kQueryTile * thread;
-  task.score_stride = score_stride_;
-  for (int q = 0; q < tile.count; q++) {
-    const int t = tile.token + (tile.first + q) / group, head = tile.head * group + (tile.first + q) % group;
-    const Token& token = tokens_[t];
-    AttentionQuery& query = task.query[q];
-    query.query = qkv_.as<float>() + std::size_t(t) * wide + head * dim_;
-    query.out = attended_.as<float>() + (std::size_t(t) * c.heads + head) * dim_;
-    const int window = c.layers[l].window;
-    query.start = window ? std::max(0, token.position + 1 - window) : 0;
-    query.prefix = token.prefix;
-    query.extra = extras_.data() + token.extra;
-    query.extras = token.extras;
-  }
-  if (cache_item_ == 4) kernels_.attend_float32(task);
-  else kernels_.attend_bfloat16(task);
 }
 
 }  // namespace medusa

@@ -15,8 +15,7 @@
 
 namespace medusa {
 
-inline constexpr int kMaxNodes = 256;  // of one tree
-inline constexpr int kChunk = 256;     // tokens of a prompt in one pass
+inline constexpr int kChunk = 256;  // tokens of a prompt in one pass
 
 struct LayerConfig {
   bool rotary = true;
@@ -96,10 +95,11 @@ class Engine {
   const Config& config() const { return config_; }
   const Kernels& kernels() const { return kernels_; }
   Pool& pool() { return pool_; }
-  std::mutex& mutex() { return mutex_; }
+  OwnerMutex& mutex() { return mutex_; }
   const Source& embedding() const { return embedding_; }
   const Source& lm_source() const { return lm_source_; }
   std::size_t weight_bytes() const;  // read by a pass over one token
+  std::vector<int> attention_pieces() const;  // into which the last pass divided the attention of each layer
 
  private:
   struct Layer {
@@ -127,6 +127,19 @@ class Engine {
     int count = 0;
     int head = 0;  // key-value head
   };
+  struct Spans {  // of kSpan positions
+    int first, end;
+    int count() const { return end - first; }
+  };
+  struct Piece {  // of the work of attention, for one thread
+    int tile;
+    Spans spans;
+  };
+  struct Division {  // of the attention of the layers with one window
+    int window;
+    bool split;  // a token's spans lie in several pieces
+    std::vector<Piece> pieces;
+  };
 
   Slot& slot_at(int slot);
   const Slot& slot_at(int slot) const { return const_cast<Engine*>(this)->slot_at(slot); }
@@ -137,7 +150,13 @@ class Engine {
   void pass(int outputs, bool with_logits);  // over tokens_; those with output_ >= 0 get features and, if wanted, logits
   void run(int thread);
   void embed(int token);
-  void attend(const Tile& tile, int thread, int layer);
+  void divide();
+  int first_seen(const Token& token, int window) const;
+  Spans spans_of(const Token& token, int window) const;
+  void attend(const Piece& piece, int thread, int layer);
+  void join(int token, int head, int row, int window) const;
+  float* attended_at(int token, int head) const;
+  float* part_at(int row, int index) const;
   void rotate(int token, int layer);
   template <typename Epilogue>
   void product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase, const Linear* next,
@@ -151,7 +170,7 @@ class Engine {
   Config config_;
   const Kernels& kernels_;
   Pool pool_;
-  std::mutex mutex_;
+  OwnerMutex mutex_;
   int dim_ = 0;         // head_dim, padded to 16
   int cache_item_ = 0;  // bytes of a cached number
   std::size_t head_bytes_ = 0;
@@ -170,11 +189,14 @@ class Engine {
   std::vector<int> output_;  // [tokens] row of the results, or -1
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;
+  std::vector<Division> divisions_;
+  std::vector<int> division_of_;  // layer -> index
   std::vector<int> lm_tokens_;  // row of the LM head's input -> token
   std::vector<Phase> phases_;
   int capacity_ = 0;  // tokens for which there is room
-  Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_;
-  std::size_t score_stride_ = 0;
+  Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_, parts_;
+  int part_spans_ = 0;  // parts [rows][part_spans_][part_stride_] of float: a row for each token and head of the pass
+  std::size_t part_stride_ = 0;  // where they are split, else for each query of a thread's tile
   ActivationBuffer input_, attention_out_, mlp_, lm_input_;
 
   Results results_;

@@ -42,6 +42,8 @@ void Heads::load_level(int level, const std::vector<BlockWeights>& layers) {
     else if (config_.kind == HeadsKind::sequential && i == 0) inputs *= 1 + level;
     Block block;
     block.gated = w.gate.data != nullptr;
+    require(block.gated ? !w.linear.data && !w.bias.data : !w.up.data && !w.down.data,
+            "a block is either gate, up and down, or linear and bias");
     if (block.gated) {
       check_shape(w.gate, w.gate.rows, inputs, "gate");
       check_shape(w.up, w.gate.rows, inputs, "up");
@@ -185,13 +187,18 @@ void Heads::begin(const float* features, int batch, float* base) {
   });
 }
 
+void Heads::check(int level, int count) const {
+  require(level >= 1 && level <= config_.levels, "there is no such level");
+  require(!lm_heads_.empty() && !levels_[std::min(level, int(levels_.size())) - 1].empty() && engine_.embedding().data,
+          "weights are missing");
+  require(count >= 1 && count <= rows_, "more guesses are wanted than there are");
+}
+
 void Heads::level(int level, const float* base, const float* nodes, int above, const std::int32_t* parents,
                   const std::int32_t* tokens, int batch, int width, int count, float* log_p, std::int32_t* ids,
                   float* next) {
   std::lock_guard lock(engine_.mutex());
-  require(level >= 1 && level <= config_.levels, "there is no such level");
-  require(!lm_heads_.empty() && !levels_[std::min(level, int(levels_.size())) - 1].empty(), "weights are missing");
-  require(count >= 1 && count <= rows_, "more guesses are wanted than there are");
+  check(level, count);
   const HeadsKind kind = config_.kind;
   const int size = hidden_size(), per_text = kind == HeadsKind::residual ? 1 : width, rows = batch * per_text;
   const int before = level == 1 && kind == HeadsKind::recurrent ? size : node_size(level - 1), after = node_size(level);

@@ -45,6 +45,9 @@ class Heads {
   // Floats that a node of `level` carries for its children.
   int node_size(int level) const;
 
+  // Throws std::invalid_argument unless `level` can be asked for `count` tokens.
+  void check(int level, int count) const;
+
   // features [batch, features * H] -> base [batch, H]
   void begin(const float* features, int batch, float* base);
 

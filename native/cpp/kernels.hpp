@@ -17,6 +17,10 @@ inline constexpr int kMaxPanel = 4;       // most blocks that one call of `matmu
 inline constexpr int kInt8Group = 64;     // inputs that share a scale in int8
 inline constexpr int kInt4Group = 32;     // and in int4
 inline constexpr int kQueryTile = 6;      // queries that attention takes in one go
+inline constexpr int kSpan = 256;         // positions whose sums attention makes in one go
+inline constexpr int kMaxNodes = 256;     // of one tree
+// The place of a node is less than kMaxNodes past its position.
+inline constexpr int kSpanPlaces = kSpan + kMaxNodes;
 
 enum class Format : std::uint8_t { float32, bfloat16, int8, int4 };
 inline constexpr int kFormats = 4;
@@ -45,24 +49,30 @@ struct Panel {
   std::ptrdiff_t ahead;    // from these weights to those that this thread reads next: they are fetched meanwhile
 };
 
-// Attention of up to kQueryTile queries to one key-value head of one slot. A token at position p sees positions
-// 0..p; those below `prefix` lie at the place of their number, the others (its ancestors in the tree) at `extra`.
+// Attention of up to kQueryTile queries to one span of one key-value head of one slot. A token at position p sees
+// positions 0..p; those below `prefix` lie at the place of their number, the others (its ancestors in the tree) at
+// `extra`.
+//
+// The sums of the softmax and of the values run within spans of kSpan positions, and then over the spans. A span begins at
+// a multiple of kSpan, wherever its positions lie, so a token's spans are those of its text alone; and one token's spans
+// can be left to several threads.
 struct AttentionQuery {
   const float* query;         // [dim], already scaled
   float* out;                 // [dim]
+  float* totals;              // [2] or null, see Kernels::attend_float32
   int start;                  // first position seen (sliding window)
   int prefix;
-  const std::int32_t* extra;  // increasing places
+  const std::int32_t* extra;  // increasing places, each at least its position
   int extras;
 };
 struct AttentionTask {
   const std::byte* cache;    // block 0 of this layer and head: keys [dim][16], then values [16][dim]
   std::size_t block_stride;  // bytes from one block of 16 positions to the next
   int dim;                   // a multiple of 16
+  int span;                  // its first position; each query sees some of it
   int queries;
   AttentionQuery query[kQueryTile];
-  float* scores;  // room for queries * score_stride floats
-  std::size_t score_stride;
+  float* scores;  // room for queries * kSpanPlaces floats
 };
 
 enum class Gate : std::uint8_t { silu, gelu_tanh, gelu };
@@ -77,8 +87,12 @@ struct Kernels {
   void (*quantise[kFormats])(const float* x, int n, int padded, std::byte* out, float* scales, std::int32_t* start,
                              float* sums);
 
+  // `out` is the mean of the values that a query sees in the span. With `totals` it is their weighted sum, and `totals`
+  // are the largest score and the sum of the weights: one part of `join`.
   void (*attend_float32)(const AttentionTask&);
   void (*attend_bfloat16)(const AttentionTask&);
+  // The mean [dim] over `count` spans, in order: part i, [dim] and its totals, is at parts + i * stride. Overwrites totals.
+  void (*join)(float* parts, std::size_t stride, int count, int dim, float* out);
 
   void (*rms_norm)(const float* x, const float* weight, float epsilon, int n, float* y);
   // y[i] = gate(g[i]) * u[i] for one vector of 16: what follows the fused gate and up projections.

@@ -374,125 +374,7 @@ void top_k(const float* x, int n, int k, float* values, std::int32_t* ids, float
   *log_sum_exp = values[0] + __builtin_logf(sum_lanes(sum));
 }
 
-// --- attention --------------------------------------------------------------------------------------------------
-
-template <typename T>
-inline F load_cached(const T* p) {
-  if constexpr (sizeof(T) == 2)
-    return load_bf16(reinterpret_cast<const std::byte*>(p));
-  else
-    return load(reinterpret_cast<const float*>(p));
-}
-
-template <typename T, int Q>
-inline void scores_of(const AttentionTask& t, int first_block, int last_block) {
-  for (int block = first_block; block < last_block; block++) {
-    const T* keys = reinterpret_cast<const T*>(t.cache + block * t.block_stride);
-    F acc[Q];
-    for (int q = 0; q < Q; q++) acc[q] = zero();
-    // The next keys, and the values of these positions, which are wanted soon: short stretches far apart in memory.
-    const std::ptrdiff_t next = block + 1 < last_block ? std::ptrdiff_t(t.block_stride) : 0;
-    const std::ptrdiff_t values = std::ptrdiff_t(kLanes) * t.dim * std::ptrdiff_t(sizeof(T));
-    for (int d = 0; d < t.dim; d++) {
-      const std::byte* at = reinterpret_cast<const std::byte*>(keys + std::size_t(d) * kLanes);
-      fetch(at, next);
-      fetch(at, values);
-      F k = load_cached(keys + std::size_t(d) * kLanes);
-      for (int q = 0; q < Q; q++) acc[q] = fma(k, set1(t.query[q].query[d]), acc[q]);
-    }
-    for (int q = 0; q < Q; q++) store(t.scores + q * t.score_stride + std::size_t(block) * kLanes, acc[q]);
-  }
-}
-
-// Scores at places -> weights by position, 0 outside the query's window; returns their sum.
-inline float soften(const AttentionQuery& query, float* s) {
-  for (int i = 0; i < query.extras; i++) s[query.prefix + i] = s[query.extra[i]];
-  const int end = query.prefix + query.extras;
-  const int from = query.start / kLanes * kLanes, to = (end + kLanes - 1) / kLanes * kLanes;
-  for (int p = from; p < query.start; p++) s[p] = -1e30f;
-  for (int p = end; p < to; p++) s[p] = -1e30f;
-  F most = load(s + from);
-  for (int p = from; p < to; p += kLanes) most = max_of(most, load(s + p));
-  const F top = set1(max_lanes(most));
-  F sum = zero();
-  for (int p = from; p < to; p += kLanes) {
-    F e = exponential(sub(load(s + p), top));
-    store(s + p, e);
-    sum = add(sum, e);
-  }
-  return sum_lanes(sum);
-}
-
-template <typename T>
-inline const T* values_at(const AttentionTask& t, int place) {
-  const std::byte* block = t.cache + std::size_t(place / kLanes) * t.block_stride;
-  return reinterpret_cast<const T*>(block) + std::size_t(kLanes) * t.dim + std::size_t(place % kLanes) * t.dim;
-}
-
-// DV vectors of the values from dimension d on; each query's sum runs over its positions in order.
-template <typename T, int Q, int DV>
-inline void values_of(const AttentionTask& t, int d, int from, int shared, const float* inverse) {
-  F acc[Q][DV];
-  for (int q = 0; q < Q; q++)
-    for (int v = 0; v < DV; v++) acc[q][v] = zero();
-  for (int p = from; p < shared; p++) {
-    const T* values = values_at<T>(t, p) + d;
-    F x[DV];
-    for (int v = 0; v < DV; v++) x[v] = load_cached(values + v * kLanes);
-    for (int q = 0; q < Q; q++) {
-      F weight = set1(t.scores[q * t.score_stride + p]);
-      for (int v = 0; v < DV; v++) acc[q][v] = fma(x[v], weight, acc[q][v]);
-    }
-  }
-  for (int q = 0; q < Q; q++) {
-    const AttentionQuery& query = t.query[q];
-    const float* weights = t.scores + q * t.score_stride;
-    const int end = query.prefix + query.extras;
-    for (int p = shared; p < end; p++) {
-      const T* values = values_at<T>(t, p < query.prefix ? p : query.extra[p - query.prefix]) + d;
-      F weight = set1(weights[p]);
-      for (int v = 0; v < DV; v++) acc[q][v] = fma(load_cached(values + v * kLanes), weight, acc[q][v]);
-    }
-    F scale = set1(inverse[q]);
-    for (int v = 0; v < DV; v++) store(query.out + d + v * kLanes, mul(acc[q][v], scale));
-  }
-}
-
-template <typename T, int Q>
-inline void attend_tile(const AttentionTask& t) {
-  int start = t.query[0].start, prefix = t.query[0].prefix, places = 0;
-  for (int q = 0; q < Q; q++) {
-    const AttentionQuery& query = t.query[q];
-    start = query.start < start ? query.start : start;
-    prefix = query.prefix < prefix ? query.prefix : prefix;
-    int last = query.extras ? query.extra[query.extras - 1] + 1 : query.prefix;
-    places = last > places ? last : places;
-  }
-  scores_of<T, Q>(t, start / kLanes, (places + kLanes - 1) / kLanes);
-  float inverse[Q];
-  for (int q = 0; q < Q; q++) {
-    float* s = t.scores + q * t.score_stride;
-    inverse[q] = 1.0f / soften(t.query[q], s);
-    // Where this query's window begins later than another's of the tile, its weights there are 0.
-    for (int p = start; p < t.query[q].start; p++) s[p] = 0.0f;
-  }
-  int shared = prefix > start ? prefix : start;
-  int d = 0;
-  for (; d + 4 * kLanes <= t.dim; d += 4 * kLanes) values_of<T, Q, 4>(t, d, start, shared, inverse);
-  for (; d < t.dim; d += kLanes) values_of<T, Q, 1>(t, d, start, shared, inverse);
-}
-
-template <typename T>
-void attend(const AttentionTask& t) {
-  switch (t.queries) {
-    case 1: attend_tile<T, 1>(t); break;
-    case 2: attend_tile<T, 2>(t); break;
-    case 3: attend_tile<T, 3>(t); break;
-    case 4: attend_tile<T, 4>(t); break;
-    case 5: attend_tile<T, 5>(t); break;
-    default: attend_tile<T, 6>(t); break;
-  }
-}
+#include "kernels_attention.inl"
 
 constexpr Kernels table(const char* name) {
   return Kernels{name,
@@ -500,6 +382,7 @@ constexpr Kernels table(const char* name) {
                  {quantise_float32, quantise_bfloat16, quantise_int8, quantise_int4},
                  attend<float>,
                  attend<std::uint16_t>,
+                 join,
                  rms_norm,
                  gated,
                  silu,

@@ -69,14 +69,11 @@ void pack_bfloat16(const float* w, int inputs, std::byte* out) {
       for (int i = 0; i < 2; i++) y[(k / 2 * kLanes + o) * 2 + i] = to_bfloat16(w[std::size_t(o) * inputs + k + i]);
 }
 
-// 16 rows that are bfloat16 already: as they are, two inputs at a time. False where one is not a finite number.
-bool copy_bfloat16(const OutputRow* rows, int inputs, std::byte* out) {
-  bool whole = true;
-  for (int o = 0; o < kLanes; o++) whole = whole && rows[o].source;
-  const std::vector<std::byte> zeros(whole ? 0 : std::size_t(inputs) * 2);
+// 16 rows that are bfloat16 already, or zeros: as they are, two inputs at a time. False where one is not a finite number.
+bool copy_bfloat16(const OutputRow* rows, int inputs, const std::byte* zeros, std::byte* out) {
   const std::byte* from[kLanes];
   for (int o = 0; o < kLanes; o++)
-    from[o] = rows[o].source ? rows[o].source->data + std::size_t(rows[o].row) * inputs * 2 : zeros.data();
+    from[o] = rows[o].source ? rows[o].source->data + std::size_t(rows[o].row) * inputs * 2 : zeros;
   std::uint32_t* y = reinterpret_cast<std::uint32_t*>(out);
   std::uint32_t infinite = 0;
   for (int k = 0; k < inputs / 2; k++)
@@ -196,12 +193,11 @@ std::vector<float> read(const Source& source, const std::string& name) {
 }
 
 int padded_inputs(Format format, int inputs) {
-  const int group = group_of(format);
-  return (inputs + group - 1) / group * group;
+  return round_up(inputs, group_of(format));
 }
 
 std::vector<OutputRow> rows_of(const Source& source) {
-  std::vector<OutputRow> rows((source.rows + kLanes - 1) / kLanes * kLanes);
+  std::vector<OutputRow> rows(round_up(source.rows, kLanes));
   for (int i = 0; i < source.rows; i++) rows[i] = {&source, i};
   return rows;
 }
@@ -241,10 +237,12 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
   pool.run([&](int thread) {
     float* w = room.as<float>() + scratch * thread;
     float* line = w + plain;
+    std::fill(w, w + plain, 0.0f);
     phase.run(thread, linear.blocks, 1, 8, [&](int first, int count) {
       for (int block = first; block < first + count; block++) {
         if (as_is) {
-          if (!copy_bfloat16(&rows[std::size_t(block) * kLanes], width, linear.weights + block * linear.block_bytes))
+          if (!copy_bfloat16(&rows[std::size_t(block) * kLanes], width, reinterpret_cast<const std::byte*>(w),
+                             linear.weights + block * linear.block_bytes))
             finite = false;
           continue;
         }

@@ -13,6 +13,8 @@
 
 namespace medusa {
 
+inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
 enum class Dtype : std::uint8_t { float32, bfloat16, float16 };
 
 // A matrix [rows, columns] or a vector [1, columns] as it lies in a checkpoint; not owned. Empty: data is null.

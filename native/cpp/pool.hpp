@@ -1,13 +1,14 @@
-// The engine's threads: started once, they run one function at a time together. Within it, work is divided by phases:
+// The engine's threads: started once (and once in each forked child), they run one function at a time together. Within it, work is divided by phases:
 // a phase is over when its work is done, whoever did it, so nobody waits for a thread that the system has put aside.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace medusa {
@@ -29,17 +30,37 @@ void await(Done done) {
   }
 }
 
+// How often this process and those it comes from have forked. The threads of a parent are not in its child, and what
+// they held stays held there.
+unsigned forks();
+
+// A mutex of one owner at a time, like std::mutex. In the child of a process that forked while a thread held it or waited
+// for it, `lock` throws std::invalid_argument: that thread is not there to go on, and what it changed is half changed.
+class OwnerMutex {
+ public:
+  void lock();
+  void unlock() {
+    mutex_.unlock();
+    users_.fetch_sub(1);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::atomic<std::uint64_t> users_{0};  // forks() << 32 | threads that hold it or wait for it
+};
+
 class Pool {
  public:
-  // The thread that calls `run` is one of the `threads`.
+  // The thread that calls `run` is one of the `threads`. Throws std::invalid_argument where the system gives no more.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  int threads() const { return int(workers_.size()) + 1; }
+  int threads() const { return threads_; }
 
-  // Calls function(thread) once on each thread, and returns when all are done. The function must not throw.
+  // Calls function(thread) once on each thread, and returns when all are done. The function must not throw. In the child
+  // of a fork the threads are started anew, which throws as the constructor does.
   template <typename Function>
   void run(Function&& function) {
     start([](void* context, int thread) { (*static_cast<std::remove_reference_t<Function>*>(context))(thread); },
@@ -48,21 +69,13 @@ class Pool {
 
  private:
   using Job = void (*)(void*, int);
+  class Crew;  // the threads, and all by which they understand each other
 
   void start(Job job, void* context);
-  void work(int thread);
-  void finish();  // waits until every thread is here
 
-  std::vector<std::thread> workers_;
-  Job job_ = nullptr;
-  void* context_ = nullptr;
-  std::atomic<unsigned> round_{0};  // of `run`
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<unsigned> meeting_{0};  // of `finish`
-  std::atomic<bool> stop_{false};
-  std::atomic<int> asleep_{0};
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  const int threads_;
+  unsigned born_;  // forks() when the crew was
+  std::unique_ptr<Crew> crew_;
 };
 
 // A piece of work of `total` items. Each thread has a range of its own, goes through it in order, and helps the others

@@ -83,7 +83,7 @@ struct {
 } where;
 
 struct {
-  long long sequences = 0, accepted = 0, refused = 0, compared = 0;
+  long long sequences = 0, accepted = 0, refused = 0, compared = 0, across = 0;
 } counts;
 
 void say_where() {
@@ -234,13 +234,14 @@ Config random_config(Random& random, Format format) {
     c.inverse_frequencies.push_back(std::pow(1000.0f, -2.0f * float(i) / float(c.rotary_dim)));
   c.intermediate_size = random.between(20, 90);
   c.vocab_size = random.between(50, 90);
-  c.max_length = random.between(48, 64);
+  // Now and then several spans of attention; texts are then about their borders.
+  c.max_length = random.chance(8) ? random.between(1, 2) * kSpan + random.between(4, 60) : random.between(48, 64);
   c.slots = random.between(2, 4);  // the last one is for comparisons
   c.attention_scale = 1.0f / std::sqrt(float(c.head_dim));
   c.rotary_scale = random.pick({1.0f, 1.1f});
   c.gate = random.pick({Gate::silu, Gate::gelu_tanh, Gate::gelu});
   const int layers = random.between(2, 3);
-  for (int i = 0; i < layers; i++) c.layers.push_back({!random.chance(25), random.pick({0, 0, 1, 5, 17})});
+  for (int i = 0; i < layers; i++) c.layers.push_back({!random.chance(25), random.pick({0, 0, 1, 5, 17, kSpan + 9})});
   for (int i = layers - 1; i > 0; i--)
     if (random.chance(50)) c.feature_layers.push_back(i);
   return c;
@@ -520,6 +521,9 @@ class Case {
     const int room = shadow_.room(slot);
     int count = random_.between(1, std::max(1, std::min(20, room)));
     if (random_.chance(5)) count = random_.pick({0, room, room + 1, kChunk, kChunk + 1});
+    const int length = config_.max_length - room, to_border = (length / kSpan + 1) * kSpan - length;
+    if (slot < spare_ && to_border < room && random_.chance(50)) count = std::max(1, to_border - random_.between(-2, 9));
+    count = std::min(count, kChunk + 1);
     Ids tokens = some_tokens(count);
     if (random_.chance(3)) slot = bad_slot();
     if (random_.chance(3) && count > 0) tokens[random_.between(0, count - 1)] = bad_token();
@@ -708,7 +712,7 @@ class Case {
   // The text of the slot becomes `tokens`, in chunks of random sizes.
   void prefill(Road road, const Ids& tokens, bool last) {
     accept("release for comparison", [&] { road.engine.release(road.slot); });
-    const int most = random_.pick({1, 3, 7, 16, 64});
+    const int most = int(tokens.size()) > kSpan / 2 ? random_.pick({40, 200, kChunk}) : random_.pick({1, 3, 7, 16, 64});
     for (auto at = tokens.begin(); at != tokens.end();) {
       const auto end = at + std::min<std::ptrdiff_t>(random_.between(1, most), tokens.end() - at);
       const bool makes_row = last && end == tokens.end();
@@ -719,6 +723,7 @@ class Case {
 
   void expect(Road road, int row, const std::string& bits) {
     counts.compared++;
+    counts.across += road.engine.length(road.slot) >= kSpan;
     const std::string others = row_of(road.engine, row);
     if (others == bits) return;
     const std::size_t at = std::mismatch(bits.begin(), bits.end(), others.begin()).first - bits.begin();
@@ -767,7 +772,8 @@ class Case {
 
   void bad_configuration(const std::string& isa) {
     Config c = config_;
-    switch (random_.between(0, 11)) {
+    const float bad = random_.pick({INFINITY, -INFINITY, std::nanf("")});
+    switch (random_.between(0, 16)) {
       case 0: c.hidden_size = random_.pick({0, -1, INT_MIN}); break;
       case 1: c.heads = c.kv_heads + 1 + (c.kv_heads == 1 ? -2 : 0); break;
       case 2: c.kv_heads = 0; break;
@@ -779,9 +785,15 @@ class Case {
       case 8: c.slots = 0; break;
       case 9: c.max_length = INT_MAX; break;
       case 10: c.vocab_size = 0; break;
+      case 11: c.layers[random_.between(0, int(c.layers.size()) - 1)].window = random_.pick({-1, INT_MIN}); break;
+      case 12: random_.pick({&c.epsilon, &c.attention_scale, &c.rotary_scale})[0] = bad; break;
+      case 13: c.rotary_dim = 2, c.inverse_frequencies = {bad}; break;
+      case 14: c.heads = c.kv_heads = 1 << 20; break;
+      case 15: c.feature_layers.assign(64, 1); break;
       default: c.intermediate_size = 0; break;
     }
     refuse("a bad configuration", [&] { Engine(c, 1, isa); });
+    refuse("a bad number of threads", [&] { Engine(config_, random_.pick({0, -1, 5000, INT_MIN, INT_MAX}), isa); });
     refuse("an unknown instruction set", [&] { Engine(config_, 1, "mmx"); });
   }
 
@@ -855,6 +867,9 @@ class Case {
     for (int level : {0, last + 1}) refuse("load_level", [&] { d.heads->load_level(level, some_blocks(d, 1)); });
     refuse("load_level", [&] { d.heads->load_level(1, {}); });
     refuse("load_level", [&] { d.heads->load_level(1, {{}}); });
+    std::vector<BlockWeights> mixed = some_blocks(d, 1);
+    (mixed[0].gate.data ? mixed[0].bias : mixed[0].up) = store.bias(random_, size);
+    refuse("load_level", [&] { d.heads->load_level(1, mixed); });
 
     Ids ids;
     if (random_.chance(50))
@@ -1050,7 +1065,7 @@ int main(int argc, char** argv) {
   }
   watch_for_crashes();
   run(sequences, where.seed, first_case, where.isa);
-  std::printf("%lld sequences: %lld calls accepted, %lld refused, %lld rows compared bit for bit\n", counts.sequences,
-              counts.accepted, counts.refused, counts.compared);
+  std::printf("%lld sequences: %lld calls accepted, %lld refused, %lld rows compared bit for bit, %lld of them over "
+              "several spans\n", counts.sequences, counts.accepted, counts.refused, counts.compared, counts.across);
   return 0;
 }

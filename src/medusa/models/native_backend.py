@@ -113,7 +113,7 @@ class NativeBackend:
                 precision=dtype,
                 layers=list(config.layers),
                 feature_layers=list(feature_layers),
-                threads=threads or torch.get_num_threads(),
+                threads=torch.get_num_threads() if threads is None else threads,
                 isa=isa or os.environ.get(ISA_VARIABLE, ""),
             )
             for i in range(self.num_layers):

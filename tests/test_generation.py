@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, LanguageModel
-from medusa.models.heads import save_heads, vocabulary_hash
+from medusa.models.heads import save_heads, vocabulary_hash, write_config
 from medusa.models.transformers_backend import TransformersBackend
 from tiny_lm import END, make, random_heads, writer
 from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
@@ -505,6 +506,42 @@ def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Pa
     save_heads(random_heads(writer(), feature_layers=(3,)), tmp_path / "deep")
     with pytest.raises(MedusaError):
         medusa.load(str(saved), heads=str(tmp_path / "deep"), progress=False)
+
+
+@pytest.fixture(name="unpacked")
+def unpacked_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read: whoever tries fails."""
+
+    def reads(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("medusa.models.native_backend.NativeBackend.__init__", reads)
+    monkeypatch.setattr("medusa.models.zoo.load_model", reads)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("backend", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_hash": "of another"}, "whose tokenizer is another"),
+        ({"vocab_size": 7}, r"vocabulary and hidden size \(7, 32\), not"),
+        ({"hidden_size": 16}, r"hidden size \(\d+, 16\), not"),
+        ({"feature_layers": (1, 3)}, "read layer 3, but the model has 3"),
+        ({}, "the weights were read"),
+    ],
+)
+def test_heads_of_another_model_are_refused_before_weights_are_read(
+    saved: Path, tmp_path: Path, backend: str, changes: dict[str, Any], message: str
+) -> None:
+    if backend == "native":
+        pytest.importorskip("medusa_native")
+    heads = random_heads(writer())
+    save_heads(heads, tmp_path / "heads")
+    write_config(replace(heads.config, **changes), tmp_path / "heads")
+    with pytest.raises((MedusaError, AssertionError), match=message) as error:
+        medusa.load(str(saved), heads=str(tmp_path / "heads"), backend=backend, progress=False)
+    assert isinstance(error.value, MedusaError) is bool(changes)
 
 
 @pytest.mark.parametrize(

@@ -443,8 +443,13 @@ def load(
     heads_path = zoo.find_heads(heads, source)
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
-    feature_layers = read_config(heads_path).feature_layers if heads_path else tuple(feature_layers)
     tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
+    if heads_path is not None:  # what their config tells is checked first: to pack the weights may take long
+        config = read_config(heads_path)
+        loading.check_heads(config, source)
+        if heads != "auto":  # those found by the model's name fit its tokenizer, which is read while weights are packed
+            check_vocabulary(config, tokenizer_of()[1])
+        feature_layers = config.feature_layers
     loaded = loading.load_backend(
         source, settings, feature_layers=feature_layers, progress=progress, meanwhile=tokenizer_of
     )

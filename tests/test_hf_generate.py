@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import medusa
 from medusa.errors import MedusaError, UsageError
 from medusa.models.heads import Heads, HeadsConfig, save_heads
 from medusa.models.transformers_backend import TransformersBackend
-from tiny_models import FAMILIES, agrees, plain_logits, shared_model
+from tiny_models import FAMILIES, agrees, make_model, plain_logits, shared_model
 
 
 def prompts(rows: int, size: int = 12) -> dict[str, torch.Tensor]:
@@ -176,9 +178,32 @@ def test_a_setting_that_medusa_does_not_do_is_a_usage_error_that_names_it(name: 
 
 
 def test_a_bad_setting_of_medusa_is_a_usage_error() -> None:
-    for settings in ({"drafter": "x"}, {"nodes": 0}, {"acceptance": "x"}, {"seed": -1}):
+    for settings in ({"drafter": "x"}, {"nodes": 0}, {"nodes": 400}, {"acceptance": "x"}, {"seed": -1}):
         decode = medusa.custom_generate(**settings)  # type: ignore[arg-type]
         with pytest.raises(UsageError):
             shared_model("llama").generate(
                 **prompts(1), max_new_tokens=5, do_sample=False, pad_token_id=0, custom_generate=decode
             )
+
+
+def test_times_are_measured_once_for_each_state_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa.decoding.budget import PassTimes
+
+    measured: list[object] = []
+
+    def pretend(backend: object, heads: object, facts: dict[str, object]) -> PassTimes:
+        measured.append(facts["dtype"])
+        return PassTimes.typical()
+
+    monkeypatch.setattr("medusa.hf_generate.measured_times", pretend)
+    model, decode = make_model("llama"), medusa.custom_generate()
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "custom_generate": decode}
+    model.generate(**prompts(1), **options)
+    model.generate(**prompts(1), **options)
+    model.to(torch.bfloat16)
+    model.generate(**prompts(1), **options)
+    assert measured == ["torch.float32", "torch.bfloat16"]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None, "what is remembered of a model does not keep it"

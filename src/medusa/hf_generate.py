@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from medusa.decoding.budget import PassTimes
+from medusa.decoding.budget import MachineTimes, PassTimes
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
@@ -80,7 +80,8 @@ def custom_generate(
     The returned function raises UsageError for settings that Medusa does not do (beam search and the like).
     """
 
-    known: WeakKeyDictionary[PreTrainedModel, PassTimes] = WeakKeyDictionary()  # measured once, even without a cache
+    # Measured once, even where no profile can be kept; by what may change between two calls.
+    known: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], PassTimes]] = WeakKeyDictionary()
 
     def generate(
         model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **inputs: Any
@@ -100,19 +101,21 @@ def custom_generate(
         backend = TransformersBackend(model, feature_layers=layers)
         loaded = load_heads(heads, backend.base_weights(), dtype=model.dtype) if heads else None
 
-        def times() -> PassTimes:
-            if model not in known:
-                facts = {
-                    "parameters": model.num_parameters(),
-                    "dtype": str(model.dtype),
-                    "device": str(model.device),
-                    "threads": torch.get_num_threads(),
-                }
-                known[model] = measured_times(backend, loaded, facts)
-            return known[model]
+        facts = {
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype),
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+        }
+
+        def times(refresh: bool) -> PassTimes:
+            measured, key = known.setdefault(model, {}), tuple(facts.values())
+            if key not in measured:
+                measured[key] = measured_times(backend, loaded, facts) or PassTimes.typical()
+            return measured[key]
 
         proposer = make_drafter(drafter, loaded)
-        decoder = Decoder(backend, proposer, choose_nodes(nodes, proposer, times))
+        decoder = Decoder(backend, proposer, choose_nodes(nodes, proposer, MachineTimes(times), backend))
         sampling = Sampling(
             temperature=(generation_config.temperature or 1.0) if generation_config.do_sample else 0.0,
             top_k=(generation_config.top_k or 0) if generation_config.do_sample else 0,

@@ -189,6 +189,8 @@ class ToyBackend:
     name = "toy"
     hidden_size = 2
     num_layers = 1
+    max_nodes = 256
+    padding = 0
 
     def __init__(self, model: ToyModel, *, num_slots: int = 1, max_length: int = 64) -> None:
         self.model, self.num_slots, self.max_length, self.vocab_size = model, num_slots, max_length, model.vocab

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import ChainDrafter, ToyBackend, ToyModel, always_agrees, drafts, make_row, never_agrees
-from medusa.decoding.budget import Asking, NodeBudget, PassTimes
+from medusa.decoding.budget import Asking, MachineTimes, NodeBudget, PassTimes, places
 from medusa.decoding.draft import Draft, NgramDrafter, Row, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder
@@ -26,6 +26,7 @@ from medusa.models.heads import HeadsConfig, HeadsState
 #: Of the native engine in int8, by docs/decisions.md: flat at first, then steep.
 INT8 = PassTimes.measured({1: 3.4, 4: 3.8, 8: 4.9, 12: 7.0, 16: 9.2, 32: 17.0}, draft_seconds=1.0)
 FREE = INT8.free_drafts()
+FLAT = PassTimes.measured({1: 1.0, 64: 1.1}, draft_seconds=2.0)
 
 curves = st.builds(
     lambda steps: PassTimes(tuple(itertools.accumulate(steps, initial=1.0))),
@@ -52,6 +53,74 @@ def test_times_never_fall(seconds: dict[int, float], one: float) -> None:
 def test_times_that_cannot_be_are_refused(wrong: tuple[float, ...]) -> None:
     with pytest.raises(UsageError, match="positive and not fall"):
         PassTimes(wrong)
+
+
+def test_a_longer_text_adds_what_two_sizes_after_one_show() -> None:
+    def true(nodes: int, contexts: Sequence[int]) -> float:  # of rows of as many nodes each
+        return 5 + 0.3 * nodes + 1e-3 * sum(contexts) + 2e-4 * nodes * sum(contexts) / len(contexts)
+
+    near = {n: true(n, [64]) for n in (1, 2, 16)}
+    times = PassTimes.measured(near, context=64, far={n: true(n, [500]) for n in (1, 16)}, far_context=500)
+    assert (times.row_seconds, times.node_seconds) == pytest.approx((1e-3, 2e-4))
+    for contexts in ([64], [3000], [200, 1000], [64] * 8):
+        clock = times.after(contexts)
+        assert [clock(n) for n in (8, 16, 40)] == pytest.approx([true(n, contexts) for n in (8, 16, 40)])
+    assert times.after([10])(3) == times(3), "shorter texts than were measured are taken to be as quick as those"
+
+
+@pytest.mark.parametrize(
+    ("far", "expected"),
+    [
+        ({1: 1.0, 9: 2.0}, (0.0, 0.0)),
+        ({1: 0.5, 9: 1.0}, (0.0, 0.0)),  # a long text is never quicker: noise
+        ({1: 1.2, 9: 2.0}, (0.002, 0.0)),
+        ({1: 1.0, 9: 2.9}, (0.0, 0.001)),  # a node cannot take more than all nodes did
+        ({}, (0.0, 0.0)),
+    ],
+)
+def test_noise_in_the_times_of_long_texts_makes_none_quicker(
+    far: dict[int, float], expected: tuple[float, float]
+) -> None:
+    times = PassTimes.measured({1: 1.0, 9: 2.0}, context=100, far=far, far_context=200)
+    assert (times.row_seconds, times.node_seconds) == pytest.approx(expected)
+
+
+def test_positions_that_gain_time_are_refused() -> None:
+    with pytest.raises(UsageError, match="further position cannot be negative"):
+        PassTimes((1.0, 2.0), node_seconds=-1.0)
+
+
+def test_times_are_measured_once_and_a_new_measurement_is_everybodys() -> None:
+    asked: list[bool] = []
+    found = iter([INT8, FLAT, None])
+
+    def measure(refresh: bool) -> PassTimes | None:
+        asked.append(refresh)
+        return next(found)
+
+    times = MachineTimes(measure)
+    before = NodeBudget(times)
+    assert asked == [False], "not in the middle of a text"
+    assert (before.most, before.draft_seconds) == (9, 1.0)
+    assert times.refresh() is FLAT
+    after = NodeBudget(times, free=True)
+    assert (before.most, before.draft_seconds) == (24, 2.0)
+    assert (after.most, after.draft_seconds) == (24, 0.0)
+    assert times.refresh() is times() is FLAT, "what cannot be measured just now stays as it was"
+    assert asked == [False, True, True]
+
+
+def test_where_nothing_can_be_measured_times_are_typical_and_not_asked_for_again() -> None:
+    asked: list[bool] = []
+    times = MachineTimes(lambda refresh: asked.append(refresh))
+    assert times() == times() == PassTimes.typical()
+    assert asked == [False]
+
+
+def test_a_budget_asks_for_no_more_nodes_than_the_backend_takes() -> None:
+    assert NodeBudget(FLAT).most == 24
+    assert NodeBudget(FLAT, max_nodes=5).most == 5
+    assert NodeBudget(FLAT, max_nodes=5).expected <= 5
 
 
 def test_the_cheaper_a_node_the_more_are_asked_of_drafters() -> None:
@@ -94,6 +163,53 @@ def test_the_choice_for_a_batch_is_the_best_of_all_splits(many: list[Draft], tim
     assert share.seconds == times(sum(share.nodes))
 
 
+@given(st.lists(drafts(max_nodes=6, falling=True), min_size=1, max_size=3), curves, st.sampled_from([1, 4]))
+def test_the_choice_for_a_padded_batch_is_the_best_of_all_splits(
+    many: list[Draft], times: PassTimes, padding: int
+) -> None:
+    share = NodeBudget(times, padding=padding).share(many, 0.0)
+    expected = [[sum(d.pruned(nodes=n, depth=99).probabilities) for n in range(1, len(d) + 1)] for d in many]
+    optimum = 0.0
+    for split in itertools.product(*(range(1, len(d) + 1) for d in many)):
+        widest = max(split) if max(split) == 1 else padding * math.ceil(max(split) / padding)
+        tokens = sum(e[n - 1] for e, n in zip(expected, split, strict=True))
+        optimum = max(optimum, tokens / times(len(many) * widest))
+    assert share.rate == pytest.approx(optimum)
+    assert share.seconds == times(places(share.nodes, padding))
+
+
+def test_a_wide_row_of_a_padded_batch_pays_for_the_others_too() -> None:
+    good = Draft((1, 2, 3, 4), (-1, 0, 1, 2), (1.0, 0.9, 0.8, 0.7), ("",) * 4)
+    bad = Draft((1, 2, 3, 4), (-1, 0, 1, 2), (1.0, 0.02, 0.01, 0.005), ("",) * 4)
+    times = PassTimes(tuple(4.0 + 0.5 * n for n in range(1, 40)))
+    assert NodeBudget(times).share([good, bad, bad, bad], 0.0).nodes == (4, 1, 1, 1)
+    assert NodeBudget(times, padding=1).share([good, bad, bad, bad], 0.0).nodes == (1, 1, 1, 1)
+    assert NodeBudget(times, padding=1).share([good, good, good, bad], 0.0).nodes == (4, 4, 4, 4)
+
+
+def test_after_a_long_text_that_each_node_attends_to_fewer_are_verified() -> None:
+    model = ToyModel(vocab=40, seed=2, order=1)
+    times = PassTimes((1.0, *(1.02 + 0.02 * n for n in range(20))), context=64, node_seconds=3e-4)
+
+    def nodes(length: int, *others: int, padding: int = 0) -> int:
+        rows = [make_row([1] * n) for n in (length, *others)]
+        return len(NodeBudget(times, padding=padding).propose(always_agrees(model, 8), rows)[0])
+
+    assert nodes(65) == nodes(10) == 9
+    assert nodes(65) > nodes(1200) > nodes(20000) == 1
+    assert nodes(65, 65) > nodes(65, 2400), "a node is priced at the mean of the rows"
+    assert nodes(65, 1000, padding=1) == nodes(1000, 1000, padding=1) < nodes(65, 1000), "padded to the longest text"
+
+
+def test_a_text_that_takes_long_however_few_nodes_makes_more_of_them_pay() -> None:
+    draft = Draft((1, 2, 3), (-1, 0, 1), (1.0, 0.3, 0.1), ("",) * 3)
+    times = PassTimes(tuple(1.0 + 0.4 * n for n in range(20)), context=64, row_seconds=1e-3)
+    budget = NodeBudget(times)
+    assert budget.share([draft], 0.0).nodes == (1,)
+    assert budget.share([draft], 0.0, times.after([4000])).nodes == (3,), "plain passes take longer as well"
+    assert budget.bar(1, times.after([4000])) < budget.bar(1)
+
+
 @given(st.lists(drafts(max_nodes=9), min_size=1, max_size=3))
 def test_nothing_is_verified_where_nothing_pays(many: list[Draft]) -> None:
     dear = PassTimes((1.0, 2.5))  # another node takes longer than another pass
@@ -120,6 +236,16 @@ def test_the_bar_is_what_a_node_must_reach_to_pay(rows: int) -> None:
         drafted = Draft((1, 2), (-1, 0), (1.0, p), ("", ""))
         others = [Draft((1,))] * (rows - 1)
         assert sum(budget.share([drafted, *others], 0.0).nodes) == nodes
+
+
+@pytest.mark.parametrize(("rows", "padding"), [(1, 1), (3, 1), (2, 4)])
+def test_the_bar_of_a_padded_batch_is_for_the_nodes_of_all_rows(rows: int, padding: int) -> None:
+    times = PassTimes(tuple(9.0 + 0.5 * n for n in range(1, 40)))
+    budget = NodeBudget(times, padding=padding)
+    bar = budget.bar(rows)
+    for p, pays in ((bar * 0.99, False), (bar * 1.01, True)):
+        chain = Draft((1, 2, 3, 4), (-1, 0, 0, 0), (1.0, p, p, p), ("",) * 4)
+        assert (budget.share([chain.pruned(nodes=max(2, padding), depth=9)] * rows, 0.0).nodes[0] > 1) is pays
 
 
 def test_many_rows_fill_a_pass_and_nobody_is_asked() -> None:

@@ -13,18 +13,21 @@ import pytest
 import medusa
 from medusa.cli import main
 from medusa.cli_bench import KINDS
-from medusa.decoding.budget import PassTimes
+from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.loop import Decoder
 from medusa.models.transformers_backend import TransformersBackend
 from tiny_lm import make, with_tree, writer
 
 pytest.importorskip("matplotlib")
 
 Run = Callable[..., tuple[int, str, str]]
+KEPT, REFRESHED = PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}), PassTimes.typical()
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """Arguments of each `medusa.load`; the tiny model has a tree and needs no measuring."""
+    """Arguments of each `medusa.load`; the tiny model has a tree and needs no measuring: times are KEPT, or REFRESHED
+    where they are to be measured anew."""
     calls: list[dict[str, Any]] = []
 
     def load(**arguments: Any) -> Any:
@@ -32,7 +35,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, An
         backend = TransformersBackend(writer(), num_slots=arguments.get("num_slots", 1))
         make_lm = make if arguments["heads"] == "none" else with_tree
         return make_lm(
-            backend=backend, times=lambda refresh: PassTimes.typical(),
+            backend=backend, times=lambda refresh: REFRESHED if refresh else KEPT,
             **{name: arguments[name] for name in ("nodes", "drafter", "tree") if name in arguments},
         )  # fmt: skip
 
@@ -75,6 +78,35 @@ def test_a_benchmark_ends_with_a_line_of_json_and_leaves_a_report(run: Run) -> N
     assert files == {
         "run.json", "answers.jsonl", "report.json", "report.md", "speedup.svg", "phases.svg", "acceptance.svg",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench",),
+        ("bench", "--temperature", "0.8"),
+        ("ablate", "nodes"),
+        ("ablate", "drafters"),
+        ("ablate", "threshold"),
+        ("ablate", "batch"),
+    ],
+)
+def test_every_method_decodes_by_times_that_were_measured_anew(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    used: list[PassTimes] = []
+    step = Decoder.step
+
+    def watched(self: Decoder, rows: Any) -> Any:
+        if isinstance(self.nodes, NodeBudget):
+            used.append(self.nodes.times)
+        return step(self, rows)
+
+    monkeypatch.setattr(Decoder, "step", watched)
+    assert run(*command, *SMALL, "--json")[0] == 0
+    assert used
+    # A budget of n-grams alone may hold them without the time of a draft.
+    assert {times.seconds for times in used} == {REFRESHED.seconds}
 
 
 def test_json_is_one_line(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import medusa
-from medusa.decoding.budget import PassTimes
+from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.draft import Draft
 from medusa.errors import MedusaError, UsageError
 from medusa.generation import Chunk, LanguageModel
-from medusa.models.heads import save_heads, vocabulary_hash
+from medusa.models.heads import save_heads, vocabulary_hash, write_config
 from medusa.models.transformers_backend import TransformersBackend
 from tiny_lm import END, make, random_heads, writer
 from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
@@ -312,10 +314,11 @@ def test_with_drafter_leaves_the_model_as_it_was() -> None:
 
 def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed() -> None:
     asked: list[bool] = []
+    found = iter([PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}, draft_seconds=0.1), PassTimes.typical()])
 
     def times(refresh: bool) -> PassTimes:
         asked.append(refresh)
-        return PassTimes.measured({1: 1.0, 16: 1.3, 32: 9.0}, draft_seconds=0.1)
+        return next(found)  # at each measurement another
 
     model = make(heads=True, nodes=5, times=times)
     plain_model = model.with_drafter("none", nodes="auto")
@@ -324,8 +327,12 @@ def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed
     assert auto.nodes == "auto"
     assert re.fullmatch(r"auto \(up to 16; \d+ expected\)", str(auto.describe()["nodes"]))
     assert asked == [False]
-    auto.pass_times(refresh=True)
-    assert asked[-1]
+    assert auto.pass_times(refresh=True) == PassTimes.typical()
+    assert asked == [False, True]
+    for other in (auto, model.with_drafter("union", nodes="auto"), auto.with_drafter("ngram")):  # made before and after
+        assert isinstance(other.decoder.nodes, NodeBudget)
+        assert other.decoder.nodes.times == other.pass_times() == PassTimes.typical()
+    assert asked == [False, True], "one value for all"
     options: dict[str, Any] = {"max_new_tokens": 40}
     assert auto.generate(PROMPT, **options).token_ids == plain_model.generate(PROMPT, **options).token_ids
 
@@ -334,6 +341,32 @@ def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed
 def test_nodes_are_auto_or_a_number(model: LanguageModel, nodes: Any) -> None:
     with pytest.raises(UsageError, match="nodes must be auto or a whole number from 1"):
         make(nodes=nodes)
+
+
+@pytest.mark.parametrize("drafter", ["union", "heads", "ngram", "none"])
+def test_more_nodes_than_the_backend_takes_are_refused_before_a_text_is_begun(drafter: str) -> None:
+    assert make(heads=True, drafter=drafter, nodes=256).generate(PROMPT, max_new_tokens=3).stats.new_tokens == 3
+    with pytest.raises(UsageError, match="nodes may be at most 256, not 257"):
+        make(heads=True, drafter=drafter, nodes=257)
+    small = TransformersBackend(writer())
+    small.max_nodes = 5
+    with pytest.raises(UsageError, match="nodes may be at most 5 on the transformers backend, not 6"):
+        make(heads=True, drafter=drafter, nodes=6, backend=small)
+    model = make(heads=True, drafter=drafter, backend=small)
+    with pytest.raises(UsageError, match="at most 5"):
+        model.with_drafter(drafter, nodes=6)
+    assert all(chunk.step.drafted <= 5 for chunk in model.stream(PROMPT, max_new_tokens=20))
+
+
+def test_a_budget_knows_how_the_backend_computes_a_batch() -> None:
+    backend = TransformersBackend(writer())
+    backend.padding = 4
+    budget = make(backend=backend).decoder.nodes
+    assert isinstance(budget, NodeBudget)
+    chain = Draft((1,) * 5, (-1, 0, 1, 2, 3), (1.0, 0.9, 0.8, 0.7, 0.6), ("",) * 5)
+    rows = [chain, Draft((1,))]
+    assert budget.share(rows, 0.0).seconds in [budget.times(2 * n) for n in (1, 4, 8)]
+    assert TransformersBackend(writer()).padding == 1
 
 
 def test_an_impossible_drafter_is_an_error(model: LanguageModel) -> None:
@@ -478,7 +511,11 @@ def test_load_measures_the_machine_once_and_only_for_a_drafter(
     from medusa.models import profile
 
     measure, measured = profile.profile, []
-    monkeypatch.setattr(profile, "profile", lambda *args, **options: (measured.append(1), measure(*args, **options))[1])
+    monkeypatch.setattr(
+        profile,
+        "profile",
+        lambda *args, sizes, **options: (measured.append(sizes), measure(*args, sizes=sizes, **options))[1],
+    )
     medusa.load(str(saved), heads="none", drafter="none")
     medusa.load(str(saved), heads="none", nodes=3)
     assert measured == []
@@ -486,8 +523,19 @@ def test_load_measures_the_machine_once_and_only_for_a_drafter(
     assert "measuring this machine once ..." in capsys.readouterr().err
     assert str(model.describe()["nodes"]).startswith("auto (up to ")
     medusa.load(str(saved), heads="none")
-    assert measured == [1]
+    assert measured == [profile.QUICK_SIZES, (1,)], "measured, and the second time looked at with one token"
     assert "measuring" not in capsys.readouterr().err
+
+
+def test_times_measured_anew_are_those_of_a_loaded_model(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([PassTimes((1.0, 2.0)), PassTimes((3.0, 4.0))])
+    monkeypatch.setattr("medusa.generation.measured_times", lambda *_, **__: next(found))
+    model = medusa.load(str(saved), heads="none", progress=False)
+    assert model.pass_times()(1) == 1.0
+    assert model.pass_times(refresh=True)(1) == 3.0
+    for other in (model, model.with_drafter("union")):
+        assert isinstance(other.decoder.nodes, NodeBudget)
+        assert other.decoder.nodes.times(1) == other.pass_times()(1) == 3.0
 
 
 def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Path, tmp_path: Path) -> None:
@@ -507,6 +555,48 @@ def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Pa
         medusa.load(str(saved), heads=str(tmp_path / "deep"), progress=False)
 
 
+@pytest.fixture(name="unpacked")
+def unpacked_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read: whoever tries fails."""
+
+    def reads(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("medusa.models.native_backend.NativeBackend.__init__", reads)
+    monkeypatch.setattr("medusa.models.zoo.load_model", reads)
+
+
+@pytest.mark.usefixtures("unpacked")
+@pytest.mark.parametrize("backend", ["native", "transformers"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_hash": "of another"}, "whose tokenizer is another"),
+        ({"vocab_size": 7}, r"vocabulary and hidden size \(7, 32\), not"),
+        ({"hidden_size": 16}, r"hidden size \(\d+, 16\), not"),
+        ({"feature_layers": (1, 3)}, "read layer 3, but the model has 3"),
+        ({}, "the weights were read"),
+    ],
+)
+def test_heads_of_another_model_are_refused_before_weights_are_read(
+    saved: Path, tmp_path: Path, backend: str, changes: dict[str, Any], message: str
+) -> None:
+    if backend == "native":
+        pytest.importorskip("medusa_native")
+    heads = random_heads(writer())
+    save_heads(heads, tmp_path / "heads")
+    write_config(replace(heads.config, **changes), tmp_path / "heads")
+    with pytest.raises((MedusaError, AssertionError), match=message) as error:
+        medusa.load(str(saved), heads=str(tmp_path / "heads"), backend=backend, progress=False)
+    assert isinstance(error.value, MedusaError) is bool(changes)
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_too_many_nodes_are_refused_before_weights_are_read(saved: Path) -> None:
+    with pytest.raises(UsageError, match="at most 256, not 257"):
+        medusa.load(str(saved), heads="none", nodes=257, progress=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -516,6 +606,7 @@ def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Pa
         ({"tree": "tall"}, "tree tall"),
         ({"threads": 0}, "threads"),
         ({"nodes": 0}, "nodes"),
+        ({"nodes": 400}, "at most 256, not 400"),
         ({"num_slots": 0}, "num_slots"),
         ({"max_length": 0}, "max_length"),
         ({"max_length": 10**6}, "max_length"),

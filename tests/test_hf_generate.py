@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tiny_models import (
     FAMILIES,
     agrees,
     byte_ids,
+    make_model,
     make_tokenizer,
     plain_logits,
     shared_model,
@@ -184,7 +187,7 @@ def test_a_setting_that_medusa_does_not_do_is_a_usage_error_that_names_it(name: 
 
 
 def test_a_bad_setting_of_medusa_is_a_usage_error() -> None:
-    for settings in ({"drafter": "x"}, {"nodes": 0}, {"acceptance": "x"}, {"seed": -1}):
+    for settings in ({"drafter": "x"}, {"nodes": 0}, {"nodes": 400}, {"acceptance": "x"}, {"seed": -1}):
         decode = medusa.custom_generate(**settings)  # type: ignore[arg-type]
         with pytest.raises(UsageError):
             shared_model("llama").generate(
@@ -344,3 +347,26 @@ def test_other_ways_to_give_stop_strings() -> None:
     for bad in ([], "", ["a", ""]):
         with pytest.raises(UsageError, match="stop_strings must"):
             stopped(inputs, medusa.custom_generate(), stop_strings=bad)
+
+
+def test_times_are_measured_once_for_each_state_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from medusa.decoding.budget import PassTimes
+
+    measured: list[object] = []
+
+    def pretend(backend: object, heads: object, facts: dict[str, object]) -> PassTimes:
+        measured.append(facts["dtype"])
+        return PassTimes.typical()
+
+    monkeypatch.setattr("medusa.hf_generate.measured_times", pretend)
+    model, decode = make_model("llama"), medusa.custom_generate()
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "custom_generate": decode}
+    model.generate(**prompts(1), **options)
+    model.generate(**prompts(1), **options)
+    model.to(torch.bfloat16)
+    model.generate(**prompts(1), **options)
+    assert measured == ["torch.float32", "torch.bfloat16"]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None, "what is remembered of a model does not keep it"

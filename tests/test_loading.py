@@ -13,7 +13,9 @@ import pytest
 import medusa
 from medusa.errors import MedusaError, UsageError
 from medusa.models import loading, zoo
+from medusa.models.backend import MAX_NODES
 from medusa.models.native_config import is_complete, native_config
+from medusa.models.transformers_backend import TransformersBackend
 from tiny_models import make_model, make_tokenizer
 
 PROMPT = "the and"
@@ -42,6 +44,11 @@ def test_auto_takes_the_native_engine_where_it_can_run_the_model(saved: dict[str
     other = load(saved["gpt2"]).describe()
     assert other["backend"] == "transformers"
     assert "not gpt2" in str(other["backend_reason"])
+
+
+def test_every_backend_takes_trees_of_as_many_nodes() -> None:
+    engine = pytest.importorskip("medusa_native")
+    assert engine.MAX_NODES == MAX_NODES == TransformersBackend.max_nodes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])

@@ -491,3 +491,13 @@ def test_the_slot_is_given_back_when_the_drafter_fails() -> None:
     with pytest.raises(RuntimeError, match="out of ideas"):
         list(decode(Decoder(backend, Broken(), 8), [1], max_new_tokens=50))
     assert backend.text == {}
+
+
+@pytest.mark.parametrize("nodes", [6, NodeBudget(PassTimes((1.0, 1.0)))])
+def test_a_decoder_refuses_trees_that_its_backend_does_not_take(nodes: int | NodeBudget) -> None:
+    backend = ToyBackend(SMALL)
+    Decoder(backend, NoDrafter(), nodes)
+    backend.max_nodes = 5
+    with pytest.raises(UsageError, match="nodes may be at most 5 on the toy backend, not"):
+        Decoder(backend, NoDrafter(), nodes)
+    Decoder(backend, NoDrafter(), 5)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from helpers import ToyBackend, ToyModel
 from medusa import cli
 from medusa.errors import UsageError
+from medusa.generation import measured_times
 from medusa.models import profile as profile_module
 from medusa.models.native_backend import NativeBackend
 from medusa.models.native_config import native_config
@@ -84,6 +88,7 @@ def measured_fixture(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return Profile(options["context"], {1: calls[-1], 8: 9.5}, None, None, drafting)
 
     monkeypatch.setattr(profile_module, "profile", pretend)
+    monkeypatch.setattr(profile_module, "_refuted", lambda kept, backend: False)
     return calls
 
 
@@ -136,6 +141,11 @@ def test_another_engine_has_another_profile(measured: list[float], monkeypatch: 
         lambda text: text.replace('"1": 1.0', '"2": 1.0'),
         lambda text: text.replace('"1": 1.0', '"1": null'),
         lambda text: text.replace('"8": 9.5', '"0": 9.5'),
+        lambda text: text.replace('"far": {}', '"far": {"1": 2.0}'),
+        lambda text: text.replace('"far": {}', '"far": {"1": 2.0, "8": 0}'),
+        lambda text: text.replace('"far": {}', '"far": {"1": 2.0, "9": 9.7}'),
+        lambda text: text.replace('"far": {}', '"far": {"1": 2.0, "8": 9.7}'),  # after no longer text
+        lambda text: text.replace('"far": {}', '"far": []'),
     ],
 )
 def test_a_damaged_or_foreign_profile_is_measured_anew(measured: list[float], damage: Callable[[str], str]) -> None:
@@ -191,3 +201,173 @@ def test_past_its_time_a_measurement_keeps_to_four_sizes_and_two_repeats(monkeyp
     found = profile(backend, sizes=(1, 2, 3, 4, 5, 6), context=8, seconds=0.0)
     assert list(found.seconds) == [1, 2, 3, 4]
     assert passes == [1, 2, 3, 4] * 3  # once to warm up
+
+
+# --- a machine whose times are known ----------------------------------------------------------------------------------
+
+
+class ClockedBackend(ToyBackend):
+    """On a clock that moves with its passes alone: a pass takes what `seconds` says of nodes and text; what others do
+    makes some turns longer. A token of a prompt takes `reading`."""
+
+    def __init__(self, seconds: Callable[[int, int], float], *, max_length: int = 4096, reading: float = 1e-4) -> None:
+        super().__init__(ToyModel(order=1), max_length=max_length)
+        self.seconds, self.reading = seconds, reading
+        self.now = 0.0
+        self.disturbed: Callable[[int], float] = lambda turn: 1.0
+        self.prompts: list[int] = []
+
+    def prefill(self, slot: int, token_ids: Sequence[int]) -> Any:
+        self.prompts.append(len(token_ids))
+        self.now += self.reading * len(token_ids)
+        return super().prefill(slot, token_ids)
+
+    def verify(self, slots: Sequence[int], drafts: Sequence[Any]) -> Any:
+        nodes, text = len(drafts[0].tokens), self.length(slots[0])
+        self.now += self.seconds(nodes, text) * self.disturbed(self.forwards)
+        done = super().verify(slots, drafts)
+        self.waiting = None  # passes that are timed keep nothing
+        return done
+
+    def release(self, slot: int) -> None:
+        if self.length(slot):
+            super().release(slot)
+
+
+Clocked = Callable[..., ClockedBackend]
+
+
+@pytest.fixture(name="clocked")
+def clocked_fixture(monkeypatch: pytest.MonkeyPatch) -> Clocked:
+    def make(seconds: Callable[[int, int], float], **options: Any) -> ClockedBackend:
+        backend = ClockedBackend(seconds, **options)
+        monkeypatch.setattr(profile_module.time, "perf_counter", lambda: backend.now)
+        return backend
+
+    return make
+
+
+def linear(nodes: int, text: int) -> float:
+    return 5e-3 + 2e-4 * nodes + 1e-6 * text + 2e-7 * nodes * text
+
+
+def test_what_a_longer_text_adds_is_measured(clocked: Clocked) -> None:
+    backend = clocked(linear)
+    found = measured_profile(backend, FACTS)
+    assert found is not None
+    assert found.seconds == pytest.approx({n: linear(n, 64) for n in profile_module.QUICK_SIZES})
+    assert found.far == pytest.approx({n: linear(n, 1024) for n in (1, 16)})
+    assert found.far_context == 1024
+    assert backend.now < 4.0, "seconds in all"
+    times = measured_times(backend, None, FACTS)
+    assert times is not None
+    backend.prompts.clear()
+    assert measured_times(backend, None, FACTS) == times
+    assert backend.prompts == [8], "kept, and not measured again"
+    assert [times.after([c])(n) for n, c in ((1, 64), (8, 700), (24, 4000))] == pytest.approx(
+        [linear(n, c) for n, c in ((1, 64), (8, 700), (24, 4000))]
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "prompts"),
+    [
+        (linear, {"max_length": 300}, [64, 295]),  # as long as it may be
+        (linear, {"max_length": 200}, [64]),
+        (lambda nodes, text: 40 * linear(nodes, text), {}, [64]),  # to read 256 tokens would take 4 seconds
+        (lambda nodes, text: 4 * linear(nodes, text), {}, [64, 511]),
+    ],
+)
+def test_a_long_text_is_measured_where_it_fits_and_is_read_in_a_moment(
+    clocked: Clocked, seconds: Callable[[int, int], float], options: dict[str, Any], prompts: list[int]
+) -> None:
+    backend = clocked(seconds, **options)
+    found = measured_profile(backend, FACTS)
+    assert found is not None
+    assert [*backend.prompts[:1], *(pytest.approx(n, rel=0.1) for n in backend.prompts[1:])] == prompts
+    assert (found.far_context, list(found.far)) == ((backend.prompts[-1], [1, 16]) if len(prompts) > 1 else (0, []))
+
+
+def test_times_are_right_though_every_second_turn_is_disturbed(clocked: Clocked) -> None:
+    backend = clocked(linear)
+    backend.disturbed = lambda turn: 18.0 if turn // 5 % 2 else 1.0
+    found = profile(backend, sizes=(1, 2, 4, 8, 16), context=64)
+    assert found.seconds == pytest.approx({n: linear(n, 64) for n in (1, 2, 4, 8, 16)})
+
+
+@pytest.fixture(name="processor")
+def processor_fixture(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Processor times of two cores: each look at them is a second later, of which this program took one core."""
+    import psutil
+
+    monkeypatch.setattr(profile_module, "BUSY", 0.1)
+    state = SimpleNamespace(others=0.0, second=0)
+
+    class Times(SimpleNamespace):
+        def _asdict(self) -> dict[str, float]:
+            return dict(self.__dict__)
+
+    def cpu_times() -> Times:
+        state.second += 1
+        t = float(state.second)
+        used = t * (1.0 + state.others)
+        return Times(user=used - 0.1 * t, system=0.1 * t, idle=1.5 * t - used, iowait=0.5 * t, guest=used)
+
+    process = SimpleNamespace(cpu_times=lambda: SimpleNamespace(user=0.75 * state.second, system=0.25 * state.second))
+    monkeypatch.setattr(psutil, "cpu_times", cpu_times)
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    return state
+
+
+def test_times_of_a_busy_machine_are_used_and_not_kept(
+    measured: list[float], processor: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    processor.others = 0.3  # of a core: 0.15 of the machine
+    assert [one(), one(progress=True)] == [1, 2]
+    assert "busy: it will be measured again next time" in capsys.readouterr().err
+    processor.others = 0.15
+    assert [one(progress=True), one()] == [3, 3]
+    assert "busy" not in capsys.readouterr().err
+    processor.others = 0.3
+    assert [one(refresh=True), one()] == [4, 3], "what a quiet machine gave is still there"
+
+
+def test_where_the_system_does_not_tell_what_others_do_times_are_kept(
+    measured: list[float], processor: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hidden() -> None:
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr("psutil.cpu_times", hidden)
+    assert [one(), one()] == [1, 1]
+
+
+def test_kept_times_that_a_pass_now_refutes_are_measured_anew(
+    clocked: Clocked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_module, "REFUTED", 1.5)
+    backend = clocked(lambda nodes, text: 18 * linear(nodes, text))  # 954 ms a pass, truly 54
+    assert one(backend=backend) == pytest.approx(18 * linear(1, 64))
+    backend.seconds = lambda nodes, text: 15 * linear(nodes, text)
+    assert one(backend=backend) == pytest.approx(18 * linear(1, 64)), "not so different"
+    backend.seconds = lambda nodes, text: 40 * linear(nodes, text)
+    assert one(backend=backend) == pytest.approx(18 * linear(1, 64)), "the machine is busy now"
+    backend.seconds = linear
+    assert one(backend=backend) == pytest.approx(linear(1, 64))
+    prompts = len(backend.prompts)
+    assert one(backend=backend) == pytest.approx(linear(1, 64))
+    assert backend.prompts[prompts:] == [8], "a look at one short text, and no more"
+
+
+def test_kept_times_are_taken_as_they_are_while_the_slot_is_in_use(clocked: Clocked) -> None:
+    backend = clocked(linear)
+    kept = one(backend=backend)
+    backend.prefill(0, [1, 2])
+    assert one(backend=backend) == kept
+    assert backend.length(0) == 2
+
+
+def test_profiles_of_earlier_versions_are_not_read(measured: list[float]) -> None:
+    one()
+    (path,) = profiles_dir().iterdir()
+    assert json.loads(path.read_text())["key"]["format"] == profile_module.FORMAT >= 2

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
 from medusa.decoding.loop import NO_TIME, Decoder, FinishReason, Phases, Step, decode
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
+from medusa.models.backend import MAX_NODES
 from medusa.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class LanguageModel:
         drafter: str = "union",
         tree: str = "dynamic",
         nodes: Nodes = "auto",
-        times: Callable[[bool], PassTimes] = lambda refresh: PassTimes.typical(),
+        times: Callable[[bool], PassTimes | None] = lambda refresh: None,
         eos_token_ids: Sequence[int] = (),
         facts: Mapping[str, object] | None = None,
     ) -> None:
@@ -111,8 +112,8 @@ class LanguageModel:
         self.nodes = nodes
         self.eos_token_ids = tuple(eos_token_ids)
         self.drafter = make_drafter(drafter, heads, tree)
-        self._times = times  # asked for only where nodes are chosen by them, since it may take seconds
-        self.decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self.pass_times))
+        self._times = MachineTimes(times)  # shared with all that `with_drafter` makes of this
+        self.decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self._times, backend))
         self._facts = dict(facts or {})
 
     def with_drafter(
@@ -124,12 +125,14 @@ class LanguageModel:
         other.tree = tree or self.tree
         other.nodes = self.nodes if nodes is None else nodes
         other.drafter = make_drafter(drafter, self.heads, other.tree) if isinstance(drafter, str) else drafter
-        other.decoder = Decoder(self.backend, other.drafter, choose_nodes(other.nodes, other.drafter, self.pass_times))
+        chosen = choose_nodes(other.nodes, other.drafter, self._times, self.backend)
+        other.decoder = Decoder(self.backend, other.drafter, chosen)
         return other
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
-        """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`."""
-        return self._times(refresh)
+        """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`: then for all
+        decoders of this engine, those made before as well."""
+        return self._times.refresh() if refresh else self._times()
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
         """Token ids of a prompt.
@@ -328,13 +331,16 @@ def make_drafter(name: str, heads: HeadsRunner | None, tree: str = "dynamic") ->
 
 
 def check_nodes(nodes: object) -> None:
-    """Raises UsageError for what is neither "auto" nor a whole number from 1."""
+    """Raises UsageError for what is neither "auto" nor a whole number from 1 that some backend takes."""
     if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
         raise UsageError(f"nodes must be auto or a whole number from 1 (the root counts), not {nodes}")
+    if isinstance(nodes, int) and nodes > MAX_NODES:
+        raise UsageError(f"nodes may be at most {MAX_NODES}, not {nodes}")
 
 
-def choose_nodes(nodes: Nodes, drafter: Drafter, times: Callable[[], PassTimes]) -> int | NodeBudget:
-    """What a Decoder takes for `nodes`. Raises UsageError, see `check_nodes`."""
+def choose_nodes(nodes: Nodes, drafter: Drafter, times: MachineTimes, backend: Backend) -> int | NodeBudget:
+    """What a Decoder takes for `nodes`. Times are asked for only where nodes are chosen by them, since it may take
+    seconds. Raises UsageError, see `check_nodes`."""
     from medusa.decoding.heads_drafter import HeadsDrafter
 
     check_nodes(nodes)
@@ -344,14 +350,14 @@ def choose_nodes(nodes: Nodes, drafter: Drafter, times: Callable[[], PassTimes])
         return 1
     parts = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
     takes_time = any(isinstance(part, HeadsDrafter) for part in parts)
-    return NodeBudget(times() if takes_time else times().free_drafts())
+    return NodeBudget(times, free=not takes_time, max_nodes=backend.max_nodes, padding=backend.padding)
 
 
 def measured_times(
     backend: Backend, heads: HeadsRunner | None, facts: Mapping[str, object], *, progress: bool = False, **options: Any
-) -> PassTimes:
+) -> PassTimes | None:
     """The times of this machine, from the cache or measured now (`medusa.models.profile.measured_profile`, which takes
-    the other options); typical ones where none can be measured. `facts` are those of `loading.LoadedModel`."""
+    the other options); None where they cannot be measured. `facts` are those of `loading.LoadedModel`."""
     from medusa.models.profile import measured_profile
 
     key: dict[str, object] = {name: facts.get(name) for name in _TIMING_FACTS}
@@ -371,7 +377,15 @@ def measured_times(
             return drafter.propose([row], DRAFTED_NODES)
 
     found = measured_profile(backend, key, draft=draft, progress=progress, **options)
-    return PassTimes.typical() if found is None else PassTimes.measured(found.seconds, found.draft_seconds or 0.0)
+    if found is None:
+        return None
+    return PassTimes.measured(
+        found.seconds,
+        found.draft_seconds or 0.0,
+        context=found.context,
+        far=found.far,
+        far_context=found.far_context,
+    )
 
 
 _TIMING_FACTS = ("parameters", "dtype", "device", "compile", "instruction_set", "threads")
@@ -443,8 +457,13 @@ def load(
     heads_path = zoo.find_heads(heads, source)
     if drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
-    feature_layers = read_config(heads_path).feature_layers if heads_path else tuple(feature_layers)
     tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
+    if heads_path is not None:  # what their config tells is checked first: to pack the weights may take long
+        config = read_config(heads_path)
+        loading.check_heads(config, source)
+        if heads != "auto":  # those found by the model's name fit its tokenizer, which is read while weights are packed
+            check_vocabulary(config, tokenizer_of()[1])
+        feature_layers = config.feature_layers
     loaded = loading.load_backend(
         source, settings, feature_layers=feature_layers, progress=progress, meanwhile=tokenizer_of
     )
@@ -461,9 +480,7 @@ def load(
         drafter=drafter,
         tree=tree,
         nodes=nodes,
-        times=functools.cache(
-            lambda refresh: measured_times(loaded.backend, runner, loaded.facts, refresh=refresh, progress=progress)
-        ),
+        times=lambda refresh: measured_times(loaded.backend, runner, loaded.facts, refresh=refresh, progress=progress),
         eos_token_ids=eos,
         facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},
     )

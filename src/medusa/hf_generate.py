@@ -8,12 +8,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from medusa.decoding.budget import PassTimes
+from medusa.decoding.budget import MachineTimes, PassTimes
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
@@ -75,7 +75,7 @@ class _Built:
 
     facts: tuple[object, ...]
     heads: Heads | None
-    times: PassTimes | None = None
+    times: dict[tuple[object, ...], PassTimes] = field(default_factory=dict)  # by what they depend on besides
 
 
 class _CustomGenerate:
@@ -200,19 +200,21 @@ class _CustomGenerate:
             heads = load_heads(self._heads, backend.base_weights(), dtype=model.dtype) if self._heads else None
             built = self._built[model] = _Built(facts, heads)
 
-        def times() -> PassTimes:
-            if built.times is None:
-                timed = {
-                    "parameters": model.num_parameters(),
-                    "dtype": str(model.dtype),
-                    "device": str(model.device),
-                    "threads": torch.get_num_threads(),
-                }
-                built.times = measured_times(backend, built.heads, timed)
-            return built.times
+        timed = {
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype),
+            "device": str(model.device),
+            "threads": torch.get_num_threads(),
+        }
+
+        def times(refresh: bool) -> PassTimes:
+            key = tuple(timed.values())
+            if refresh or key not in built.times:
+                built.times[key] = measured_times(backend, built.heads, timed) or PassTimes.typical()
+            return built.times[key]
 
         proposer = make_drafter(self._drafter, built.heads)
-        return Decoder(backend, proposer, choose_nodes(self._nodes, proposer, times))
+        return Decoder(backend, proposer, choose_nodes(self._nodes, proposer, MachineTimes(times), backend))
 
 
 def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Path | None) -> tuple[object, ...]:

@@ -4,12 +4,15 @@ A draft of N nodes is expected to give E(N) = 1 + the sum of its probabilities, 
 N with the most tokens per second is verified. Where nothing pays, that is N = 1: plain decoding. Drafters judge
 themselves (see `draft.py`), so their probabilities are taken as they are; times come from a measurement made before
 (`models/profile.py`), never from a clock while decoding: the same text is drafted the same way again.
+
+Two things that t depends on beside N: how long the texts are that the rows follow on (`PassTimes.after`), and whether
+the backend computes the nodes of a batch or, padded, as many for each row as the largest tree has (`places`).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from medusa.decoding.draft import Draft, Drafter, Row
@@ -21,24 +24,48 @@ HIGHEST_BAR = 0.5  # nodes that are likelier are too few to look for, which take
 USUAL_TOKENS = 2.0  # that the time of a plain pass gives with drafts
 FEWEST_ASKED = 9  # the root and one chain of the n-gram drafter, whatever a node costs
 
+Clock = Callable[[int], float]  # the time of a pass over so many tokens
+
 
 @dataclass(frozen=True, slots=True)
 class PassTimes:
-    """`seconds[N - 1]` is the time of a pass over N tokens; it never falls. `draft_seconds` is what the drafters that
-    cost time (heads) take for a draft; 0 where there are none. Only ratios matter, so any unit will do."""
+    """`seconds[N - 1]` is the time of a pass over N tokens of one text, after `context` others; it never falls.
+    `draft_seconds` is what the drafters that cost time (heads) take for a draft; 0 where there are none. Only ratios
+    matter, so any unit will do.
+
+    Longer texts take longer: each further position takes `row_seconds` once for a row (its keys and values are read)
+    and `node_seconds` for each token of the pass (which attends to it). 0 where that was not measured.
+    """
 
     seconds: tuple[float, ...]
     draft_seconds: float = 0.0
+    context: int = 0
+    row_seconds: float = 0.0
+    node_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         falls = any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False))
         if len(self.seconds) < 2 or falls or not self.seconds[0] > 0 or not self.draft_seconds >= 0:
             raise UsageError("times of passes must be positive and not fall, for 1 token and more")
+        if not (self.context >= 0 and self.row_seconds >= 0 and self.node_seconds >= 0):
+            raise UsageError("the time of a further position cannot be negative")
 
     @classmethod
-    def measured(cls, seconds: Mapping[int, float], draft_seconds: float = 0.0) -> PassTimes:
+    def measured(
+        cls,
+        seconds: Mapping[int, float],
+        draft_seconds: float = 0.0,
+        *,
+        context: int = 0,
+        far: Mapping[int, float] | None = None,
+        far_context: int = 0,
+    ) -> PassTimes:
         """Straight lines between the sizes that were measured, of which 1 is one, and on past the last. A time below
-        that of fewer tokens is noise, and raised to it."""
+        that of fewer tokens is noise, and raised to it.
+
+        `far` holds the times of two sizes after a longer text. What they took more is a row's part and a part of each
+        token: two unknowns. A part below zero is noise too.
+        """
         sizes = sorted(seconds)
         times: list[float] = []
         for n in range(1, LONGEST + 1):
@@ -46,7 +73,13 @@ class PassTimes:
             a, b = sizes[max(0, right - 1)], sizes[right]
             slope = (seconds[b] - seconds[a]) / (b - a) if b > a else 0.0
             times.append(max(seconds[a] + slope * (n - a), *times[-1:], 0.0))
-        return cls(tuple(times), draft_seconds)
+        row = node = 0.0
+        if far:
+            few, many = min(far), max(far)
+            more = [(far[n] - times[n - 1]) / (far_context - context) for n in (few, many)]  # for each position
+            node = max(0.0, min((more[1] - more[0]) / (many - few), more[1] / many))  # all of it at most
+            row = max(0.0, more[0] - few * node)
+        return cls(tuple(times), draft_seconds, context, row, node)
 
     @classmethod
     def typical(cls) -> PassTimes:
@@ -58,6 +91,14 @@ class PassTimes:
             return self.seconds[nodes - 1]
         last, before = self.seconds[-1], self.seconds[-2]
         return last + (nodes - len(self.seconds)) * (last - before)
+
+    def after(self, contexts: Sequence[int]) -> Clock:
+        """The time of a pass over so many tokens in all, whose rows follow on texts of these lengths. The tokens are
+        taken to attend to the mean of them, so that a node costs the same in each row."""
+        total = sum(contexts)
+        fixed = self.row_seconds * max(0, total - self.context)
+        each = self.node_seconds * max(0.0, total / len(contexts) - self.context)
+        return lambda tokens: self(tokens) + fixed + each * tokens
 
     @property
     def most(self) -> int:
@@ -72,6 +113,39 @@ class PassTimes:
     def free_drafts(self) -> PassTimes:
         """The same for drafters that cost no time."""
         return replace(self, draft_seconds=0.0)
+
+
+class MachineTimes:
+    """The times of this machine: one value for all who ask, measured when it is first asked for. Whoever holds this
+    object has the new value after `refresh`.
+
+    Args:
+        measure: from the cache, or anew where it is given True; None where it cannot be measured just now.
+    """
+
+    def __init__(self, measure: Callable[[bool], PassTimes | None]) -> None:
+        self._measure = measure
+        self._known: PassTimes | None = None
+
+    def __call__(self) -> PassTimes:
+        if self._known is None:
+            self._known = self._measure(False) or PassTimes.typical()
+        return self._known
+
+    def refresh(self) -> PassTimes:
+        """Measured anew. Where that cannot be done, what was known stays."""
+        self._known = self._measure(True) or self()
+        return self._known
+
+
+def places(counts: Sequence[int], padding: int) -> int:
+    """How many tokens a pass over trees of these sizes computes (see `Backend.padding`)."""
+    return len(counts) * padded(max(counts), padding) if padding else sum(counts)
+
+
+def padded(nodes: int, padding: int) -> int:
+    """How many places a tree of so many nodes takes; the root alone is never padded."""
+    return nodes if nodes == 1 or not padding else -(-nodes // padding) * padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,68 +199,108 @@ class NodeBudget:
 
     Rows of a batch share one pass: the next node goes to whichever row has the likeliest one left, and so it does
     between the drafters of a union, which are in one tree. Drafters that cost time are asked only where that pays.
+
+    Args:
+        times: what passes and drafts take, or who knows it: then the budget follows what is measured anew.
+        free: the drafters cost no time.
+        max_nodes, padding: of the backend.
     """
 
-    def __init__(self, times: PassTimes) -> None:
-        self.times = times
-        self.most = times.most
-        self.price = USUAL_TOKENS * times.draft_seconds / times(1)  # of a whole draft, in tokens
+    def __init__(
+        self, times: PassTimes | MachineTimes, *, free: bool = False, max_nodes: int = MOST, padding: int = 0
+    ) -> None:
+        self._times = times
+        self._free = free
+        self._max_nodes = max_nodes
+        self._padding = padding
+        _ = self.times  # measured now, where it must be: not in the middle of a text
+
+    @property
+    def times(self) -> PassTimes:
+        return self._times() if isinstance(self._times, MachineTimes) else self._times
+
+    @property
+    def draft_seconds(self) -> float:
+        return 0.0 if self._free else self.times.draft_seconds
+
+    @property
+    def most(self) -> int:
+        """How many nodes are asked of drafters."""
+        return min(self.times.most, self._max_nodes)
 
     @property
     def expected(self) -> int:
         """Nodes of a step where the i-th best node is right once in 2 (i - 1) steps, as in ordinary texts."""
-        draft = Draft(
-            (0,) * self.most,
-            (-1, *[0] * (self.most - 1)),
-            (1.0, *(0.5 / i for i in range(1, self.most))),
-            ("",) * self.most,
-        )
-        return self.share([draft], self.times.draft_seconds).nodes[0]
+        most = self.most
+        draft = Draft((0,) * most, (-1, *[0] * (most - 1)), (1.0, *(0.5 / i for i in range(1, most))), ("",) * most)
+        return self.share([draft], self.draft_seconds).nodes[0]
 
-    def share(self, drafts: Sequence[Draft], draft_seconds: float) -> Share:
-        """The number of nodes of each draft (see `Draft.pruned`) with the most expected tokens per second."""
+    def share(self, drafts: Sequence[Draft], draft_seconds: float, clock: Clock | None = None) -> Share:
+        """The number of nodes of each draft (see `Draft.pruned`) with the most expected tokens per second; without a
+        clock (see `PassTimes.after`), by the times of short texts."""
+        clock = clock or self.times
+        counts, tokens = [1] * len(drafts), [1.0] * len(drafts)
+        best = Share(tuple(counts), tuple(tokens), clock(len(drafts)) + draft_seconds)
+        for nodes in self._by_worth(drafts):
+            for b, p in nodes:
+                counts[b] += 1
+                tokens[b] += p
+            seconds = clock(places(counts, self._padding)) + draft_seconds
+            if sum(tokens) > best.rate * seconds:
+                best = Share(tuple(counts), tuple(tokens), seconds)
+        return best
+
+    def _by_worth(self, drafts: Sequence[Draft]) -> list[list[tuple[int, float]]]:
+        """(row, probability) of all nodes but the roots, likeliest first, parents before children: in groups that come
+        in together. In a padded batch these are the second best of all rows, then the third best and so on: where
+        one row takes so many nodes, those of the others cost nothing."""
         children: list[list[list[int]]] = [[[] for _ in draft.parents] for draft in drafts]
         for draft, lists in zip(drafts, children, strict=True):
             for node, parent in enumerate(draft.parents[1:], start=1):
                 lists[parent].append(node)
-        counts = [1] * len(drafts)
-        tokens = [1.0] * len(drafts)
-        total, expected = len(drafts), float(len(drafts))
-        best = expected / (self.times(total) + draft_seconds)
-        share = tuple(counts), tuple(tokens)
         frontier = [
             (-draft.probabilities[node], b, node)
             for b, draft in enumerate(drafts)
             for node in children[b][0]
         ]  # fmt: skip
         heapq.heapify(frontier)
+        groups: list[list[tuple[int, float]]] = []
+        taken = [0] * len(drafts)
         while frontier:
             falling, b, node = heapq.heappop(frontier)
-            counts[b] += 1
-            tokens[b] -= falling
-            total, expected = total + 1, expected - falling
-            rate = expected / (self.times(total) + draft_seconds)
-            if rate > best:
-                best, share = rate, (tuple(counts), tuple(tokens))
+            group = taken[b] if self._padding else len(groups)
+            if group == len(groups):
+                groups.append([])
+            groups[group].append((b, -falling))
+            taken[b] += 1
             for child in children[b][node]:
                 heapq.heappush(frontier, (-drafts[b].probabilities[child], b, child))
-        return Share(*share, self.times(sum(share[0])) + draft_seconds)
+        return groups
 
-    def bar(self, rows: int) -> float:
-        """How likely a node must be to pay in a pass over so many rows, each of which gives a token anyway."""
-        return rows * (self.times(rows + 1) - self.times(rows)) / self.times(rows)
+    def bar(self, rows: int, clock: Clock | None = None) -> float:
+        """How likely a node must be to pay in a pass over so many rows, each of which gives a token anyway. In a padded
+        batch: the nodes of all rows, which come in together."""
+        clock = clock or self.times
+        if not self._padding:
+            return rows * (clock(rows + 1) - clock(rows)) / clock(rows)
+        width = padded(2, self._padding)
+        return (clock(rows * width) / clock(rows) - 1) / (width - 1)
 
     def propose(self, drafter: Drafter, rows: Sequence[Row]) -> list[Draft]:
         """Asks the drafters and prunes what they propose. Where hardly any node could pay, nobody is asked: so many
         rows fill a pass by themselves."""
-        if self.bar(len(rows)) > HIGHEST_BAR:
+        contexts = [len(row.tokens) - 1 for row in rows]
+        if self._padding:  # so are the texts
+            contexts = [max(contexts)] * len(rows)
+        clock = self.times.after(contexts)
+        if self.bar(len(rows), clock) > HIGHEST_BAR:
             return [Draft((row.tokens[-1],)) for row in rows]
-        cost = self.times.draft_seconds
+        cost = self.draft_seconds
         if not cost:
             drafts = self._drafts(drafter, rows, frugal=False)
-            return self._pruned(drafts, self.share(drafts, 0.0))
+            return self._pruned(drafts, self.share(drafts, 0.0, clock))
         drafts = self._drafts(drafter, rows, frugal=True)
-        share = self.share(drafts, 0.0)
+        share = self.share(drafts, 0.0, clock)
         asked: list[tuple[int, Asking]] = []
         for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             askings: Askings = row.notes.setdefault(self, Askings())
@@ -199,7 +313,7 @@ class NodeBudget:
                 asked, self._drafts(drafter, [rows[b] for b, _ in asked], frugal=False), strict=True
             ):
                 drafts[b] = draft
-            share = self.share(drafts, cost * len(asked))  # few rows fill a pass of heads
+            share = self.share(drafts, cost * len(asked), clock)  # few rows fill a pass of heads
             price = without.rate * (share.seconds - without.seconds) / len(asked)
             for b, asking in asked:
                 asking.learn(share.tokens[b] - without.tokens[b] - price)
@@ -207,7 +321,8 @@ class NodeBudget:
 
     def _drafts(self, drafter: Drafter, rows: Sequence[Row], *, frugal: bool) -> list[Draft]:
         for row in rows:
-            row.frugal, row.price = frugal, self.price
+            plain = self.times.after([len(row.tokens) - 1])(1)
+            row.frugal, row.price = frugal, USUAL_TOKENS * self.draft_seconds / plain  # of a whole draft, in tokens
         drafts = drafter.propose(rows, self.most)
         return [draft.pruned(nodes=self.most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 

@@ -67,11 +67,16 @@ class Decoder:
         backend: where the model runs. The decoder is its only user.
         drafter: who proposes.
         nodes: the most nodes of a tree, the root included; 1 is plain decoding. A NodeBudget chooses at each step.
+
+    Raises:
+        UsageError: `nodes` is below 1 or more than the backend takes.
     """
 
     def __init__(self, backend: Backend, drafter: Drafter, nodes: int | NodeBudget) -> None:
         if isinstance(nodes, int) and nodes < 1:
             raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
+        if (most := nodes if isinstance(nodes, int) else nodes.most) > backend.max_nodes:
+            raise UsageError(f"nodes may be at most {backend.max_nodes} on the {backend.name} backend, not {most}")
         self.backend = backend
         self.drafter = drafter
         self.nodes = nodes

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MAX_LENGTH = 32768
+MAX_NODES = 256  # of one tree, on every backend
 
 
 class TokenTree(Protocol):
@@ -56,6 +57,9 @@ class Backend(Protocol):
     vocab_size: int
     hidden_size: int
     num_layers: int
+    max_nodes: int  # of one tree
+    padding: int  # 0: a pass computes the nodes of its trees; else each row as many as the largest tree, or the next
+    # multiple of this (the root alone is never padded): what `budget.py` prices
 
     def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Fills an empty slot. Returns logits [V] and features [F*H] of the last token.

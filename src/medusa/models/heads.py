@@ -177,12 +177,7 @@ class Heads(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        if tuple(base.embedding.shape) != (config.vocab_size, size):
-            found = tuple(base.embedding.shape)
-            raise MedusaError(
-                "these heads belong to a model with vocabulary and hidden size "
-                f"{(config.vocab_size, size)}, not {found}: use heads trained for this model, or --heads none"
-            )
+        check_shape(config, *base.embedding.shape)
         if (draft_ids is None) != (config.draft_vocab == 0):
             raise UsageError("heads: draft_ids are needed exactly when draft_vocab is not 0")
         if draft_ids is not None:
@@ -370,6 +365,21 @@ def check_vocabulary(config: HeadsConfig, vocab_hash: str) -> None:
         )
 
 
+def check_shape(config: HeadsConfig, vocab_size: int, hidden_size: int, num_layers: int | None = None) -> None:
+    """Raises MedusaError where the heads belong to a model of another shape."""
+    expected, found = (config.vocab_size, config.hidden_size), (vocab_size, hidden_size)
+    if expected != found:
+        raise MedusaError(
+            "these heads belong to a model with vocabulary and hidden size "
+            f"{expected}, not {found}: use heads trained for this model, or --heads none"
+        )
+    if num_layers is not None and any(i >= num_layers for i in config.feature_layers):
+        raise MedusaError(
+            f"these heads read layer {max(config.feature_layers)}, but the model has {num_layers}: "
+            "use heads trained for this model, or --heads none"
+        )
+
+
 def load_heads(
     directory: str | Path,
     base: BaseWeights,
@@ -387,10 +397,8 @@ def load_heads(
     directory = Path(directory)
     config = read_config(directory)
     check_vocabulary(config, vocab_hash)
-    if num_layers is not None and any(i >= num_layers for i in config.feature_layers):
-        raise MedusaError(
-            f"the heads in {directory} read layer {max(config.feature_layers)}, but the model has {num_layers}"
-        )
+    vocab_size, hidden_size = base.embedding.shape
+    check_shape(config, vocab_size, hidden_size, num_layers)
     path = directory / WEIGHTS_FILE
     try:
         tensors = load_file(path)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from medusa.models.backend import Backend
-    from medusa.models.heads import HeadsRunner
+    from medusa.models.heads import HeadsConfig, HeadsRunner
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -86,6 +86,18 @@ def load_backend(
         raise UsageError(f"int4 needs the native backend ({reason}) or a CUDA device: take --dtype int8")
     meanwhile()
     return _load_transformers(source, settings, feature_layers, reason)
+
+
+def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
+    """Raises MedusaError for heads of a model of another shape, before any of its weights are read."""
+    from medusa.models.heads import check_shape
+
+    model = _config(source)
+    if hasattr(model, "get_text_config"):
+        model = model.get_text_config()
+    vocab_size = getattr(model, "vocab_size", config.vocab_size)  # whatever is not said here, the weights tell
+    hidden_size = getattr(model, "hidden_size", config.hidden_size)
+    check_shape(config, vocab_size, hidden_size, getattr(model, "num_hidden_layers", None))
 
 
 def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> HeadsRunner:

@@ -63,6 +63,7 @@ class NativeBackend:
     """
 
     name = "native"
+    padding = 0  # the engine computes what the trees hold
 
     def __init__(
         self,

@@ -5,6 +5,10 @@
     profiles/<key>.json    key: a digest of all that the times depend on, which the file repeats
 
 A file that is damaged or of something else is measured anew; where none can be written, nothing is kept.
+
+Other work on the machine makes passes slower, never faster. Three rules follow. A time is the lower quartile of its
+turns. What was measured while others took more than a tenth of the machine is used and not kept. And what is kept is
+measured anew where one pass now is much faster than it says: so times from bad company do not outlive it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,17 +44,25 @@ SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 CONTEXT = 200
 QUICK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 QUICK_CONTEXT = 64
-QUICK_SECONDS = 3.0
-FORMAT = 1  # raise it when what is measured changes
+QUICK_SECONDS = 1.5
+# What a longer text adds is told by two sizes after a longer text, where that is read in a moment. Where it is not, the
+# model is large and its weights take the time.
+FAR_CONTEXT = 1024
+FAR_SIZE = 16  # the larger of the two sizes, at most; the other is 1
+FAR_SECONDS = 0.75  # to read the text, and again to measure
+BUSY = 0.1  # share of all cores that others may take
+REFUTED = 1.5  # how much longer than a pass now a kept time may be
+FORMAT = 2  # raise it when what is measured changes
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """`seconds[N]` is the median time of a pass over a tree of N tokens after `context` others.
+    """`seconds[N]` is the time of a pass over a tree of N tokens after `context` others (the lower quartile of all
+    turns), `far[N]` that of two sizes after `far_context` others, where those were measured.
 
     `bytes` are the weights that a pass reads, `bandwidth` what the machine reads from memory in a second;
-    both None on a backend other than the native one, which does not count them. `draft_seconds` is the median time of
-    a draft, where that was to be measured.
+    both None on a backend other than the native one, which does not count them. `draft_seconds` is the time of a draft,
+    where that was to be measured.
     """
 
     context: int
@@ -58,6 +70,8 @@ class Profile:
     bytes: int | None
     bandwidth: float | None
     draft_seconds: float | None = None
+    far: dict[int, float] = field(default_factory=dict)
+    far_context: int = 0
 
     @property
     def limit_seconds(self) -> float | None:
@@ -124,11 +138,17 @@ def profile(
         backend.release(slot)
     return Profile(
         context=context,
-        seconds={size: statistics.median(taken) for size, taken in times.items()},
+        seconds={size: _lower_quartile(taken) for size, taken in times.items()},
         bytes=native.engine.weight_bytes if native is not None else None,
         bandwidth=statistics.median(limits) if limits else None,
-        draft_seconds=statistics.median(drafting) if drafting else None,
+        draft_seconds=_lower_quartile(drafting) if drafting else None,
     )
+
+
+def _lower_quartile(taken: Sequence[float]) -> float:
+    """Not the median, which follows other work as soon as that hits every second turn; not the fastest, which hangs on
+    one lucky turn."""
+    return sorted(taken)[(len(taken) - 1) // 4]
 
 
 def measured_profile(
@@ -139,7 +159,7 @@ def measured_profile(
     refresh: bool = False,
     progress: bool = False,
 ) -> Profile | None:
-    """The profile kept in the cache, or a quick one of about 3 seconds, which is then kept.
+    """The profile kept in the cache, or a quick one of about 3 seconds, which is then kept if the machine was quiet.
 
     Args:
         facts: what the times depend on and the backend does not tell: dtype, device, threads, heads and the like.
@@ -152,16 +172,66 @@ def measured_profile(
     """
     key = _key_facts(backend, facts)
     path = profiles_dir() / f"{hashlib.sha256(_canonical(key).encode()).hexdigest()[:32]}.json"
-    if not refresh and (kept := _read(path, key, drafting=draft is not None)) is not None:
-        return kept
+    kept = None if refresh else _read(path, key, drafting=draft is not None)
     context = min(QUICK_CONTEXT, backend.max_length - max(QUICK_SIZES).bit_length())
     if context < 1 or backend.length(0):
-        return None
+        return kept
+    if kept is not None and not _refuted(kept, backend):
+        return kept
     if progress:
         print("measuring this machine once ...", file=sys.stderr, flush=True)
+    others = _Others()
     found = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
-    _write(path, key, found)
+    found = _with_far(found, backend)
+    if others.share() <= BUSY:
+        _write(path, key, found)
+    elif progress:
+        print("other programs kept it busy: it will be measured again next time", file=sys.stderr, flush=True)
     return found
+
+
+def _with_far(found: Profile, backend: Backend) -> Profile:
+    """The profile and two sizes after a longer text, if there is room and time for one."""
+    largest = max(found.seconds)
+    readable = int(FAR_SECONDS * largest / found.seconds[largest])  # tokens of a prompt take no longer than these
+    few, many = 1, max(size for size in found.seconds if size <= FAR_SIZE)
+    context = min(FAR_CONTEXT, readable, backend.max_length - many.bit_length())
+    if context < 4 * QUICK_CONTEXT or few == many:  # what so few positions add is lost in the noise
+        return found
+    far = profile(backend, sizes=(few, many), context=context, seconds=FAR_SECONDS)
+    return replace(found, far=far.seconds, far_context=far.context)
+
+
+def _refuted(kept: Profile, backend: Backend) -> bool:
+    """Whether a pass over one token is so much faster now that others must have been at work when it was measured."""
+    now = profile(backend, sizes=(1,), context=min(8, kept.context), repeats=2)
+    return REFUTED * now.seconds[1] < kept.seconds[1]
+
+
+class _Others:
+    """How much of all cores other programs take, from when this is made."""
+
+    def __init__(self) -> None:
+        self._start = self._times()
+
+    def share(self) -> float:
+        """0 where the system does not say."""
+        all_cores, others = (after - before for after, before in zip(self._times(), self._start, strict=True))
+        return others / all_cores if all_cores > 0 else 0.0
+
+    @staticmethod
+    def _times() -> tuple[float, float]:
+        """Seconds of all cores together, and those of them that others took (a host of this machine, too)."""
+        import psutil
+
+        try:
+            every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        except (OSError, psutil.Error):
+            return 0.0, 0.0
+        # Guests are counted as users already.
+        times = {name: taken for name, taken in every._asdict().items() if not name.startswith("guest")}
+        total = sum(times.values())
+        return total, total - times["idle"] - times.get("iowait", 0.0) - own.user - own.system
 
 
 def profiles_dir() -> Path:
@@ -216,16 +286,19 @@ def _read(path: Path, key: Mapping[str, Any], *, drafting: bool) -> Profile | No
         seconds = {int(size): float(taken) for size, taken in data["seconds"].items()}
         draft = data["draft_seconds"]
         draft_seconds = None if draft is None else float(draft)
-        context = int(data["context"])
+        context, far_context = int(data["context"]), int(data["far_context"])
+        far = {int(size): float(taken) for size, taken in data["far"].items()}
         ours = data["key"] == key
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    times = [*seconds.values(), *([] if draft_seconds is None else [draft_seconds])]
+    times = [*seconds.values(), *far.values(), *([] if draft_seconds is None else [draft_seconds])]
     if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1:
         return None
     if not all(math.isfinite(taken) and taken > 0 for taken in times) or (drafting and draft_seconds is None):
         return None
-    return Profile(context, seconds, bytes=None, bandwidth=None, draft_seconds=draft_seconds)
+    if far and (len(far) != 2 or not far.keys() <= seconds.keys() or far_context <= context):
+        return None
+    return Profile(context, seconds, None, None, draft_seconds, far, far_context)
 
 
 def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
@@ -235,6 +308,8 @@ def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
         "context": found.context,
         "seconds": {str(size): taken for size, taken in found.seconds.items()},
         "draft_seconds": found.draft_seconds,
+        "far_context": found.far_context,
+        "far": {str(size): taken for size, taken in found.far.items()},
     }
     scratch = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):

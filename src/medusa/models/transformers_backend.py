@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from medusa.errors import MedusaError, UsageError
 from medusa.models.backend import (
     DEFAULT_MAX_LENGTH,
+    MAX_NODES,
     PlainTree,
     TokenTree,
     check_feature_layers,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 BUCKET = 64  # attention runs over the used length, rounded up to this
 COMPILED_NODES = 4  # compiled trees have a multiple of this many nodes
-SLACK = 256  # places beyond max_length for the nodes of a tree: the most nodes a draft may have
+SLACK = MAX_NODES  # places beyond max_length for the nodes of a tree
 
 _RECURRENT = (
     "mamba",
@@ -76,6 +77,7 @@ class TransformersBackend:
     """
 
     name = "transformers"
+    max_nodes = SLACK
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class TransformersBackend:
             except ValueError:  # soft-capping, for one
                 model.set_attn_implementation("eager")
         self._compiled = compile
+        self.padding = COMPILED_NODES if compile else 1
         if self_check:
             check_tree_attention(self)
         if compile:
@@ -145,8 +148,8 @@ class TransformersBackend:
     @torch.inference_mode()
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
         size = max(len(draft.tokens) for draft in drafts)
-        if size > SLACK:
-            raise UsageError(f"a draft may have at most {SLACK} nodes, not {size}")
+        if size > self.max_nodes:
+            raise UsageError(f"a draft may have at most {self.max_nodes} nodes, not {size}")
         if self._compiled and size > 1:  # few shapes, so few graphs: nodes in excess see only themselves
             size = -(-size // COMPILED_NODES) * COMPILED_NODES
         tokens = torch.zeros(len(drafts), size, dtype=torch.int64)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from medusa.chat_template import REFUSALS, encode_plain, render, turn_ends
 from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
 from medusa.decoding.loop import NO_TIME, Decoder, FinishReason, Phases, Step, decode
@@ -144,7 +145,7 @@ class LanguageModel:
             if not prompt:
                 raise UsageError("the prompt is empty: write something to answer")
             if raw or not self.tokenizer.chat_template:
-                return list(self.tokenizer(prompt)["input_ids"])
+                return encode_plain(self.tokenizer, prompt)
             prompt = [{"role": "user", "content": prompt}]
         if not prompt:
             raise UsageError("the conversation is empty: give at least one message")
@@ -152,13 +153,9 @@ class LanguageModel:
             raise UsageError("raw text must be a string, not a list of messages")
         if not self.tokenizer.chat_template:
             raise UsageError(f"{self.name} has no chat template: give a plain string")
-        import jinja2
-
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            text = render(self.tokenizer, prompt, answer=True)
+        except REFUSALS as error:
             raise UsageError(f"the chat template of {self.name} refuses these messages: {error}") from None
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -250,6 +247,7 @@ class LanguageModel:
             "vocabulary": self.backend.vocab_size,
             "context": self.backend.max_length,
             "slots": self.backend.num_slots,
+            "ends_of_text": ", ".join(f"{self.tokenizer.decode([i])} ({i})" for i in self.eos_token_ids) or None,
             "heads": heads,
             "drafter": self.drafter.name,
             "tree": self.tree,
@@ -471,7 +469,8 @@ def load(
     tokenizer, vocab_hash = tokenizer_of()
     if runner is not None:
         check_vocabulary(runner.config, vocab_hash)
-    eos = loaded.eos_token_ids or loading.as_token_ids(tokenizer.eos_token_id)
+    # A chat must end where its turn ends, even where one of these names another end of text.
+    ends = (*loaded.eos_token_ids, *loading.as_token_ids(tokenizer.eos_token_id), *turn_ends(tokenizer))
     return LanguageModel(
         model,
         tokenizer,
@@ -481,6 +480,6 @@ def load(
         tree=tree,
         nodes=nodes,
         times=lambda refresh: measured_times(loaded.backend, runner, loaded.facts, refresh=refresh, progress=progress),
-        eos_token_ids=eos,
+        eos_token_ids=tuple(dict.fromkeys(ends)),
         facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},
     )

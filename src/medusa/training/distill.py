@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from medusa.chat_template import encode_plain
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
@@ -258,7 +259,7 @@ def _talks(speaker: Speaker, start: int, prompts: Sequence[Prompt] | None) -> It
                 yield number, speaker.plain(number, [first])
         else:
             for number, prompt in enumerate(prompts[start:], start):
-                yield number, speaker.plain(number, list(tokenizer("\n\n".join(prompt.users))["input_ids"]))
+                yield number, speaker.plain(number, encode_plain(tokenizer, "\n\n".join(prompt.users)))
     elif prompts is None:
         turns, lines = Turns.of(tokenizer), line_ends(tokenizer)
         for number in itertools.count(start):

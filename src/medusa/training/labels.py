@@ -11,24 +11,19 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
+from medusa.chat_template import REFUSALS, added_tokens, end_of_turn, render
 from medusa.errors import MedusaError, UsageError
 from medusa.training.conversations import Conversation, Example
 from medusa.training.messages import Message, Tool
 from medusa.training.sources import MalformedRow
-from medusa.training.turns import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ANSWER = "\u241fanswer\u241f"  # stands for an answer where the template's own text is wanted
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# What templates raise.
-_REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +42,14 @@ class _Template:
         """The text of a conversation. Raises MalformedRow where the template refuses it."""
         try:
             return render(self.tokenizer, messages, tools=self.tools)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise MalformedRow(f"the chat template of {self.name} refuses it: {error}") from None
 
     def part(self, messages: Sequence[Message], *, answer: bool = False) -> str | None:
         """A part of a conversation, or None where the template refuses it."""
         try:
             return render(self.tokenizer, messages, answer=answer, tools=self.tools) if messages else None
-        except _REFUSALS:
+        except REFUSALS:
             return None
 
 
@@ -256,10 +251,10 @@ def _answers(messages: list[Message], given: int, text: str, template: _Template
 def _end_of_turn_in(written: str, tail: str, tokenizer: PreTrainedTokenizerBase, *, calls: bool) -> int:
     """Where the last turn of `written` ends, or 0 where that is not plain."""
     if written.endswith(tail):
-        return len(written) - len(tail) + len(_end_of_turn(tokenizer, tail))
+        return len(written) - len(tail) + len(end_of_turn(tokenizer, tail))
     # Llama 3.1 ends a call by a token of its own, for it is not the end of what the assistant does.
     stripped = written.rstrip()
-    return len(stripped) if calls and any(stripped.endswith(token) for token in _added_tokens(tokenizer)) else 0
+    return len(stripped) if calls and any(stripped.endswith(token) for token in added_tokens(tokenizer)) else 0
 
 
 def _marked_answers(messages: list[Message], given: int, text: str, template: _Template) -> list[tuple[int, int]]:
@@ -280,7 +275,7 @@ def _marked_answers(messages: list[Message], given: int, text: str, template: _T
         raise MalformedRow("the chat template does not write the same text twice")
     before = messages[:-1]
     shown = template.part([*before, {"role": "assistant", "content": _ANSWER}]) or ""
-    end_of_turn = _end_of_turn(template.tokenizer, shown.rpartition(_ANSWER)[2])
+    closing = end_of_turn(template.tokenizer, shown.rpartition(_ANSWER)[2])
     opening = (template.part(before, answer=True) or "").removeprefix(template.part(before) or "")
     spans: list[tuple[int, int]] = []
     for start, end in blocks[0]:
@@ -292,7 +287,7 @@ def _marked_answers(messages: list[Message], given: int, text: str, template: _T
     # Where the given messages end in the text; none is learned from where that is not plain.
     prompts = (template.part(messages[:given], answer=answer) for answer in (True, False))
     least = next((len(prompt) for prompt in prompts if prompt and text.startswith(prompt)), len(text)) if given else 0
-    return [(start, _end_of_answer(text, start, end, end_of_turn)) for start, end in spans if start >= least]
+    return [(start, _end_of_answer(text, start, end, closing)) for start, end in spans if start >= least]
 
 
 def _end_of_answer(text: str, start: int, end: int, end_of_turn: str) -> int:
@@ -301,18 +296,6 @@ def _end_of_answer(text: str, start: int, end: int, end_of_turn: str) -> int:
     if end_of_turn and text.endswith(end_of_turn, start, stripped):
         return stripped
     return end + len(end_of_turn) if text.startswith(end_of_turn, end) else end
-
-
-@lru_cache(maxsize=256)  # of a template there are few tails, of a tokenizer there may be thousands of added tokens
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
-    """The part of the template's text after an answer that the model writes: up to the first token of its own kind."""
-    found = min(((tail.find(token), -len(token)) for token in _added_tokens(tokenizer) if token in tail), default=None)
-    return tail.rstrip() if found is None else tail[: found[0] - found[1]]
-
-
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values()} | {*tokenizer.all_special_tokens}
-    return {token for token in tokens if token.strip()}
 
 
 def _token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

@@ -6,19 +6,16 @@ turns has no such pieces after the first answer: its conversations then have one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import jinja2
-
+from medusa.chat_template import REFUSALS, render
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER, _ANSWER, _NEXT = "\u241fuser\u241f", "\u241fanswer\u241f", "\u241fnext\u241f"
-_REFUSALS = (jinja2.TemplateError, TypeError, KeyError, AttributeError, ValueError)  # what templates raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class Turns:
         try:
             question = shown(_USER)
             padded = shown(f" \n{_USER}\n ")
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise UsageError(f"the chat template refuses a plain user turn: {error}") from None
         before_user, found, before_answer = question.partition(_USER)
         if not found or not before_answer:
@@ -58,7 +55,7 @@ class Turns:
         alone = cls(before_user, before_answer, None, strips)
         try:
             whole = shown(_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT})
-        except _REFUSALS:  # it takes one turn only
+        except REFUSALS:  # it takes one turn only
             return alone
         head, _, rest = whole.partition(_ANSWER)
         seam, found, tail = rest.partition(_NEXT)
@@ -74,24 +71,6 @@ class Turns:
         return user.rstrip() if end else user
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    answer: bool = False,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """The text of a conversation by the chat template, with the opening of an answer if `answer`."""
-    text = tokenizer.apply_chat_template(
-        [dict(m) for m in messages],
-        tools=[dict(tool) for tool in tools] or None,
-        tokenize=False,
-        add_generation_prompt=answer,
-    )
-    assert isinstance(text, str)
-    return text
-
-
 def _with_system(
     tokenizer: PreTrainedTokenizerBase, system: str | None, messages: list[dict[str, str]]
 ) -> list[dict[str, str]]:
@@ -102,7 +81,7 @@ def _with_system(
     try:
         if system.strip() in render(tokenizer, with_role):
             return with_role
-    except _REFUSALS:
+    except REFUSALS:
         pass
     first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
     return [first, *messages[1:]]

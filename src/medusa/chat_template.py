@@ -52,8 +52,10 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         return ()
     question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
     try:
-        tail = render(tokenizer, [question, answer]).rpartition(_ANSWER)[2]
+        _, shown, tail = render(tokenizer, [question, answer]).rpartition(_ANSWER)
     except REFUSALS:
+        return ()
+    if not shown:
         return ()
     tokens = added_tokens(tokenizer)
     found = max((token for token in tokens if end_of_turn(tokenizer, tail).endswith(token)), key=len, default=None)

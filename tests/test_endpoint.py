@@ -40,6 +40,8 @@ class Server:
         seed = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if path.endswith("/chat/completions"):
             cut = int(seed[0], 16) < 3
+            if "mute" in body["messages"][-1]["content"]:
+                return {"choices": []}
             said = "naughty" if "naughty" in body["messages"][-1]["content"] else "no other"
             message = {"role": "assistant", "content": f"The answer is {seed[:12]} and {said}."}
             return {"choices": [{"index": 0, "message": message, "finish_reason": "length" if cut else "stop"}]}
@@ -174,10 +176,11 @@ def test_a_conversation_that_cannot_be_used_is_dropped_and_the_run_goes_on(
     """The template does not take what was said, or the endpoint not what is asked."""
     monkeypatch.setattr("medusa.models.zoo.load_tokenizer", lambda source: make_tokenizer(REFUSING))
     server.refused = "far too long"
-    prompts = [Prompt((f"Is it {word}?",)) for word in ("nice", "naughty", "far too long", "good")]
+    prompts = [Prompt((f"Is it {word}?",)) for word in ("nice", "naughty", "far too long", "good", "mute")]
     written = distill_remotely(server.url, "m", tmp_path / "a.jsonl", SETTINGS, served_model="m", prompts=prompts)
     assert [row["number"] for row in rows_of(tmp_path / "a.jsonl")] == [0, 3]
-    assert sorted(written.dropped.values()) == [1, 1]
+    assert sorted(written.dropped.values()) == [1, 1, 1]
+    assert written.dropped["the endpoint replied without an answer"] == 1
     assert written.dropped["the chat template of m refuses it: naughty"] == 1
     assert any(re.match(r"refused by the endpoint: .*not today, nor in N years", reason) for reason in written.dropped)
 

@@ -111,10 +111,17 @@ MORE = says(("user", "And?"), ("assistant", "Bye."))
         ({"prompt": json.dumps(HI[:1]), "completion": json.dumps(HI[1:])}, HI),
         ({"prompt": "Hi", "completion": json.dumps(HI)}, says(("user", "Hi"), ("assistant", json.dumps(HI)))),
         ({"prompt": "Hi", "messages": HI, "chosen": HI, "rejected": HI}, HI),
+        ({"messages": [HI[0], {**HI[1], "weight": 1, "reasoning_content": ""}]}, HI),
     ],
 )
 def test_a_row_of_today_is_read_as_its_messages(tmp_path: Path, row: Row, messages: list[dict[str, str]]) -> None:
     assert read_one(tmp_path, row) == Conversation(tuple(messages), f"{tmp_path}/rows.jsonl, line 1")
+
+
+def test_earlier_turns_of_an_alpaca_row_are_read_and_not_learned_from(tmp_path: Path) -> None:
+    row = {"instruction": "And?", "output": "Bye.", "history": [["Hi", "Hello!"]], "system": "S"}
+    text, spans = learned(tmp_path, {"messages": [*says(("system", "S")), *HI, *MORE]}, CHATML)
+    assert learned(tmp_path, row, CHATML) == (text, spans[1:])
 
 
 @pytest.mark.parametrize("first_answer", ["Hello!", "Hello!\n"])
@@ -198,6 +205,12 @@ def test_of_prompt_and_completion_only_the_completion_is_learned_where_the_templ
             'a tool of "tools" needs a "function" with a "name"',
         ),
         ({"messages": HI, "tools": [{"type": "retrieval", "function": {}}]}, "has the \"type\" 'retrieval'"),
+        ({"messages": [HI[0], {**HI[1], "reasoning_content": "hm"}]}, 'a message has "reasoning_content"'),
+        ({"messages": [HI[0], {**HI[1], "weight": 0}]}, 'a message has the "weight" 0'),
+        ({"prompt": "Hi", "completion": "Ho", "label": False}, '"label" is false'),
+        ({"instruction": "Hi", "output": "Ho", "history": [["a"]]}, '"history" must be a list of [question, answer]'),
+        ({"instruction": "Hi", "output": "Ho", "history": "a"}, '"history": earlier turns must be a list, not text'),
+        ({"instruction": "Hi", "output": "Ho", "history": [["a", 7]]}, '"history" must be text, not a number'),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path, row: Row, reason: str) -> None:

@@ -62,13 +62,14 @@ def progress_shown() -> Iterator[Lines | Bars]:
         yield Lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    # What is left is told by the stages themselves: rows that come in lumps make an estimate from their number jump.
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(),
+        TimeElapsedColumn(),
     )
     with Progress(
         *columns, TextColumn("{task.fields[text]}"), console=Console(file=sys.stderr), transient=True

@@ -27,7 +27,7 @@ def distill(
         str | None,
         typer.Option(
             metavar="FILE|HUB-ID",
-            help="What users say: JSONL, Parquet, text or a data set; without it the model invents it.",
+            help="What users say: a file (JSONL, CSV, Parquet, text; also .gz) or a data set; or the model invents it.",
             show_default=False,
         ),
     ] = None,

@@ -5,7 +5,8 @@
     {"conversations": [{"from", "value"}]}  ShareGPT; also called "items", or "conversation" (LMSYS, WildChat)
     [{"role", "content"}]                 the messages alone
     {"prompt": [...], "completion": [...]}  TRL, lists of messages; nothing in the prompt is learned from
-    {"instruction", "input"?, "output"}   Alpaca; any of _QUESTIONS goes with any of _ANSWERS
+    {"instruction", "input"?, "output"}   Alpaca; any of _QUESTIONS goes with any of _ANSWERS; "history" holds earlier
+                                          turns, [question, answer] each, which are read and not learned from
     {"text"}                              a plain document, every token of which is learned from
     {"data": [text, text, ...]}           UltraChat, user and assistant in turn
 
@@ -93,6 +94,8 @@ def conversation_of(row: object, where: Place, vocab_size: int | None = None) ->
     if name := present(fields, _TURNS):
         messages = _with_system(fields, messages_of(fields, name))
     elif question and answer:
+        if fields.get("label") is False:  # TRL's rows for KTO
+            raise MalformedRow('"label" is false: it is an answer that the model is not to give')
         asked, answered = _question(fields, question), _answer(fields, answer)
         messages = (*asked, *answered)
         given = len(asked) if any(message["role"] == "assistant" for message in asked) else 0
@@ -158,7 +161,18 @@ def _question(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     if name == "prompt" and _holds_messages(fields, name):
         return _with_system(fields, messages_of(fields, name))
     parts = [text_of(fields, name), *(text_of(fields, more) for more in ("input", "context") if fields.get(more))]
-    return _with_system(fields, ({"role": "user", "content": "\n\n".join(parts)},))
+    return _with_system(fields, (*_history(fields), {"role": "user", "content": "\n\n".join(parts)}))
+
+
+def _history(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Turns before the question, [question, answer] each, as Alpaca rows with several turns have them."""
+    found: list[Message] = []
+    for pair in list_of(fields, "history", "earlier turns must be a list") if fields.get("history") else []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise MalformedRow('"history" must be a list of [question, answer]')
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            found.append({"role": role, "content": text_of({"history": said}, "history")})
+    return tuple(found)
 
 
 def _answer(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:

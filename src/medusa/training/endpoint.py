@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from medusa.models import zoo
 from medusa.remote import openai_client
@@ -25,6 +25,9 @@ from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
     from openai import OpenAI
+
+
+T = TypeVar("T")
 
 
 def distill_remotely(
@@ -76,6 +79,13 @@ def distill_remotely(
     with openai_client(url) as client:
         remote = Remote(client, served_model, speaker, turns)
         return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
+
+
+def _only(choices: Sequence[T] | None) -> T:
+    """The answer of a reply. Raises MalformedRow where it has none."""
+    if not choices:
+        raise MalformedRow("the endpoint replied without an answer")
+    return choices[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +153,7 @@ class Remote:
     def _go_on(self, text: str, number: int, turn: int, room: int, stop: list[str]) -> tuple[str, int] | None:
         """How a user's turn goes on after `text`, and in how many tokens; None where it does not end within `room`."""
         sampling = self.speaker.asking(number, turn)
-        choice = self.client.completions.create(
+        found = self.client.completions.create(
             model=self.served_model,
             prompt=text,
             max_tokens=room,
@@ -151,7 +161,8 @@ class Remote:
             top_p=sampling.top_p,
             seed=None if sampling.seed is None else sampling.seed % 2**31,
             stop=stop,
-        ).choices[0]
+        )
+        choice = _only(found.choices)
         tokens = len(self.speaker.encode(choice.text)) + 1
         return (choice.text, tokens) if choice.finish_reason == "stop" else None
 
@@ -159,14 +170,15 @@ class Remote:
         """The answer, and whether the model came to its end."""
         sampling = self.speaker.answering(number, turn)
         messages: Any = talked.messages
-        choice = self.client.chat.completions.create(
+        found = self.client.chat.completions.create(
             model=self.served_model,
             messages=messages,
             max_tokens=self.speaker.settings.max_answer_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=None if sampling.seed is None else sampling.seed % 2**31,
-        ).choices[0]
+        )
+        choice = _only(found.choices)
         return choice.message.content or "", choice.finish_reason == "stop"
 
     def _encode(self, talked: Talked, whole: bool) -> None:

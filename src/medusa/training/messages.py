@@ -136,6 +136,11 @@ def _message(item: object) -> Message:
             ("content", "value", "tool_calls") if names else ("role", "from"),
         )
         raise MalformedRow(f"a message needs a role and a content, but has {has} and none of {listed(missing)}")
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        if fields.get(name):  # a template may show it, and may take it out again from earlier turns
+            raise MalformedRow(f"a message has {quoted(name)}: put it into the content, as the model writes it")
+    if fields.get("weight", 1) != 1:
+        raise MalformedRow(f'a message has the "weight" {fields["weight"]}: all answers are learned from alike')
     role = _role(names)
     if role == "function_call" and said is not None and not calls:
         value = _unpacked(fields[said])

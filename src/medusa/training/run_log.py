@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ class RunLog:
         accelerator.init_trackers("medusa", config=_flat(config.model_dump(mode="json", by_alias=True)))
         if trackers(config.log) != list(config.log):
             reporter.say("tensorboard is not installed: the log is log.jsonl alone")
+        self._batch_size = config.training.batch_size
         self._path = path
         self._file = path.open("a", encoding="utf-8") if accelerator.is_main_process else None
         if self._file is not None and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
@@ -42,7 +44,11 @@ class RunLog:
         self._write({"step": progress.step, **_rounded(facts), **accuracy})
         shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
         speed = f"{progress.positions_per_second:.0f} positions/s"
-        self._reporter.progress(progress.step, progress.steps, f"loss {shown}, {speed}")
+        text = f"loss {shown}, {speed}"
+        if progress.positions_per_second:
+            seconds = (progress.steps - progress.step) * self._batch_size / progress.positions_per_second
+            text += f", {math.ceil(seconds / 60)} min left"
+        self._reporter.progress(progress.step, progress.steps, text)
         if progress.accuracy is not None:
             self._reporter.say(f"step {progress.step}: {describe(progress.accuracy)}")
 

@@ -113,6 +113,13 @@ def test_a_directory_loads_as_it_was_saved(tiny):
     assert load_tokenizer(source)("a b n").input_ids == [2, 3, 15]
 
 
+def test_the_version_of_the_weights_tells_of_files_that_were_replaced(tiny):
+    before = zoo.weights_version(resolve(str(tiny)))
+    assert zoo.weights_version(resolve(str(tiny))) == before
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tiny)  # as a model that is trained on would be
+    assert zoo.weights_version(resolve(str(tiny))) != before
+
+
 def test_the_dtype_is_the_one_asked_for(tiny):
     model = load_model(resolve(str(tiny)), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

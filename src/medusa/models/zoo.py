@@ -248,6 +248,13 @@ def local_directory(source: ModelSource) -> Path:
         return Path(snapshot_download(source.location, **options, **_hub_options(source)))
 
 
+def weights_version(source: ModelSource) -> str:
+    """Another text when the files of a local model have been changed or replaced; of a Hub id always the same."""
+    found = [path for path in Path(source.location).glob("*") if path.suffix in (".safetensors", ".bin", ".json")]
+    facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: str = "cpu", bits: int | None = None
 ) -> PreTrainedModel:

@@ -370,6 +370,7 @@ def read_features(
     reporter.stage("Reading hidden states")
     facts = {
         "model": config.model,
+        "weights": zoo.weights_version(zoo.resolve(config.model)),  # which may be others by now, under the same name
         "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
         **lm.runs_on(),
     }

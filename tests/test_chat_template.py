@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +35,21 @@ def test_a_plain_text_does_not_end_with_the_token_that_the_tokenizer_appends() -
     assert encode_plain(appending(before=""), "ab") == byte_ids(b"ab")
     assert encode_plain(make_tokenizer(), "ab") == byte_ids(b"ab")
     assert encode_plain(appending(), "") == [START]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(SPECIAL), max_size=2), st.lists(st.sampled_from(SPECIAL), max_size=2), st.text("ab é"))
+def test_whatever_a_tokenizer_adds_only_what_it_puts_first_is_read(
+    before: list[str], after: list[str], text: str
+) -> None:
+    tokenizer = make_tokenizer()
+    bare = tokenizer(text)["input_ids"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*before, "$A", *after]), special_tokens=[(token, i) for i, token in enumerate(SPECIAL)]
+    )
+    wanted = [SPECIAL.index(token) for token in before] + bare
+    found = encode_plain(tokenizer, text)
+    assert found == wanted if bare else found[:1] == [SPECIAL.index(token) for token in [*before, *after][:1]]
 
 
 def test_an_end_token_that_the_user_wrote_stays() -> None:
@@ -63,6 +80,19 @@ TEMPLATES: dict[str, tuple[str, tuple[int, ...]]] = {
 def test_the_token_that_ends_a_turn_is_found_in_the_template(name: str) -> None:
     template, expected = TEMPLATES[name]
     assert turn_ends(make_tokenizer(template)) == expected
+
+
+PIECES = st.text("ab \n:#", max_size=4)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from(SPECIAL), PIECES, PIECES, PIECES, st.sampled_from(["", "<|start|>", "<|pad|>"]))
+def test_the_first_token_of_its_own_after_an_answer_ends_it(
+    end: str, opening: str, closing: str, rest: str, begin: str
+) -> None:
+    parts = [repr(begin), "m.role", repr(opening), "m.content", repr(closing), repr(end), repr(rest)]
+    template = "{% for m in messages %}" + "".join(f"{{{{ {part} }}}}" for part in parts) + "{% endfor %}"
+    assert turn_ends(make_tokenizer(template)) == (SPECIAL.index(end),)
 
 
 def test_without_a_template_no_token_ends_a_turn() -> None:

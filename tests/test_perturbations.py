@@ -391,3 +391,11 @@ def test_what_was_reported_is_right_on_auto(tmp_path: Path, change: str, backend
     assert assert_right_or_refused(tmp_path, "auto") == backend
     shows = change in ("a single file over shards", "an adapter", "rope_scaling added: linear")
     assert (generated(tmp_path)[1] != before) == shows
+
+
+def test_windows_without_a_width_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    make_model("qwen2", tie_word_embeddings=False).save_pretrained(tmp_path)
+    changes("qwen2")["windows said layer by layer only"](tmp_path)
+    with pytest.raises(MedusaError, match="sliding attention, but no sliding_window") as error:
+        loaded(tmp_path, "auto")
+    assert "\n" not in str(error.value)

@@ -2,7 +2,7 @@
 # All that docs/results.md shows: benchmarks/results.sh QUESTIONS.jsonl DIR [DRAFT_MODEL]
 #
 # QUESTIONS are MT-bench's (`question.jsonl`), DIR takes a directory for each run. DRAFT_MODEL, for speculative decoding,
-# is made by benchmarks/make_draft_model.py; without one that baseline is left out. About 50 minutes on 2 cores with
+# is made by benchmarks/make_draft_model.py; without one that baseline is left out. About 75 minutes on 2 cores with
 # nothing beside it; a run that was cut short goes on when the script runs again.
 set -euo pipefail
 questions="$1" dir="$2" draft="${3:-}"
@@ -20,6 +20,10 @@ measure() { # NAME ARGUMENTS...
 
 measure greedy bench --questions "$questions" --max-new-tokens 256
 measure sampled bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 --methods plain,union,typical
+# As on a machine without AVX-512.
+MEDUSA_NATIVE_ISA=avx2 measure greedy-avx2 bench --questions "$questions" --max-new-tokens 256
+MEDUSA_NATIVE_ISA=avx2 measure sampled-avx2 bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 \
+    --methods plain,union
 
 others="transformers,lookup${draft:+,assisted}" draft_model=()
 if [[ -n "$draft" ]]; then draft_model=(--draft-model "$draft"); fi

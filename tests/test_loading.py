@@ -51,6 +51,20 @@ def test_every_backend_takes_trees_of_as_many_nodes() -> None:
     assert engine.MAX_NODES == MAX_NODES == TransformersBackend.max_nodes
 
 
+def test_auto_says_why_it_does_not_take_the_native_engine(
+    saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("medusa_native")
+    settings = loading.EngineSettings()
+    for family, told in (("llama", 0), ("gpt2", 1)):
+        loading.load_backend(zoo.resolve(str(saved[family])), settings, progress=True)
+        lines = capsys.readouterr().err.splitlines()
+        assert (
+            sum("runs on transformers, not on the faster native engine: it runs llama" in line for line in lines)
+            == told
+        )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_a_model_on_the_native_engine_writes(saved: dict[str, Path], dtype: str) -> None:
     pytest.importorskip("medusa_native")

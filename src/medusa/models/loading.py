@@ -79,6 +79,9 @@ def load_backend(
             return _load_native(source, settings, feature_layers, progress, meanwhile)
         except UnsupportedError as error:
             refusal = str(error)
+            if progress and settings.backend == "auto":
+                told = f"{source.name} runs on transformers, not on the faster native engine: {refusal}"
+                print(told, file=sys.stderr, flush=True)
     if settings.backend == "native":
         raise MedusaError(f"the native backend cannot run {source.name}: {refusal}")
     reason = "asked for" if refusal is None else f"not native: {refusal}"

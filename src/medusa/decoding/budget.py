@@ -241,13 +241,16 @@ class NodeBudget:
         clock = clock or self.times
         counts, tokens = [1] * len(drafts), [1.0] * len(drafts)
         best = Share(tuple(counts), tuple(tokens), clock(len(drafts)) + draft_seconds)
+        total, expected, rate = len(drafts), float(len(drafts)), best.rate  # kept up, not summed anew for each node
         for nodes in self._by_worth(drafts):
             for b, p in nodes:
                 counts[b] += 1
                 tokens[b] += p
-            seconds = clock(places(counts, self._padding)) + draft_seconds
-            if sum(tokens) > best.rate * seconds:
-                best = Share(tuple(counts), tuple(tokens), seconds)
+                expected += p
+            total += len(nodes)
+            seconds = clock(places(counts, self._padding) if self._padding else total) + draft_seconds
+            if expected > rate * seconds:
+                best, rate = Share(tuple(counts), tuple(tokens), seconds), expected / seconds
         return best
 
     def _by_worth(self, drafts: Sequence[Draft]) -> list[list[tuple[int, float]]]:
@@ -323,8 +326,9 @@ class NodeBudget:
         for row in rows:
             plain = self.times.after([len(row.tokens) - 1])(1)
             row.frugal, row.price = frugal, USUAL_TOKENS * self.draft_seconds / plain  # of a whole draft, in tokens
-        drafts = drafter.propose(rows, self.most)
-        return [draft.pruned(nodes=self.most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
+        most = self.most
+        drafts = drafter.propose(rows, most)
+        return [draft.pruned(nodes=most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 
     def _pruned(self, drafts: Sequence[Draft], share: Share) -> list[Draft]:
         return [draft.pruned(nodes=n, depth=n) for draft, n in zip(drafts, share.nodes, strict=True)]

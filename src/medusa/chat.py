@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from medusa.chat_history import Message, is_text, load_history, save_history
+from medusa.chat_history import Message, load_history, save_history
 from medusa.errors import ContextFullError, MedusaError, UsageError
+from medusa.text import is_text
 
 if TYPE_CHECKING:
     from medusa.generation import Chunk, LanguageModel, Stats

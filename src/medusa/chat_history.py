@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa.errors import UsageError
+from medusa.text import is_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,3 @@ def _read_message(path: Path, item: object) -> Message:
         ):
             return Message(role, content, interrupted)
     raise UsageError(f"{path} is not a saved conversation: a message needs a role and a content")
-
-
-def is_text(text: str) -> bool:
-    """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
-    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)

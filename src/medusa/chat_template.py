@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What templates raise where they do not take a conversation.
 REFUSALS = (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError, RecursionError)
-_QUESTION, _ANSWER = "\u241fquestion\u241f", "\u241fanswer\u241f"  # stand for texts, to find them in what is written
+QUESTION, ANSWER = "\u241fquestion\u241f", "\u241fanswer\u241f"  # stand for texts, to find them in what is written
 
 
 def render(
@@ -50,9 +50,9 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The token that ends an answer in the chat template, if one that stands for no text does: one id, or none."""
     if not tokenizer.chat_template:
         return ()
-    question, answer = {"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}
+    question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     try:
-        _, shown, tail = render(tokenizer, [question, answer]).rpartition(_ANSWER)
+        _, shown, tail = render(tokenizer, [question, answer]).rpartition(ANSWER)
     except REFUSALS:
         return ()
     if not shown:

@@ -18,3 +18,9 @@ class ContextFullError(UsageError):
         )
         self.tokens = tokens
         self.context = context
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """A value as it stands in a message: on one line, and cut where it is long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -18,6 +18,11 @@ REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are no character,
 LONGEST_HOLD = 32  # tokens; a character needs at most four, so beyond this the bytes are garbage and are printed
 
 
+def is_text(text: str) -> bool:
+    """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
+    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class Detokenizer:
     """Turns token ids into text one at a time. The pieces join to what decoding all ids at once gives.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medusa.errors import MedusaError
+from medusa.errors import MedusaError, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -120,7 +120,7 @@ def _check_keys(header: Header) -> None:
             raise header.refuse(f"{arch}.{key} is another for each layer")
     for key in sorted(read | _NUMBERS):
         if not isinstance(value := header.get(key, 0), (int, float)) or isinstance(value, bool) or not value >= 0:
-            raise header.refuse(f"{arch}.{key} is {_short(value)}, not a number from 0")
+            raise header.refuse(f"{arch}.{key} is {shortened(value, 40)}, not a number from 0")
     known = read | _NUMBERS | {"rope.scaling.type", "rope.scaling.finetuned"}
     neutral = {
         "attention.causal": (True,),
@@ -141,7 +141,7 @@ def _check_keys(header: Header) -> None:
             continue
         if key == "attention.sliding_window" and (value == 0 or value >= header.get("context_length", 0)):
             continue  # as wide as the context: no window
-        raise header.refuse(f"it holds {name} = {_short(value)}, which would be left out")
+        raise header.refuse(f"it holds {name} = {shortened(value, 40)}, which would be left out")
 
 
 def _family(arch: str) -> str:
@@ -182,7 +182,8 @@ def _check_tokenizer(header: Header) -> None:
 def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) -> None:
     """De-quantises `path` into `target`: tokenizer, configuration and bf16 safetensors.
 
-    bf16 holds all that a file of 8 bits or fewer has to give, in half the memory of float32.
+    bf16 holds all that a file of 8 bits or fewer has to give, in half the memory of float32. transformers speaks as its
+    settings say (see `zoo.quiet`).
 
     Args:
         name: of the model, for its configuration.
@@ -194,10 +195,8 @@ def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) ->
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from medusa.models.zoo import quiet
-
-    # The reader shows a bar of its own that no setting turns off, hence redirect_stderr.
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+    # The reader shows a bar of its own that no setting turns off.
+    with contextlib.redirect_stderr(io.StringIO()):
         tell("reading the tokenizer")
         header = read_header(path)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -329,8 +328,3 @@ def _check_tensors(header: Header, model: Any, report: Mapping[str, Any]) -> Non
     for name in header.tensors:
         if name not in taken and re.sub(r"\.(weight|bias)$", "", name) not in taken and name != ROPE_FREQUENCIES:
             raise header.refuse(f"it holds the tensor {name}, which would be left out")
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."

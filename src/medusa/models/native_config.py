@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from medusa.errors import MedusaError
+from medusa.errors import MedusaError, shortened
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 # Kinds of rotary embedding whose frequencies do not follow the length of the text, and what each may be told.
@@ -262,12 +262,7 @@ def _check_fields(fields: Mapping[str, Any], kind: str) -> None:
         if name not in known:
             raise UnsupportedError(f"its configuration holds {name}, which the engine does not know")
         if not known[name](value):
-            raise UnsupportedError(f"it does not know the {name} {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
+            raise UnsupportedError(f"it does not know the {name} {shortened(value)}")
 
 
 def _is_theta(value: Any) -> bool:
@@ -278,12 +273,12 @@ def _check_rope(rope: dict[str, Any]) -> str:
     """The kind of rotary embedding. Raises UnsupportedError: it is not known, or is told more than belongs to it."""
     kind = rope.get("rope_type")
     if not isinstance(kind, str) or kind not in _ROTARY:
-        raise UnsupportedError(f"it does not know rotary embeddings of the kind {_short(kind)}")
+        raise UnsupportedError(f"it does not know rotary embeddings of the kind {shortened(kind)}")
     known = {"rope_type", "type", "rope_theta"} | _ROTARY[kind]
     if other := sorted(map(str, rope.keys() - known)):
         raise UnsupportedError(f"it does not know {other[0]} of rotary embeddings of the kind {kind}")
     if rope.get("type", kind) != kind or not _is_theta(rope.get("rope_theta")):
-        raise UnsupportedError(f"it does not understand the rotary embeddings {_short(rope)}")
+        raise UnsupportedError(f"it does not understand the rotary embeddings {shortened(rope)}")
     return kind
 
 
@@ -302,7 +297,7 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError):
         found = (), math.nan
     if len(found[0]) != head_dim // 2 or not all(map(math.isfinite, (*found[0], found[1]))):
-        raise UnsupportedError(f"it does not understand the rotary embeddings {_short(rope)}")
+        raise UnsupportedError(f"it does not understand the rotary embeddings {shortened(rope)}")
     return found
 
 

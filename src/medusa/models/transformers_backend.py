@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import MedusaError, UsageError, shortened
 from medusa.models.backend import (
     DEFAULT_MAX_LENGTH,
     MAX_NODES,
@@ -324,7 +324,7 @@ def check_tree_attention(backend: TransformersBackend) -> None:
     ) as error:  # each model has its own way to fail on masks, positions or a cache that it does not know
         if "allocate memory" in str(error):  # torch has no type of its own for this on the CPU
             raise
-        said = " ".join(str(error).split())[:120] or type(error).__name__
+        said = shortened(error, 120) or type(error).__name__
         name = type(backend.model).__name__
         raise SelfCheckError(f"{name} cannot verify a tree: its self-check failed ({said})") from error
 

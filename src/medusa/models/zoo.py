@@ -489,7 +489,7 @@ def _converted(gguf: Path, progress: bool) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final.parent)
         work.mkdir()
-        with _told(gguf, progress) as tell:
+        with _told(gguf, progress) as tell, quiet():
             convert(gguf, work, _model_name(gguf, digest), tell)
         _write_manifest(work)
         _publish(work, final)

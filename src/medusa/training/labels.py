@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa.chat_template import REFUSALS, added_tokens, end_of_turn, render
+from medusa.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render
 from medusa.errors import MedusaError, UsageError
 from medusa.training.conversations import Conversation, Example
 from medusa.training.messages import Message, Tool
@@ -22,7 +22,6 @@ from medusa.training.sources import MalformedRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ANSWER = "\u241fanswer\u241f"  # stands for an answer where the template's own text is wanted
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -233,10 +232,10 @@ def _answers(messages: list[Message], given: int, text: str, template: _Template
             continue
         before = messages[:i]
         written = template.part(messages[: i + 1])
-        shown = template.part([*before, {"role": "assistant", "content": _ANSWER}])
+        shown = template.part([*before, {"role": "assistant", "content": ANSWER}])
         if written is None or shown is None:
             continue
-        head, found, tail = shown.rpartition(_ANSWER)
+        head, found, tail = shown.rpartition(ANSWER)
         if not found:
             continue
         end = _end_of_turn_in(written, tail, template.tokenizer, calls="tool_calls" in message)
@@ -274,8 +273,8 @@ def _marked_answers(messages: list[Message], given: int, text: str, template: _T
     if rendered != [text]:
         raise MalformedRow("the chat template does not write the same text twice")
     before = messages[:-1]
-    shown = template.part([*before, {"role": "assistant", "content": _ANSWER}]) or ""
-    closing = end_of_turn(template.tokenizer, shown.rpartition(_ANSWER)[2])
+    shown = template.part([*before, {"role": "assistant", "content": ANSWER}]) or ""
+    closing = end_of_turn(template.tokenizer, shown.rpartition(ANSWER)[2])
     opening = (template.part(before, answer=True) or "").removeprefix(template.part(before) or "")
     spans: list[tuple[int, int]] = []
     for start, end in blocks[0]:

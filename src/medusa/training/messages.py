@@ -19,6 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from medusa.text import is_text
 from medusa.training.sources import MalformedRow, is_message, parse_json
 
 Message = dict[str, Any]
@@ -97,7 +98,7 @@ def text_of(fields: Mapping[str, Any], name: str) -> str:
 
 
 def _whole(text: str, name: str) -> str:
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+    if not is_text(text):
         raise MalformedRow(f'"{name}" holds half a character (a lone surrogate)')
     return text
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from medusa.errors import UsageError
+from medusa.errors import UsageError, shortened
 from medusa.training.config import TrainConfig, flat
 from medusa.training.lora import CHECKPOINT as LORA_CHECKPOINT
 from medusa.training.trainer import CHECKPOINT
@@ -74,5 +74,4 @@ def _free(config: TrainConfig, fixed: Iterable[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "null" if value is None else shortened(value)

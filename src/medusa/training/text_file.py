@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import MedusaError, UsageError, shortened
 from medusa.training.talk import Talked
 
 SHORTEST_ANSWER = 8  # tokens of a conversation's answers
@@ -70,8 +70,9 @@ class TextFile:
             found[OPENINGS] = wanted[OPENINGS]
         for name in [*wanted, *found]:
             if name != "settings" and found.get(name) != wanted.get(name):
+                was, now = (shortened(json.dumps(one.get(name))) for one in (found, wanted))
                 raise UsageError(
-                    f"{self.path} was made with {name} {_short(found.get(name))}, not {_short(wanted.get(name))}: "
+                    f"{self.path} was made with {name} {was}, not {now}: "
                     "go on with the same settings, or name a new file"
                 )
 
@@ -117,8 +118,3 @@ def _keys(row: Mapping[str, Any]) -> set[str]:
     whole = said if said else [repr(row["token_ids"])]
     parts = ["\n".join(whole), *(said[:1] if len(said) > 1 and said[0].startswith("user") else [])]
     return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

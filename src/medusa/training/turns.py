@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medusa.chat_template import REFUSALS, render
+from medusa.chat_template import ANSWER, QUESTION, REFUSALS, render
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_USER, _ANSWER, _NEXT = "\u241fuser\u241f", "\u241fanswer\u241f", "\u241fnext\u241f"
+_NEXT = "\u241fnext\u241f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,20 @@ class Turns:
             return render(tokenizer, messages, answer=True)
 
         try:
-            question = shown(_USER)
-            padded = shown(f" \n{_USER}\n ")
+            question = shown(QUESTION)
+            padded = shown(f" \n{QUESTION}\n ")
         except REFUSALS as error:
             raise UsageError(f"the chat template refuses a plain user turn: {error}") from None
-        before_user, found, before_answer = question.partition(_USER)
+        before_user, found, before_answer = question.partition(QUESTION)
         if not found or not before_answer:
             raise UsageError("the chat template does not show the user's turn as it is, or nothing after it")
-        strips = padded.startswith(before_user + _USER), padded.endswith(_USER + before_answer)
+        strips = padded.startswith(before_user + QUESTION), padded.endswith(QUESTION + before_answer)
         alone = cls(before_user, before_answer, None, strips)
         try:
-            whole = shown(_USER, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": _NEXT})
+            whole = shown(QUESTION, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": _NEXT})
         except REFUSALS:  # it takes one turn only
             return alone
-        head, _, rest = whole.partition(_ANSWER)
+        head, _, rest = whole.partition(ANSWER)
         seam, found, tail = rest.partition(_NEXT)
         # Some templates write a space before an answer (Mistral); the model writes it itself.
         if not found or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:

@@ -108,6 +108,29 @@ class Cursor:
         return self._places[device]
 
 
+class DeviceCursor:
+    """The same where lengths live on the device: row b is slot b and puts its N tokens at `places[b]` [B, N].
+
+    Nothing here is a number of the host, so a pass that was captured once writes where the lengths then stand.
+    """
+
+    consecutive = True
+
+    def __init__(self, places: Tensor, used: int, *, static: bool = False) -> None:
+        self.places, self.used, self.static = places, used, static
+        self.longest = used - places.shape[1]
+        self._rows = torch.arange(len(places), device=places.device).unsqueeze(1)
+
+    def write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        """Stores [B, heads, N, size] and returns a view [B, heads, used, size]."""
+        buffer.transpose(1, 2).index_put_(self.index(buffer.device), states.transpose(1, 2))  # [B, N, heads, size]
+        return buffer[: len(self.places), :, : self.used]
+
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Slot [B, 1] and place [B, N] of each new token."""
+        return self._rows.to(device), self.places.to(device)
+
+
 class SlotCache(Cache):
     """One cache for all slots of a model; `cursor` is set before each forward pass."""
 
@@ -115,7 +138,7 @@ class SlotCache(Cache):
         self.num_slots = num_slots
         self.max_length = max_length
         self.capacity = min(FIRST_CAPACITY, max_length)
-        self.cursor = Cursor([0], [0], 0, 0)
+        self.cursor: Cursor | DeviceCursor = Cursor([0], [0], 0, 0)
         self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self.slot_layers))
 

@@ -168,7 +168,7 @@ def test_filters_keep_what_the_reference_keeps(samplings: list[Sampling], seed: 
             assert kept == (list(range(VOCAB)) if ids is None else ids.tolist())
 
 
-# --- the whole step ----------------------------------------------------------------------------------------------------
+# --- the whole step ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])

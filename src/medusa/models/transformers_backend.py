@@ -193,6 +193,11 @@ class TransformersBackend:
         return self._device
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether all of the model is on one CUDA device."""
+        return self._device.type == "cuda" and {p.device for p in self.model.parameters()} == {self._device}
+
+    @property
     def compiled(self) -> bool:
         return self._compiled
 

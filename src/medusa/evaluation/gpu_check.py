@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
 import signal
 import subprocess
@@ -102,8 +103,10 @@ def run_process(name: str, command: Sequence[str], path: Path, seconds: float, e
     report.save()
 
 
-def check(options: Options, parts: Sequence[str], limits: Mapping[str, float], total: float) -> Report:
-    """Runs the parts one after another, each in its own process, within `total` seconds."""
+def check(
+    options: Options, parts: Sequence[str], limits: Mapping[str, float], total: float, env: Mapping[str, str]
+) -> Report:
+    """Runs the parts one after another, each in its own process with `env`, within `total` seconds."""
     begun = time.perf_counter()
     report = Report(options.out)
     report.data["machine"] = machine_facts(options.device)
@@ -130,7 +133,7 @@ def check(options: Options, parts: Sequence[str], limits: Mapping[str, float], t
         command += ["--out", str(options.out), "--device", options.device, "--heads", options.heads]
         command += ["--model", options.model] if options.model is not None else []
         command += ["--tiny"] if options.tiny else []
-        run_process(name, command, options.out, hard, os.environ)
+        run_process(name, command, options.out, hard, env)
         print(f"{name}: {Report(options.out).part(name)['status']}", file=sys.stderr, flush=True)
     report = Report(options.out)
     report.data["seconds"] = round(time.perf_counter() - begun, 1)
@@ -146,7 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = Options(asked.out, asked.device, asked.tiny, asked.model, asked.heads)
             return run_one(asked.only, options, asked.seconds)
         with tempfile.TemporaryDirectory(prefix="medusa-gpu-check-") as scratch:
-            report = check(_options(asked, Path(scratch)), _parts(asked), _limits(asked), asked.total)
+            parts, limits, env = _parts(asked), _limits(asked), _environment(asked.tiny, Path(scratch))
+            report = check(_options(asked, Path(scratch)), parts, limits, asked.total, env)
     except UsageError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
@@ -188,10 +192,24 @@ def _limits(asked: Any) -> dict[str, float]:
     for text in asked.limit:
         name, _, seconds = text.partition("=")
         try:
-            limits[name] = {name: float(seconds)}[name] if name in PARTS else limits[name]
-        except (KeyError, ValueError):
-            raise UsageError(f"{text!r} is no limit: write PART=SECONDS, such as times=120") from None
+            given = float(seconds)
+        except ValueError:
+            given = 0.0
+        if name not in PARTS or not 0 < given < math.inf:
+            raise UsageError(f"{text!r} is no limit: write PART=SECONDS, such as times=120")
+        limits[name] = given
     return limits
+
+
+def _environment(tiny: bool, scratch: Path) -> dict[str, str]:
+    """Of the parts: no network, and one place for a converted model."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if importlib.util.find_spec("platformdirs") is None:
+        env.setdefault("MEDUSA_CACHE", str(scratch / "cache"))
+    if tiny:
+        env.setdefault("OMP_NUM_THREADS", "1")  # for models this small more threads only wait for each other
+    return env
 
 
 def _options(asked: Any, scratch: Path) -> Options:
@@ -210,9 +228,10 @@ def _options(asked: Any, scratch: Path) -> Options:
         raise UsageError("give either --model or --pieces")
     if asked.pieces is not None and not asked.pieces.is_dir():
         raise UsageError(f"there is no directory {asked.pieces}")
-    if "MEDUSA_CACHE" not in os.environ and importlib.util.find_spec("platformdirs") is None:
-        os.environ["MEDUSA_CACHE"] = str(scratch / "cache")  # all parts share a converted model
-    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    with contextlib.suppress(FileNotFoundError):
+        asked.out.unlink()  # what an earlier check found says nothing of this one
+    Report(asked.out).save()  # a file that cannot be written is told now
+    asked.out.with_suffix(".log").unlink(missing_ok=True)
     model, heads = asked.model, asked.heads
     if asked.pieces is not None:
         model = str(join_pieces(asked.pieces, scratch))
@@ -220,9 +239,6 @@ def _options(asked: Any, scratch: Path) -> Options:
         from medusa.evaluation.gpu_tiny import write_tiny
 
         model, heads = map(str, write_tiny(scratch))
-    if asked.out.is_file():
-        asked.out.unlink()  # what an earlier check found says nothing of this one
-    asked.out.with_suffix(".log").unlink(missing_ok=True)
     return Options(asked.out, device, asked.tiny, model, heads, asked.compile)
 
 

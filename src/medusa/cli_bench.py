@@ -205,7 +205,10 @@ class _Ablation:
         facts = {"ablation": self.kind, "questions": source, "limit": len(self.asked), **_engine_facts(self.engine)}
         facts |= {**self.settings, "max_new_tokens": self.tokens, "draft_model": draft_model}
         if self.kind in ("threshold", "nodes", "batch"):
-            facts |= {"drafter": self.engine.drafter, "tree": self.engine.tree}
+            tree = self.engine.tree
+            if tree == "auto" and not self.engine.device.startswith("cuda"):
+                tree = "dynamic"  # what it means, and what runs of before say
+            facts |= {"drafter": self.engine.drafter, "tree": tree}
         open_run(self.out, facts, resume=resume)
 
     def variants(

@@ -88,9 +88,12 @@ class EngineOptions(ModelOptions):
         typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
     ] = "union"
     tree: Annotated[
-        Literal["dynamic", "static"],
-        typer.Option(help="Draft tree of the heads: grown at each step, or fixed.", rich_help_panel="Engine"),
-    ] = "dynamic"
+        Literal["auto", "dynamic", "static"],
+        typer.Option(
+            help="Draft tree of the heads: grown at each step, or fixed; auto is fixed on a GPU.",
+            rich_help_panel="Engine",
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, slots=True)

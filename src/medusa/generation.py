@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from medusa.chat_template import REFUSALS, encode_plain, render, turn_ends
+from medusa.decoders import DRAFTERS, TREES, Nodes, check_nodes, make_decoder, make_drafter, which_tree
 from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
-from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
-from medusa.decoding.loop import NO_TIME, Decoder, FinishReason, Phases, Step, decode
+from medusa.decoding.draft import Drafter, Row
+from medusa.decoding.loop import NO_TIME, FinishReason, Phases, Step, decode
 from medusa.decoding.sampling import Sampling
-from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.models.backend import MAX_NODES
 from medusa.text import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
@@ -28,11 +27,7 @@ if TYPE_CHECKING:
     from medusa.models.heads import HeadsRunner
     from medusa.models.zoo import ModelSource
 
-DRAFTERS = ("union", "heads", "ngram", "none")
-TREES = ("dynamic", "static")
-
 Message = Mapping[str, str]
-Nodes = int | Literal["auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,7 @@ class LanguageModel:
         *,
         heads: HeadsRunner | None = None,
         drafter: str = "union",
-        tree: str = "dynamic",
+        tree: str = "auto",
         nodes: Nodes = "auto",
         times: Callable[[bool], PassTimes | None] = lambda refresh: None,
         eos_token_ids: Sequence[int] = (),
@@ -109,12 +104,12 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.backend = backend
         self.heads = heads
-        self.tree = tree
+        self.tree = which_tree(tree, heads, backend)
         self.nodes = nodes
         self.eos_token_ids = tuple(eos_token_ids)
-        self.drafter = make_drafter(drafter, heads, tree)
+        self.drafter = make_drafter(drafter, heads, self.tree)
         self._times = MachineTimes(times)  # shared with all that `with_drafter` makes of this
-        self.decoder = Decoder(backend, self.drafter, choose_nodes(nodes, self.drafter, self._times, backend))
+        self.decoder = make_decoder(backend, self.drafter, nodes, self._times)
         self._facts = dict(facts or {})
 
     def with_drafter(
@@ -123,11 +118,10 @@ class LanguageModel:
         """The same engine with another drafter, by name or one of your own; the two must not generate at the same
         time."""
         other = copy.copy(self)
-        other.tree = tree or self.tree
+        other.tree = which_tree(tree, self.heads, self.backend) if tree else self.tree
         other.nodes = self.nodes if nodes is None else nodes
         other.drafter = make_drafter(drafter, self.heads, other.tree) if isinstance(drafter, str) else drafter
-        chosen = choose_nodes(other.nodes, other.drafter, self._times, self.backend)
-        other.decoder = Decoder(self.backend, other.drafter, chosen)
+        other.decoder = make_decoder(self.backend, other.drafter, other.nodes, self._times)
         return other
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
@@ -303,54 +297,6 @@ class LanguageModel:
             steps.close()  # type: ignore[attr-defined]
 
 
-def make_drafter(name: str, heads: HeadsRunner | None, tree: str = "dynamic") -> Drafter:
-    """The drafter called `name`. Without heads, union is the n-gram drafter alone.
-
-    Raises:
-        UsageError: an unknown drafter or tree, heads wanted but not there, or a static tree that the heads lack.
-    """
-    from medusa.decoding.heads_drafter import HeadsDrafter
-
-    if tree not in TREES:
-        raise UsageError(f"unknown tree {tree}: use one of {', '.join(TREES)}")
-    if name == "none":
-        return NoDrafter()
-    if name == "ngram" or (name == "union" and heads is None):
-        return NgramDrafter()
-    if name not in DRAFTERS:
-        raise UsageError(f"unknown drafter {name}: use one of {', '.join(DRAFTERS)}")
-    if heads is None:
-        raise UsageError("the drafter heads needs heads: give --heads NAME or PATH, or use --drafter ngram")
-    if tree == "static" and not heads.config.tree:
-        raise UsageError("these heads come without a static tree: use --tree dynamic")
-    fixed = Tree.from_paths(dict(heads.config.tree)) if tree == "static" else None
-    drafter = HeadsDrafter(heads, fixed)
-    return drafter if name == "heads" else UnionDrafter(drafter, NgramDrafter())
-
-
-def check_nodes(nodes: object) -> None:
-    """Raises UsageError for what is neither "auto" nor a whole number from 1 that some backend takes."""
-    if nodes != "auto" and (not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1):
-        raise UsageError(f"nodes must be auto or a whole number from 1 (the root counts), not {nodes}")
-    if isinstance(nodes, int) and nodes > MAX_NODES:
-        raise UsageError(f"nodes may be at most {MAX_NODES}, not {nodes}")
-
-
-def choose_nodes(nodes: Nodes, drafter: Drafter, times: MachineTimes, backend: Backend) -> int | NodeBudget:
-    """What a Decoder takes for `nodes`. Times are asked for only where nodes are chosen by them, since it may take
-    seconds. Raises UsageError, see `check_nodes`."""
-    from medusa.decoding.heads_drafter import HeadsDrafter
-
-    check_nodes(nodes)
-    if nodes != "auto":
-        return nodes
-    if isinstance(drafter, NoDrafter):
-        return 1
-    parts = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
-    takes_time = any(isinstance(part, HeadsDrafter) for part in parts)
-    return NodeBudget(times, free=not takes_time, max_nodes=backend.max_nodes, padding=backend.padding)
-
-
 def measured_times(
     backend: Backend, heads: HeadsRunner | None, facts: Mapping[str, object], *, progress: bool = False, **options: Any
 ) -> PassTimes | None:
@@ -404,7 +350,7 @@ def load(
     *,
     heads: str = "auto",
     drafter: str = "union",
-    tree: str = "dynamic",
+    tree: str = "auto",
     backend: str = "auto",
     dtype: str = "bfloat16",
     device: str = "cpu",
@@ -422,7 +368,8 @@ def load(
         model: a Hugging Face id, a local directory, a GGUF file, or a short name.
         heads: "auto" (those shipped for this model, if any), "none", a name, or a directory.
         drafter: union, heads, ngram or none (plain decoding).
-        tree: of the heads: dynamic (grown anew at each step) or static (the fixed one saved with the heads).
+        tree: of the heads: dynamic (grown anew at each step), static (the fixed one saved with the heads) or auto:
+            static on a GPU, where a whole step is then captured as one graph, and dynamic elsewhere.
         backend: transformers, native (a CPU engine for models of the Llama kind) or auto: native where it can.
         dtype: of the weights: float32, bfloat16, int8, or (native only) int4.
         device: a torch device, or "auto" to spread a large model over all devices.

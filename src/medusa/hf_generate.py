@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from medusa.decoders import Nodes, choose_nodes, make_drafter
 from medusa.decoding.budget import MachineTimes, PassTimes
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.generation import Nodes, choose_nodes, make_drafter, measured_times
+from medusa.generation import measured_times
 from medusa.hf_settings import (
     Stops,
     check_arguments,

@@ -33,8 +33,9 @@ from medusa.models.backend import (
 )
 from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
-from medusa.models.kv_cache import Cursor, SlotCache
+from medusa.models.kv_cache import Cursor, DeviceCursor, SlotCache
 from medusa.models.topology import topology
+from medusa.models.tree_attention import use_grouped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,6 +114,8 @@ class TransformersBackend:
                 model.set_attn_implementation("sdpa")
             except ValueError:  # soft-capping, for one
                 model.set_attn_implementation("eager")
+        if self._device.type == "cuda":
+            use_grouped_attention(model)
         self._compiled = compile
         self.padding = COMPILED_NODES if compile else 1
         if self_check:
@@ -183,6 +186,55 @@ class TransformersBackend:
             )
         return BaseWeights(self._embedding, self._lm_head.weight)
 
+    # --- a pass that waits for nothing: see `device/step.py` ------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether all of the model is on one CUDA device."""
+        return self._device.type == "cuda" and {p.device for p in self.model.parameters()} == {self._device}
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled
+
+    @property
+    def capacity(self) -> int:
+        """Places of each slot now. When it changes the cache has moved, and what was captured before is void."""
+        return self._cache.capacity
+
+    def reserve(self, places: int) -> None:
+        """Makes room for so many places in every slot, and puts the caches of all layers into one piece."""
+        self._cache.reserve(places)
+        self._cache.stack()
+
+    def set_length(self, slot: int, length: int) -> None:
+        """What the device has kept of a slot."""
+        self._lengths[slot] = length
+
+    def device_masks(self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+        """Masks for B trees of one shape after texts of `lengths` [B]: depths [B, N], ancestors [N, N]."""
+        return self._masks.make_on_device(lengths, depths, ancestors, used)
+
+    def device_pass(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cursor: DeviceCursor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, V] and features [B, N, F*H] of tokens [B, N]. `reserve` must have been called."""
+        self._cache.cursor = cursor
+        return self._call(tokens, positions, masks)
+
+    def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
+        """Moves the rows of the nodes in paths [B, D] to the places after `lengths` [B]. What is past the end of a path
+        is moved too and lies past the new length."""
+        self._cache.device_keep(lengths, paths)
+
+    def fill_with_noise(self, slots: int, places: int) -> None:
+        """Random keys and values in the first slots: to time a pass with, as zeros may be quicker."""
+        self._cache.fill_with_noise(slots, places)
+
     # --- one forward pass -----------------------------------------------------------------------------------------
 
     def _forward(
@@ -206,11 +258,17 @@ class TransformersBackend:
         self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
         options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
+        masks = self._masks.make(lengths, depths, visible, used, self._device)
+        return self._call(tokens.to(self._device), positions.to(self._device), masks, **options)
+
+    def _call(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor]:
         with capture_input(self._lm_head) as captured:
             out = self.model(
-                input_ids=tokens.to(self._device),
-                attention_mask=self._masks.make(lengths, depths, visible, used, self._device),
-                position_ids=positions.to(self._device),
+                input_ids=tokens,
+                attention_mask=masks,
+                position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 output_hidden_states=bool(self.feature_layers),
@@ -258,6 +316,26 @@ class _MaskMaker:
                 places[b, length : length + count] = queries[b]
             masks["sliding_attention"] = allowed & (queries[:, :, None] - places[:, None, :] < self.window)
         made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    def make_on_device(
+        self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int
+    ) -> Tensor | dict[str, Tensor]:
+        """The same of tensors alone: lengths [B], depths [B, N], and one ancestor mask [N, N] for all rows."""
+        count = len(ancestors)
+        places = torch.arange(used, device=lengths.device)
+        offsets = places - lengths[:, None]  # [B, used]: below 0 the text, then the nodes
+        nodes = offsets.clamp(0, count - 1)
+        drafted = (offsets >= 0) & (offsets < count)
+        own = ancestors[:, nodes].transpose(0, 1) & drafted[:, None]  # [B, N, used]
+        allowed = own | (offsets < 0)[:, None]
+        masks = {"full_attention": allowed}
+        if self.window is not None:
+            keys = torch.where(drafted, lengths[:, None] + depths.gather(1, nodes), places)
+            queries = lengths[:, None] + depths  # [B, N]
+            masks["sliding_attention"] = allowed & (queries[:, :, None] - keys[:, None] < self.window)
+        zero = torch.zeros((), dtype=self.dtype, device=lengths.device)
+        made = {kind: zero.masked_fill(~masks[kind], torch.finfo(self.dtype).min).unsqueeze(1) for kind in self.kinds}
         return made if len(made) > 1 else next(iter(made.values()))
 
     def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:

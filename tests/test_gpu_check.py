@@ -109,6 +109,7 @@ def test_steps_of_every_size_are_timed_and_compared(tmp_path: Path) -> None:
     assert part["tiny"]["generate"]["tokens_per_second"] > 0
     assert part["tiny"]["plain_to_generate"] > 0
     assert set(part["tiny"]["trained"]["host_loop_ms"]) == {"1", "64"}
+    assert set(part["tiny"]["trained"]["step_in_text_ms"]) == {"64"}
 
 
 def test_every_way_of_attention_is_timed_and_agrees(tmp_path: Path) -> None:
@@ -125,14 +126,15 @@ def test_a_model_is_measured_from_end_to_end(tmp_path: Path, tiny_model: tuple[s
     assert run_one("model", asked, 300) == 0
     part = found(asked.out, "model")
     for kind in ("greedy", "sampled", "float32"):
-        for name in ("plain", "heads", "ngram", "union"):
+        for name in ("plain", "heads", "ngram", "union", "auto"):
             assert part[kind][name]["tokens_per_second"] > 0
+            assert part[kind][name]["decoder"] == "DeviceDecoder"
     assert all(of["identical"] == of["texts"] for of in part["float32"].values() if isinstance(of, dict))
     assert part["baselines"]["generate_tokens_per_second"] > 0
     assert part["baselines"]["host_loop_union_tokens_per_second"] > 0
     assert set(part["batches"]) == {"1", "2"}
     for of in part["batches"].values():
-        assert set(of) == {"plain", "union 16", "union 64"}
+        assert set(of) == {"plain", "union 16", "union 64", "union auto"}
         assert of["plain"]["to_plain"] == 1.0
     assert part["model"]["heads"]["kind"] == "recurrent"
 

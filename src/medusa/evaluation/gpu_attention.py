@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medusa.errors import shortened
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_shapes import SHAPES, TINY, Shape
 from medusa.evaluation.gpu_timing import free_memory, replayed, spread
@@ -106,8 +107,16 @@ def attention_part(part: Part, options: Options) -> None:
         if count not in FLEX_NODES and not options.tiny:
             continue
         key = f"{name}/{count} nodes/{length} places/flex"
-        part.measure(key, lambda n=name, c=count, p=length: _measure(options, shapes[n], c, p, None), needs=8.0)  # type: ignore[misc]
+        part.measure(key, lambda n=name, c=count, p=length: _try_flex(options, shapes[n], c, p), needs=8.0)  # type: ignore[misc]
         free_memory(options.device)
+
+
+def _try_flex(options: Options, shape: Shape, nodes: int, places: int) -> Any:
+    """FlexAttention may be refused by this torch or device, which is no fault of ours."""
+    try:
+        return _measure(options, shape, nodes, places, None)
+    except Exception as error:  # noqa: BLE001  # whatever it was is told
+        return {"refused": shortened(f"{type(error).__name__}: {error}", 300)}
 
 
 @torch.inference_mode()

@@ -15,16 +15,26 @@ from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
-from medusa.evaluation.gpu_model import PROMPTS, default_model, load
+from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
+from medusa.evaluation.gpu_model import PROMPTS, default_model, load, with_steps
 from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_shapes import Shape, make_decoder, random_heads, random_model, shipped_tree, trained_config
+from medusa.evaluation.gpu_shapes import (
+    Shape,
+    capture_facts,
+    make_decoder,
+    random_heads,
+    random_model,
+    shipped_tree,
+    trained_config,
+)
 from medusa.evaluation.gpu_timing import free_memory
 from medusa.models.transformers_backend import TransformersBackend
 
 if TYPE_CHECKING:
     from medusa.generation import LanguageModel
 
-TESTS = Path(__file__).parents[3] / "tests" / "test_device_step.py"
+TESTS = Path(__file__).parents[3] / "tests"
+OWN = ("test_device_step.py", "test_device_capture.py")
 RANDOM = Shape(4, 128, 8, 2, 256, 128)  # few tokens, so that it soon says one again
 TINY_RANDOM = Shape(3, 64, 4, 2, 96, 64)
 TEXTS = 8
@@ -48,11 +58,11 @@ def correctness_part(part: Part, options: Options) -> None:
     _default_texts(part, options)
     if options.tiny:
         part.note("the step's own tests are left out in a tiny check")
-    elif not TESTS.is_file():
-        part.note(f"{TESTS.name} is not there: the step's own tests are left out")
+    elif not all((TESTS / name).is_file() for name in OWN):
+        part.note(f"{' and '.join(OWN)} are not there: the step's own tests are left out")
     else:
         found = part.measure("tests", lambda: _own_tests(options, part.left), needs=5.0)
-        part.expect(found is None or found["exit"] == 0, f"{TESTS.name} fails on {options.device}")
+        part.expect(found is None or found["exit"] == 0, f"the step's own tests fail on {options.device}")
 
 
 def _expect(part: Part, what: str, found: dict[str, Any] | None, strict: bool) -> None:
@@ -61,19 +71,21 @@ def _expect(part: Part, what: str, found: dict[str, Any] | None, strict: bool) -
         return
     for name, counts in found.items():
         good = counts["identical"] == counts["texts"]
+        part.expect(not counts.get("refused"), f"{what} with {name}: not captured: {counts.get('refused')}")
         part.expect(good or not strict, f"{what}: only {counts['identical']} of {counts['texts']} texts with {name}")
 
 
 def _own_tests(options: Options, seconds: float) -> dict[str, Any]:
     """Exit code and last lines of the tests of the step."""
     env = {**os.environ, "MEDUSA_TEST_DEVICE": options.device}
-    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parents[1] / "src"), str(TESTS.parent), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-W", "default", "-p", "no:cacheprovider", str(TESTS)]
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
+    command += [str(TESTS / name) for name in OWN]
     try:
         done = subprocess.run(
             command,
             env=env,
-            cwd=TESTS.parents[1],
+            cwd=TESTS.parent,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -123,6 +135,7 @@ def _random_texts(options: Options, dtype: torch.dtype) -> dict[str, Any]:
             "identical": sum(text == right for (text, _), right in zip(texts, expected, strict=True)),
             "tokens_per_step": round(sum(len(text) - 1 for text, _ in texts) / sum(steps for _, steps in texts), 3),
             "decoder": type(decoder).__name__,
+            **capture_facts(decoder),
         }
     return found
 
@@ -153,10 +166,10 @@ def _real_texts(options: Options, dtype: str) -> dict[str, Any]:
     def texts(of: LanguageModel) -> list[tuple[int, ...]]:
         return [of.generate(prompt, max_new_tokens=new_tokens).token_ids for prompt in prompts]
 
-    expected = texts(lm.with_drafter("none", nodes=1))
+    expected = texts(with_steps(lm, "none", 1))
     found: dict[str, Any] = {}
     for name in ("heads", "union") if lm.heads is not None else ("union",):
-        other = lm.with_drafter(name)
+        other = with_steps(lm, name, DEFAULT_NODES)
         same = [text == right for text, right in zip(texts(other), expected, strict=True)]
         found[name] = {"texts": len(same), "identical": sum(same), "decoder": type(other.decoder).__name__}
     return found

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa.decoding.loop import Decoder
+from medusa.device.decoder import DeviceDecoder, parts
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.baselines import TransformersMethod
 from medusa.evaluation.batch import Load, compare_loads
 from medusa.evaluation.gpu_report import Options, Part
+from medusa.evaluation.gpu_shapes import capture_facts
 from medusa.evaluation.gpu_timing import free_memory
 
 if TYPE_CHECKING:
+    from medusa.decoders import Nodes
     from medusa.generation import LanguageModel
 
 NODES = 64
+AUTO: Nodes = "auto"
 SMALL_NODES = 16  # for many texts at once, where a pass is no longer free
 SLOTS = 32
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -134,6 +138,8 @@ def _one_text(part: Part, options: Options) -> None:
     part.set("model", {name: facts.get(name) for name in ("model", "parameters", "dtype", "heads", "nodes")})
     if lm.heads is None:
         part.note("there are no heads for this model: give --heads")
+    if options.cuda:
+        part.expect(isinstance(lm.decoder, DeviceDecoder), f"medusa.load gives a {type(lm.decoder).__name__} on CUDA")
     prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
     part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}), needs=5.0)
     part.measure("baselines", lambda: _baselines(part, lm, options), needs=5.0)
@@ -141,9 +147,24 @@ def _one_text(part: Part, options: Options) -> None:
 
 
 def views(lm: LanguageModel) -> dict[str, LanguageModel]:
-    """The same engine with each drafter that it has."""
+    """The same engine with each drafter that it has, and once with as many nodes as it chooses itself."""
     names = [name for name in DRAFTERS if lm.heads is not None or name == "ngram"]
-    return {"plain": lm.with_drafter("none", nodes=1), **{name: lm.with_drafter(name) for name in names}}
+    found = {"plain": with_steps(lm, "none", 1), **{name: with_steps(lm, name, NODES) for name in names}}
+    return {**found, "auto": with_steps(lm, names[-1], "auto")} if "union" in names else found
+
+
+def with_steps(lm: LanguageModel, drafter: str, nodes: Nodes) -> LanguageModel:
+    """The same engine with another drafter, decoding by steps on the device also where that is a CPU."""
+    other = lm.with_drafter(drafter, nodes=1)
+    try:
+        parts(other.drafter)
+    except UsageError:  # heads without a fixed tree
+        return lm.with_drafter(drafter, nodes=nodes)
+    if isinstance(other.decoder, DeviceDecoder):  # as it is on a GPU
+        return lm.with_drafter(drafter, nodes=nodes)
+    backend: Any = lm.backend
+    other.decoder = DeviceDecoder(backend, other.drafter, nodes)
+    return other
 
 
 def _texts(
@@ -172,6 +193,9 @@ def _texts(
             of["seconds"] += text.stats.decode_seconds
             of["identical"] += text.token_ids == plain
         done += 1
+    for name, engine in engines.items():
+        refused = capture_facts(engine.decoder).get("refused")
+        part.expect(not refused, f"{name}: not captured: {refused}")
     rates = {name: of["tokens"] / of["seconds"] if of["seconds"] else 0.0 for name, of in counts.items()}
     return {
         name: {
@@ -181,6 +205,7 @@ def _texts(
             "identical": of["identical"],
             "texts": done,
             "decoder": type(engines[name].decoder).__name__,
+            **capture_facts(engines[name].decoder),
         }
         for name, of in counts.items()
     } | {"first_token_ms": round(1e3 * sorted(first_seconds)[len(first_seconds) // 2], 2)}
@@ -192,8 +217,13 @@ def _baselines(part: Part, lm: LanguageModel, options: Options) -> dict[str, Any
     backend: Any = lm.backend
     sampling = {"temperature": 0.0}
     generate = TransformersMethod("transformers", backend.model, lm, sampling)
-    generate.answer([{"role": "user", "content": prompts[0]}], 8)
-    answers = [generate.answer([{"role": "user", "content": prompt}], tokens) for prompt in prompts]
+    ours = backend.model.config._attn_implementation
+    backend.model.set_attn_implementation("sdpa")  # transformers' own
+    try:
+        generate.answer([{"role": "user", "content": prompts[0]}], 8)
+        answers = [generate.answer([{"role": "user", "content": prompt}], tokens) for prompt in prompts]
+    finally:
+        backend.model.set_attn_implementation(ours)
     rate = sum(answer.decoded_tokens for answer in answers) / max(
         1e-9, sum(answer.decode_seconds for answer in answers)
     )
@@ -230,9 +260,8 @@ def _batches(part: Part, options: Options) -> dict[str, Any]:
     lm = load(options, slots=max(sizes))
     drafter = "union" if lm.heads is not None else "ngram"
     decoders: dict[str, Decoder] = {
-        "plain": lm.with_drafter("none", nodes=1).decoder,
-        f"{drafter} {SMALL_NODES}": lm.with_drafter(drafter, nodes=SMALL_NODES).decoder,
-        f"{drafter} {NODES}": lm.with_drafter(drafter, nodes=NODES).decoder,
+        "plain": with_steps(lm, "none", 1).decoder,
+        **{f"{drafter} {nodes}": with_steps(lm, drafter, nodes).decoder for nodes in (SMALL_NODES, NODES, AUTO)},
     }
     prompts = [lm.encode(prompt) for prompt in PROMPTS]
     steps, tokens = (3, 8) if options.tiny else (24, 128)

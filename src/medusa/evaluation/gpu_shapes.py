@@ -23,6 +23,7 @@ from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
+from medusa.device.decoder import DeviceDecoder
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
 from medusa.models.heads import Heads, HeadsConfig
@@ -209,25 +210,23 @@ def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, lis
     return found
 
 
-def make_decoder(backend: TransformersBackend, drafter: Drafter, nodes: int) -> Decoder:
-    """A DeviceDecoder, or the loop on the host where this Medusa has none."""
-    try:
-        from medusa.device.decoder import DeviceDecoder  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return Decoder(backend, drafter, nodes)
-    return DeviceDecoder(backend, drafter, nodes)  # type: ignore[no-any-return, unused-ignore]
+def make_decoder(backend: TransformersBackend, drafter: Drafter, nodes: int) -> DeviceDecoder:
+    return DeviceDecoder(backend, drafter, nodes)
 
 
-def step_seconds(decoder: Decoder, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
+def capture_facts(decoder: Decoder) -> dict[str, Any]:
+    """How many graphs a decoder holds, and why it has none where the device refused."""
+    captured = getattr(decoder, "_captured", None)
+    return {"graphs": len(captured), "refused": captured.refused} if captured is not None else {}
+
+
+def step_seconds(decoder: DeviceDecoder, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
     """Medians of a step of one text, one for each of `rounds`."""
-    time_step: Any = getattr(decoder, "time_step", None)
-    if time_step is not None:
-        return [float(time_step(1, nodes, context, repeats)) for _ in range(rounds)]
-    return loop_seconds(decoder, context, repeats, rounds)
+    return [decoder.time_step(1, nodes, context, repeats) for _ in range(rounds)]
 
 
 def loop_seconds(decoder: Decoder, context: int, repeats: int, rounds: int = 3) -> list[float]:
-    """The same of a decoder that is run from the host, in the middle of a text."""
+    """The same of any decoder, in the middle of a text: with a DeviceDecoder, what the host does is counted too."""
     prompt = [(7919 * i + 13) % decoder.backend.vocab_size for i in range(context)]
     room = decoder.backend.max_length - context - 1
     row, _ = decoder.start(0, prompt, Sampling(), max_new_tokens=room)
@@ -293,12 +292,12 @@ def _shape_times(part: Part, options: Options, name: str, limit: float | None) -
     model = random_model(shape, device, dtype)
     wait(device)
     part.set(f"{name}/build_seconds", round(time.perf_counter() - begun, 2))
-    _steps(part, options, f"{name}/trained", model, trained_config(shape), limit)
-    part.measure(
+    part.measure(  # before a backend takes the model: its attention must be transformers' own
         f"{name}/generate",
         lambda: generate_rate(model, device, *((16, 8) if options.tiny else (PROMPT, ANSWER))),
         needs=3.0,
     )
+    _steps(part, options, f"{name}/trained", model, trained_config(shape), limit)
     one, generate = part.get(f"{name}/trained/steps/1/ms/median"), part.get(f"{name}/generate/tokens_per_second")
     if one and generate:
         part.set(f"{name}/plain_to_generate", round(1e3 / one / generate, 3))
@@ -325,10 +324,10 @@ def _steps(
 
     def measure(nodes: int, drafter: Drafter, tree: Tree | None) -> dict[str, Any]:
         decoder = make_decoder(backend, drafter, nodes)
-        if not hasattr(decoder, "time_step"):
-            part.note("medusa.device.decoder is not there: these are steps of the loop on the host")
         ms = spread(step_seconds(decoder, nodes, context, repeats, rounds))
-        found: dict[str, Any] = {"ms": ms}
+        captured = capture_facts(decoder)
+        part.expect(not captured["refused"], f"{key}, {nodes} nodes: not captured: {captured['refused']}")
+        found: dict[str, Any] = {"ms": ms, **captured}
         first = part.get(f"{key}/steps/1/ms/median")
         if first:
             found["to_one"] = round(ms["median"] / first, 3)
@@ -352,9 +351,11 @@ def _steps(
     def on_the_host(nodes: int, drafter: Drafter) -> dict[str, float]:
         return spread(loop_seconds(Decoder(backend, drafter, nodes), context, repeats // 2, 2))
 
-    part.measure(f"{key}/without_heads/64", lambda: measure(64, NgramDrafter(), None), needs=1.0)
+    part.measure(f"{key}/with_ngrams/9", lambda: measure(9, NgramDrafter(), None), needs=1.0)  # its longest chain
     part.measure(f"{key}/host_loop_ms/1", lambda: on_the_host(1, NoDrafter()), needs=3.0)
     drafter = HeadsDrafter(heads, shipped_tree(64))
+    whole = make_decoder(backend, drafter, 64)
+    part.measure(f"{key}/step_in_text_ms/64", lambda: spread(loop_seconds(whole, context, repeats // 2, 2)), needs=2.0)
     part.measure(f"{key}/host_loop_ms/64", lambda: on_the_host(64, drafter), needs=3.0)
 
 

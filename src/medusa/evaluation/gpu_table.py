@@ -99,11 +99,15 @@ def _attention(found: Mapping[str, Any]) -> list[str]:
     for name, of in found.items():
         for nodes, places in of.items():
             for length, ways in places.items():
-                told = "  ".join(
-                    f"{way} {w['us']['median']:.1f}{'' if w['agrees'] else '!'}" for way, w in ways.items()
-                )
+                told = "  ".join(f"{way} {_way(w)}" for way, w in ways.items())
                 lines.append(f"  {name}, {nodes}, {length}, us: {told}")
     return lines
+
+
+def _way(measured: Mapping[str, Any]) -> str:
+    if "us" not in measured:
+        return "refused"
+    return f"{measured['us']['median']:.1f}{'' if measured['agrees'] else ' (differs!)'}"
 
 
 def _model(found: Mapping[str, Any]) -> list[str]:

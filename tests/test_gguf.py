@@ -198,7 +198,7 @@ def test_a_transformers_that_is_too_old_to_read_a_file_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("transformers.integrations.gguf.gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS")
-    path = tiny_file(tmp_path / "a.gguf")
+    path = tiny_file(tmp_path)
     with pytest.raises(MedusaError, match=r"transformers 5\.\d+\.\d+ is too old .* pip install 'transformers>=5\.20'"):
         zoo.resolve(str(path), progress=False)
 

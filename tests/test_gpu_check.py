@@ -262,11 +262,32 @@ def test_a_part_that_is_killed_or_dies_leaves_what_it_had(tmp_path: Path, script
         assert part["errors"][0]["traceback"] == ["about to hang"]
 
 
+PARENT = "import subprocess, sys; c = subprocess.Popen(['sleep', '600']); print(c.pid, flush=True); c.wait()"
+
+
 def test_a_killed_part_takes_its_children_with_it(tmp_path: Path) -> None:
-    script = "import subprocess, sys; c = subprocess.Popen(['sleep', '600']); print(c.pid, flush=True); c.wait()"
     path = tmp_path / "report.json"
-    run_process("times", [sys.executable, "-c", script], path, 2.0, os.environ)
-    child = int(path.with_suffix(".log").read_text().split()[-1])
+    run_process("times", [sys.executable, "-c", PARENT], path, 2.0, os.environ)
+    assert_gone(int(path.with_suffix(".log").read_text().split()[-1]))
+
+
+def test_a_check_that_is_told_to_stop_takes_its_part_with_it(tmp_path: Path) -> None:
+    path, log = tmp_path / "report.json", tmp_path / "report.log"
+    script = (
+        "import os, sys; from pathlib import Path; from medusa.evaluation import gpu_check\n"
+        "gpu_check.stop_with_children()\n"
+        "gpu_check.run_process('times', [sys.executable, '-c', sys.argv[2]], Path(sys.argv[1]), 60.0, os.environ)\n"
+    )
+    check = subprocess.Popen([sys.executable, "-c", script, str(path), PARENT])
+    while not log.is_file() or not log.read_text().split()[-1].isdigit():
+        assert check.poll() is None
+        time.sleep(0.02)
+    check.terminate()
+    assert check.wait(timeout=20) == 128 + signal.SIGTERM
+    assert_gone(int(log.read_text().split()[-1]))
+
+
+def assert_gone(child: int) -> None:
     for _ in range(100):
         state = Path(f"/proc/{child}/stat")
         if not state.is_file() or state.read_text().split()[2] == "Z":
@@ -296,6 +317,7 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         main(command[command.index("--only") :])
 
     monkeypatch.setattr(gpu_check, "run_process", run)
+    monkeypatch.setattr(gpu_check, "stop_with_children", lambda: None)
 
 
 def test_no_part_is_begun_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +380,7 @@ def test_the_table_names_the_card_and_is_short(tmp_path: Path) -> None:
     assert "torch 2.11" in lines[0]
     assert len(lines) == LINES
     assert "more: see the report" in lines[-1]
+    assert "times: w: T: mmm" in lines[2]
     assert all(len(line) <= 150 for line in lines)
 
 

@@ -22,11 +22,12 @@ def table(data: Mapping[str, Any]) -> str:
     lines.append(
         "  ".join(f"{name}: {part['status']} ({part.get('seconds', 0):.0f} s)" for name, part in parts.items())
     )
+    for name, part in parts.items():  # first, so that a table that is cut short tells them
+        for error in part.get("errors", [])[:4]:
+            lines.append(f"  ! {name}: {error['where']}: {error['type']}: {error['message']}")
     for name, part in parts.items():
         made = _MAKERS.get(name, _nothing)(part.get("found") or {})
         lines += made
-        for error in part.get("errors", [])[:4]:
-            lines.append(f"  ! {name}: {error['where']}: {error['type']}: {error['message']}")
         lines += [f"  ({name}: {note})" for note in part.get("notes", [])[:3]]
         if left_out := part.get("left_out"):
             lines.append(f"  ({name}: no time for {', '.join(left_out)})")

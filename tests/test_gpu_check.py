@@ -433,3 +433,33 @@ def test_the_script_runs_parts_in_processes_of_their_own(tmp_path: Path, tiny_mo
     assert read(out)["machine"]["name"] in done.stdout.splitlines()[0]
     assert read(out)["parts"]["attention"]["status"] == "done"
     assert read(out)["machine"]["versions"]["torch"] in done.stdout
+
+
+def test_the_cache_of_a_model_that_is_timed_grows_no_more(tmp_path: Path, tiny_model: tuple[str, str]) -> None:
+    from medusa.evaluation import gpu_model
+
+    lm = gpu_model.load(options(tmp_path, tiny_model))
+    backend: Any = lm.backend
+    before = backend.capacity
+    lm.generate("x" * 100, max_new_tokens=150)
+    assert backend.capacity == before == backend.max_length + backend.max_nodes
+
+
+def test_every_drafter_has_said_the_longest_text_before_it_is_timed(
+    tmp_path: Path, tiny_model: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medusa.evaluation import gpu_model
+    from medusa.generation import LanguageModel
+
+    asked = options(tmp_path, tiny_model)
+    lm = gpu_model.load(asked)
+    calls: list[tuple[str, str, int, bool]] = []
+    real = LanguageModel.generate
+
+    def watched(self: LanguageModel, prompt: Any, **settings: Any) -> Any:
+        calls.append((self.drafter.name, prompt, settings["max_new_tokens"], settings.get("ignore_eos", False)))
+        return real(self, prompt, **settings)
+
+    monkeypatch.setattr(LanguageModel, "generate", watched)
+    gpu_model._texts(Part(Report(asked.out), "model", 60.0), lm, ["a", "bbb", "cc"], 6, {"temperature": 0.0})
+    assert calls[:4] == [(name, "bbb", 6, True) for name in ("none", "heads", "ngram", "union")]

@@ -110,11 +110,14 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1) -> Langua
         "progress": False,
     }
     try:
-        return medusa.load(model, tree="static", **asked)
+        lm = medusa.load(model, tree="static", **asked)
     except UsageError as error:
         if "static tree" not in str(error):
             raise
-        return medusa.load(model, tree="dynamic", **asked)
+        lm = medusa.load(model, tree="dynamic", **asked)
+    backend: Any = lm.backend
+    backend.reserve(backend.max_length + backend.max_nodes)  # a cache that grows later would void captured steps
+    return lm
 
 
 def model_part(part: Part, options: Options) -> None:
@@ -172,8 +175,13 @@ def _texts(
 ) -> dict[str, Any]:
     """Every drafter in turn for each prompt: rates, and how many texts are those of plain decoding."""
     engines = views(lm)
-    for engine in engines.values():  # graphs are captured here
-        engine.generate(prompts[0], max_new_tokens=min(16, max_new_tokens), seed=0, **sampling)
+    longest = max(prompts, key=len)
+    for (
+        name,
+        engine,
+    ) in engines.items():  # graphs of every length are captured here, and where nodes are chosen, of more
+        for prompt in prompts if name == "auto" else [longest]:
+            engine.generate(prompt, max_new_tokens=max_new_tokens, seed=0, ignore_eos=prompt == longest, **sampling)
     counts = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in engines}
     first_seconds = []
     done = 0

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -587,14 +588,28 @@ def test_the_default_model_is_the_gguf_file_unpacked(capfd, monkeypatch):
     assert capfd.readouterr() == ("", "")
 
 
-def test_few_bits_on_a_gpu_ask_for_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What from_pretrained is given; no machine of ours has run it."""
+def test_few_bits_on_a_gpu_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What from_pretrained is given."""
     with pytest.raises(UsageError, match="need a CUDA device, not cpu"):
         zoo._quantised(4, torch.bfloat16, "cpu")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install bitsandbytes"):
+    there: set[str] = set()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in there else None)
+    with pytest.raises(UsageError, match="need bitsandbytes or torchao: pip install one"):
         zoo._quantised(8, torch.bfloat16, "cuda:0")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    there.add("torchao")
+    with pytest.raises(UsageError, match="4 bits on cuda:0 need bitsandbytes: pip install one"):
+        zoo._quantised(4, torch.bfloat16, "cuda:0")
+    there.add("bitsandbytes")
     options = zoo._quantised(4, torch.bfloat16, "cuda:1")
     assert options["device_map"] == {"": "cuda:1"}
     assert options["quantization_config"].load_in_4bit
+
+
+def test_eight_bits_are_made_by_torchao_where_that_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8 weights")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchao.quantization", made)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "torchao" else None)
+    monkeypatch.setattr("transformers.TorchAoConfig", lambda kind: f"torchao: {kind}")
+    options = zoo._quantised(8, torch.bfloat16, "cuda:0")
+    assert options == {"quantization_config": "torchao: int8 weights", "device_map": {"": "cuda:0"}}

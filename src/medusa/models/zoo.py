@@ -266,7 +266,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model in eval mode, its weights in `dtype`, on `device` ("auto" spreads it over all devices).
 
-    With `bits` (8 or 4; CUDA only, by bitsandbytes) its linear layers are quantised as they are read, so that the whole
+    With `bits` (8 or 4; CUDA only) its linear layers are quantised as they are read, so that the whole
     model is never in memory in `dtype`.
 
     Raises:
@@ -301,17 +301,26 @@ def load_model(
 
 
 def _quantised(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments of from_pretrained that read the weights in 8 or 4 bits."""
+    """Arguments of from_pretrained that read the weights in 8 or 4 bits: by bitsandbytes, or in 8 by torchao."""
     if not device.startswith("cuda"):
-        raise UsageError(f"{bits} bits by bitsandbytes need a CUDA device, not {device}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(f"{bits} bits on {device} need bitsandbytes: pip install bitsandbytes, or take bfloat16")
-    from transformers import BitsAndBytesConfig
+        raise UsageError(f"{bits} bits need a CUDA device, not {device}")
+    import transformers
 
-    if bits == 8:
-        config: Any = BitsAndBytesConfig(load_in_8bit=True)
+    config: Any
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        if bits == 8:
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            config = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+    elif bits == 8 and importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
     else:
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        either = "bitsandbytes or torchao" if bits == 8 else "bitsandbytes"
+        raise UsageError(f"{bits} bits on {device} need {either}: pip install one, or take bfloat16")
     return {"quantization_config": config, "device_map": {"": device}}
 
 

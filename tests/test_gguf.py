@@ -194,6 +194,15 @@ def test_one_of_several_parts_is_refused(tmp_path: Path) -> None:
     assert_runs(tiny_file(tmp_path, **{"split.count": 1}), model_of("llama"))
 
 
+def test_a_transformers_that_is_too_old_to_read_a_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("transformers.integrations.gguf.gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS")
+    path = tiny_file(tmp_path)
+    with pytest.raises(MedusaError, match=r"transformers 5\.\d+\.\d+ is too old .* pip install 'transformers>=5\.20'"):
+        zoo.resolve(str(path), progress=False)
+
+
 def test_a_conversion_of_an_earlier_version_is_not_used(tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
     location = Path(zoo.resolve(str(path), progress=False).location)

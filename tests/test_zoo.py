@@ -483,6 +483,15 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     assert zoo.cache_dir().name == "medusa"
 
 
+def test_without_platformdirs_the_cache_must_be_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setenv("MEDUSA_CACHE", "/x")
+    assert zoo.cache_dir() == Path("/x")
+    monkeypatch.delenv("MEDUSA_CACHE")
+    with pytest.raises(MedusaError, match=r"pip install platformdirs, or set MEDUSA_CACHE"):
+        zoo.cache_dir()
+
+
 # -------------------------------------------------------------------------------- heads
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -86,8 +87,13 @@ def cache_dir() -> Path:
     """The directory for converted models: $MEDUSA_CACHE, else `medusa` in the platform's user cache."""
     if chosen := os.environ.get("MEDUSA_CACHE"):
         return Path(chosen).expanduser()
-    import platformdirs
-
+    try:
+        import platformdirs
+    except ImportError:
+        raise MedusaError(
+            "the package platformdirs, which knows where caches go, is not installed: pip install platformdirs, or set "
+            "MEDUSA_CACHE to a directory"
+        ) from None
     return Path(platformdirs.user_cache_path("medusa", appauthor=False))
 
 
@@ -504,6 +510,10 @@ def _converted(gguf: Path, progress: bool) -> Path:
         _publish(work, final)
     except MedusaError:
         raise
+    except ImportError as error:
+        version = importlib.metadata.version("transformers")
+        told = f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed)"
+        raise MedusaError(f"{told}: pip install 'transformers>=5.20'") from error
     except OSError as error:
         # transformers raises OSErrors of its own about the file; only those of the system have an errno.
         if error.errno is None:

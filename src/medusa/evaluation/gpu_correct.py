@@ -1,0 +1,175 @@
+"""Whether what is decoded on the device is right: the step's own tests, and texts that must equal plain decoding."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.sampling import Sampling
+from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
+from medusa.evaluation.gpu_model import PROMPTS, default_model, load, with_steps
+from medusa.evaluation.gpu_report import Options, Part
+from medusa.evaluation.gpu_shapes import (
+    Shape,
+    capture_facts,
+    make_decoder,
+    random_heads,
+    random_model,
+    shipped_tree,
+    trained_config,
+)
+from medusa.evaluation.gpu_timing import free_memory
+from medusa.models.transformers_backend import TransformersBackend
+
+if TYPE_CHECKING:
+    from medusa.generation import LanguageModel
+
+TESTS = Path(__file__).parents[3] / "tests"
+OWN = ("test_device_step.py", "test_device_capture.py")
+RANDOM = Shape(4, 128, 8, 2, 256, 128)  # few tokens, so that it soon says one again
+TINY_RANDOM = Shape(3, 64, 4, 2, 96, 64)
+TEXTS = 8
+NODES = 32
+
+
+def exact_float32() -> None:
+    """float32 is float32: no TF32 in products."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def correctness_part(part: Part, options: Options) -> None:
+    exact_float32()
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        found = part.measure(f"random/{name}", lambda dtype=dtype: _random_texts(options, dtype), needs=2.0)  # type: ignore[misc]
+        _expect(part, f"a random model in {name}", found, strict=dtype == torch.float32)
+        free_memory(options.device)
+    _default_texts(part, options)
+    if options.tiny:
+        part.note("the step's own tests are left out in a tiny check")
+    elif not all((TESTS / name).is_file() for name in OWN):
+        part.note(f"{' and '.join(OWN)} are not there: the step's own tests are left out")
+    else:
+        found = part.measure("tests", lambda: _own_tests(options, part.left), needs=5.0)
+        part.expect(found is None or found["exit"] == 0, f"the step's own tests fail on {options.device}")
+
+
+def _expect(part: Part, what: str, found: dict[str, Any] | None, strict: bool) -> None:
+    """In float32 every text must be that of plain decoding; in fewer bits the order of a sum may decide a tie."""
+    if not found:
+        return
+    for name, counts in found.items():
+        good = counts["identical"] == counts["texts"]
+        part.expect(not counts.get("refused"), f"{what} with {name}: not captured: {counts.get('refused')}")
+        part.expect(good or not strict, f"{what}: only {counts['identical']} of {counts['texts']} texts with {name}")
+
+
+def _own_tests(options: Options, seconds: float) -> dict[str, Any]:
+    """Exit code and last lines of the tests of the step."""
+    env = {**os.environ, "MEDUSA_TEST_DEVICE": options.device}
+    env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), env.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
+    command += [str(TESTS / name) for name in OWN]
+    try:
+        done = subprocess.run(
+            command,
+            env=env,
+            cwd=TESTS.parent,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=max(1.0, seconds),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return {"exit": -1, "passed": None, "last_lines": ["out of time", *said.splitlines()[-15:]]}
+    passed = re.search(r"(\d+) passed", done.stdout)
+    return {
+        "exit": done.returncode,
+        "passed": int(passed.group(1)) if passed else 0,
+        "last_lines": done.stdout.splitlines()[-(3 if done.returncode == 0 else 40) :],
+    }
+
+
+def _random_texts(options: Options, dtype: torch.dtype) -> dict[str, Any]:
+    """Texts of a small random model, which soon repeats itself, so that drafts are accepted."""
+    shape = TINY_RANDOM if options.tiny else RANDOM
+    new_tokens = 24 if options.tiny else 96
+    torch.manual_seed(0)
+    model = random_model(shape, options.device, dtype, std=0.15)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name:
+                parameter.mul_(0.2)  # what it says depends mostly on the last token
+    config = trained_config(shape)
+    backend = TransformersBackend(
+        model, num_slots=1, max_length=256, feature_layers=config.feature_layers, self_check=dtype == torch.float32
+    )
+    heads = random_heads(config, backend, options.device, dtype)
+    drafter = HeadsDrafter(heads, shipped_tree(NODES))
+    plain = make_decoder(backend, NoDrafter(), 1)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, shape.vocab, (9 + i,), generator=generator).tolist() for i in range(TEXTS)]
+    decoders = {
+        "heads": make_decoder(backend, drafter, NODES),
+        "union": make_decoder(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
+    }
+    expected = [_text(plain, prompt, new_tokens)[0] for prompt in prompts]
+    found: dict[str, Any] = {}
+    for name, decoder in decoders.items():
+        texts = [_text(decoder, prompt, new_tokens) for prompt in prompts]
+        found[name] = {
+            "texts": len(texts),
+            "identical": sum(text == right for (text, _), right in zip(texts, expected, strict=True)),
+            "tokens_per_step": round(sum(len(text) - 1 for text, _ in texts) / sum(steps for _, steps in texts), 3),
+            "decoder": type(decoder).__name__,
+            **capture_facts(decoder),
+        }
+    return found
+
+
+def _text(decoder: Decoder, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
+    """A greedy text, and its steps after the prefill."""
+    steps = list(decode(decoder, prompt, Sampling(), max_new_tokens=new_tokens))
+    return [token for step in steps for token in step.tokens], max(1, len(steps) - 1)
+
+
+def _default_texts(part: Part, options: Options) -> None:
+    """The same with the real model, where it is at hand."""
+    model = part.measure("default/model", lambda: default_model(options), needs=10.0)
+    if model is None:
+        part.note("no model at hand: give --model or --pieces to check its texts")
+        return
+    for dtype in ("float32", "bfloat16"):
+        found = part.measure(f"default/{dtype}", lambda dtype=dtype: _real_texts(options, dtype), needs=8.0)  # type: ignore[misc]
+        _expect(part, f"the model in {dtype}", found, strict=dtype == "float32")
+        free_memory(options.device)
+
+
+def _real_texts(options: Options, dtype: str) -> dict[str, Any]:
+    lm = load(options, dtype=dtype)
+    new_tokens = 12 if options.tiny else 64
+    prompts = PROMPTS[:2] if options.tiny else PROMPTS[:TEXTS]
+
+    def texts(of: LanguageModel) -> list[tuple[int, ...]]:
+        return [of.generate(prompt, max_new_tokens=new_tokens).token_ids for prompt in prompts]
+
+    expected = texts(with_steps(lm, "none", 1))
+    found: dict[str, Any] = {}
+    for name in ("heads", "union") if lm.heads is not None else ("union",):
+        other = with_steps(lm, name, DEFAULT_NODES)
+        same = [text == right for text, right in zip(texts(other), expected, strict=True)]
+        found[name] = {"texts": len(same), "identical": sum(same), "decoder": type(other.decoder).__name__}
+    return found

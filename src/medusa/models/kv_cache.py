@@ -53,6 +53,11 @@ class SlotLayer(CacheLayerMixin):
         new[:, :, : old.shape[2]] = old
         return new
 
+    def clear(self) -> None:
+        """Gives the buffers back; the next pass makes new ones."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def move(self, slot: int, source: Tensor, target: int) -> None:
         """Copies the rows `source` of a slot to `target` and the places after it."""
         for rows in (self.keys, self.values):
@@ -151,6 +156,12 @@ class SlotCache(Cache):
         self.capacity = min(self.capacity, max(length, self.max_length))
         for layer in self.slot_layers:
             layer.grow()
+
+    def clear(self, num_slots: int) -> None:
+        """Forgets all and gives the memory back; there are `num_slots` slots then."""
+        self.num_slots, self.capacity = num_slots, min(FIRST_CAPACITY, self.max_length)
+        for layer in self.slot_layers:
+            layer.clear()
 
     def keep(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Of the rows written at `start`, those in `path` (rising) move to the front."""

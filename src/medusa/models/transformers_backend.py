@@ -33,7 +33,7 @@ from medusa.models.backend import (
 )
 from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
-from medusa.models.kv_cache import Cursor, SlotCache
+from medusa.models.kv_cache import Cursor, DeviceCursor, SlotCache
 from medusa.models.topology import topology
 
 if TYPE_CHECKING:
@@ -216,12 +216,66 @@ class TransformersBackend:
                 output_hidden_states=bool(self.feature_layers),
                 **options,
             )
-        final = captured[0]
+        return out.logits, self._features(out, captured[0])
+
+    def _features(self, out: Any, final: Tensor) -> Tensor:
+        """Features [B, N, F*H] of a pass: the hidden states that heads read, in front of the LM head's input."""
         if not self.feature_layers:
-            return out.logits, final
+            return final
         rows = final.shape[1]
         middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
-        return out.logits, torch.cat([*middle, final], dim=-1)
+        return torch.cat([*middle, final], dim=-1)
+
+    # --- passes on the device: nothing in them waits for it ---------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def text_window(self) -> int | None:
+        """How many places sliding attention sees, where there is any."""
+        return self._masks.window
+
+    def reserve(self, length: int) -> None:
+        """Makes room for `length` places in every slot, so that buffers stay where they are until then."""
+        self._cache.reserve(length)
+
+    def resize(self, num_slots: int) -> None:
+        """Empties all slots and gives their memory back; from now on there are `num_slots`."""
+        check_slots(num_slots)
+        self.num_slots, self._lengths = num_slots, [0] * num_slots
+        self._cache.clear(num_slots)
+
+    @torch.inference_mode()
+    def device_pass(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cursor: DeviceCursor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, V] and features [B, N, F*H] of `tokens` [B, N] at `positions` [B, N], all on the device. What
+        slots hold is the caller's to know; `reserve` comes before."""
+        self._cache.cursor = cursor
+        with capture_input(self._lm_head) as captured:
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=masks,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                output_hidden_states=bool(self.feature_layers),
+            )
+        return out.logits, self._features(out, captured[0])
+
+    def text_masks(self, positions: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+        """Masks for `device_pass` over plain texts, where a token's place is its position [B, N]."""
+        return self._masks.of_text(positions, used)
+
+    @torch.inference_mode()
+    def read_texts(self, tokens: Tensor) -> list[Tensor]:
+        """The parts of the features of whole texts [B, T], filled up on the right with any token: hidden states
+        [B, T, H], one of each feature layer and the LM head's input last. Without a cache, as the model itself does."""
+        with capture_input(self._lm_head, read=1) as captured:
+            out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
+        return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
 
 
 class _MaskMaker:
@@ -260,6 +314,16 @@ class _MaskMaker:
         made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
         return made if len(made) > 1 else next(iter(made.values()))
 
+    def of_text(self, positions: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+        """The same, made on the device, for tokens at `positions` [B, N] of texts whose places are positions."""
+        away = positions[:, None, :, None] - torch.arange(used, device=positions.device)  # [B, 1, N, used]
+        allowed = {"full_attention": away >= 0}
+        if self.window is not None:
+            allowed["sliding_attention"] = (away >= 0) & (away < self.window)
+        hidden = torch.finfo(self.dtype).min
+        made = {kind: away.new_zeros((), dtype=self.dtype).where(allowed[kind], hidden) for kind in self.kinds}
+        return made if len(made) > 1 else next(iter(made.values()))
+
     def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:
         mask = torch.zeros(allowed.shape, dtype=self.dtype)
         mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(self.dtype).min)
@@ -272,10 +336,17 @@ def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture."""
+def capture_input(module: nn.Module, read: int | None = None) -> Iterator[list[Tensor]]:
+    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture. With
+    `read` the module itself is given no more than the first so many positions [B, read, H], where logits are in the
+    way."""
     captured: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+
+    def hook_in(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        captured.append(args[0])
+        return None if read is None else (args[0][:, :read], *args[1:])
+
+    hook = module.register_forward_pre_hook(hook_in)
     try:
         yield captured
     finally:

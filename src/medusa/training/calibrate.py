@@ -122,7 +122,7 @@ def calibrate_heads(
     check_target(found if out is None else out)
     reporter.stage("Loading")
     shape = zoo.load_config(source).get_text_config()
-    slots, length = room(shape, SLOTS, TextConfig().max_length)
+    slots, length = room(shape, SLOTS, TextConfig().max_length, str(engine.get("device", "cpu")))
     lm = medusa.load(
         model,
         heads=str(found),

@@ -9,12 +9,21 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from medusa.models.backend import Backend
 from medusa.models.transformers_backend import TransformersBackend
 from medusa.training.data import Example
 from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled
 
 BATCH_TOKENS = 65_536  # of texts that are read at once, filled up to the longest
 SHARE = 0.6  # of the free memory, that rows may take
+
+
+def on_one_gpu(backend: Backend) -> TransformersBackend | None:
+    """The backend, where it runs a model on one GPU; else None."""
+    if not isinstance(backend, TransformersBackend) or backend.device.type != "cuda":
+        return None
+    parts = getattr(backend.model, "hf_device_map", None) or {}
+    return backend if len(set(parts.values())) <= 1 else None
 
 
 class DeviceFeatures(LiveFeatures):

@@ -12,6 +12,7 @@ drawn from the best 512 at most: of a flat distribution whose `top_p` would keep
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from medusa.models.backend import Backend
 from medusa.models.decoding_attention import DecodingAttention, flash_works
 from medusa.models.kv_cache import DeviceCursor
 from medusa.models.transformers_backend import TransformersBackend
+from medusa.training.device_features import on_one_gpu
 from medusa.training.talk import LoopWatch, Said, Talk, Talked, Turn
 
 STEPS = 8  # between two looks
@@ -37,9 +39,12 @@ CANDIDATES = 512  # tokens that one is drawn from, at the most
 
 
 def runs_on_device(backend: Backend) -> TransformersBackend | None:
-    """The backend, where conversations run on its device; None where they run by `talk_in_slots`."""
-    if isinstance(backend, TransformersBackend) and backend.device.type == "cuda" and not refusal(backend):
-        return backend
+    """The backend, where conversations run on its device; None where they run by `talk_in_slots`. Tells people where a
+    GPU is not used so."""
+    found = on_one_gpu(backend)
+    if found is None or not (told := refusal(found)):
+        return found
+    print(f"conversations run one pass at a time, not as one graph on the device: {told}", file=sys.stderr, flush=True)
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from accelerate import Accelerator
 
 from medusa.errors import MedusaError, UsageError
 from medusa.models.backend import MAX_NODES
-from medusa.models.heads import Heads
+from medusa.models.heads import Heads, read_config, write_config
 from medusa.models.transformers_backend import TransformersBackend
 from medusa.training import text as training_text
 from medusa.training import trainer as training_trainer
 from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.compare import compare
 from medusa.training.config import OptimiserConfig, TrainConfig
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures, batched, on_one_gpu, read_table
@@ -28,6 +30,8 @@ from medusa.training.talk import Talked
 from medusa.training.text import room
 from medusa.training.text_file import TextFile
 from medusa.training.trainer import CHECKPOINT, Progress, Trainer, schedule
+from test_train_run import SMALL, save_model
+from test_train_run import run as run_command
 from test_training import K, examples, make_heads
 from tiny_models import make_model
 
@@ -277,3 +281,34 @@ def test_limits_of_time_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     before = TrainConfig()
     after = before.model_copy(update={"training": OptimiserConfig(seconds=5)})
     check_resumed(tmp_path, before, after)
+
+
+# --- the whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_on_a_gpu_leaves_what_any_run_leaves_but_no_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands for it. Heads are then measured beside each other, on the rows of the run."""
+    for module in ("run", "device_talk", "calibrate"):
+        monkeypatch.setattr(f"medusa.training.{module}.on_one_gpu", lambda backend: backend)
+    model, out = save_model(tmp_path / "model"), tmp_path / "run"
+    assert run_command("train", "--model", str(model), "--out", str(out), *SMALL, "log=[]", "text.seconds=100") == 0
+    assert not (out / "features").exists()
+    config = read_config(out / "heads")
+    assert config.training["steps"] == 8
+    assert config.tree
+    written = (out / "text.jsonl").read_bytes()
+    found = compare(out, [out / "heads"])
+    facts, told = found[str(out / "heads")], config.training["held_out"]
+    assert facts["positions"] == told["positions"]
+    assert facts["tokens_per_step"] == pytest.approx(told["tokens_per_step"], abs=0.05)  # saved in bfloat16
+    assert json.loads((out / "compared.json").read_text()) == json.loads(json.dumps(found))
+    again = run_command("train", "--config", str(out / "run.yaml"), "--resume", "training.max_steps=12")
+    assert again == 0
+    assert read_config(out / "heads").training["steps"] == 12
+    assert (out / "text.jsonl").read_bytes() == written
+    other = read_config(out / "heads")
+    write_config(replace(other, feature_layers=(2,)), out / "heads")
+    with pytest.raises(UsageError, match=r"reads layers \(2,\), those of .* \(1, 2\): compare heads"):
+        compare(out, [out / "heads"])

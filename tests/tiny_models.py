@@ -148,7 +148,7 @@ def shared_model(family: str = "llama", attention: str | None = None) -> PreTrai
 @torch.inference_mode()
 def plain_logits(model: PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """Logits [T, V] of a text by the model itself, without a cache."""
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
     assert isinstance(logits, torch.Tensor)
     return logits.float()
 

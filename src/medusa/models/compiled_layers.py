@@ -53,7 +53,10 @@ def compile_layers(model: PreTrainedModel, cache: SlotCache) -> None:
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(cache)), None)
     if layers is None:
         raise MedusaError(f"{type(model).__name__} has no list of {len(cache)} decoder layers: leave --compile out")
-    compiled = torch.compile(_call, dynamic=False)
+    # On the CPU a graph for each shape is the faster one. On a GPU it takes longer to make, and its kernels are as fast
+    # for sizes that change.
+    device = next(model.parameters()).device
+    compiled = torch.compile(_call, dynamic=None if device.type == "cuda" else False)
     for layer, rows in zip(layers, cache.slot_layers, strict=True):
         _route(layer, rows, compiled, cache)
 

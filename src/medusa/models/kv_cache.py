@@ -145,6 +145,7 @@ class SlotCache(Cache):
         self.capacity = min(FIRST_CAPACITY, max_length)
         self.cursor: Cursor | DeviceCursor = Cursor([0], [0], 0, 0)
         self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
+        self.stacks: list[Tensor] = []  # each [layers * 2, slots, KV heads, capacity, head size]
         super().__init__(layers=list(self.slot_layers))
 
     def reserve(self, length: int) -> None:
@@ -154,14 +155,44 @@ class SlotCache(Cache):
         while self.capacity < length:
             self.capacity *= 2
         self.capacity = min(self.capacity, max(length, self.max_length))
+        self.stacks = []
         for layer in self.slot_layers:
             layer.grow()
 
     def clear(self, num_slots: int) -> None:
         """Forgets all and gives the memory back; there are `num_slots` slots then."""
         self.num_slots, self.capacity = num_slots, min(FIRST_CAPACITY, self.max_length)
+        self.stacks = []
         for layer in self.slot_layers:
             layer.clear()
+
+    def stack(self) -> None:
+        """Puts the keys and values of all layers of one shape into one piece of memory, so that rows of all of them
+        are moved at once. Layers that no pass has reached yet, or that share another's cache, have none."""
+        if self.stacks:
+            return
+        shapes: dict[torch.Size, list[tuple[SlotLayer, str]]] = {}
+        for layer in self.slot_layers:
+            for name in ("keys", "values"):
+                if (rows := getattr(layer, name)) is not None:
+                    shapes.setdefault(rows.shape, []).append((layer, name))
+        for members in shapes.values():
+            stack = torch.stack([getattr(layer, name) for layer, name in members])
+            self.stacks.append(stack)
+            for (layer, name), rows in zip(members, stack, strict=True):
+                setattr(layer, name, rows)
+
+    def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
+        """Rows `paths` [B, D] after `lengths` [B] move to the places right after the lengths, in all layers."""
+        slots = torch.arange(len(lengths), device=lengths.device)[:, None]
+        places = lengths[:, None] + torch.arange(paths.shape[1], device=lengths.device)
+        for stack in self.stacks:
+            rows = stack.transpose(2, 3)  # [layers * 2, slots, capacity, KV heads, head size]
+            rows[:, slots, places] = rows[:, slots, lengths[:, None] + paths]
+
+    def fill_with_noise(self, slots: int, places: int) -> None:
+        for stack in self.stacks:
+            stack[:, :slots, :, :places].normal_()
 
     def keep(self, slot: int, start: int, path: Sequence[int]) -> None:
         """Of the rows written at `start`, those in `path` (rising) move to the front."""

@@ -35,6 +35,7 @@ from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
 from medusa.models.kv_cache import Cursor, DeviceCursor, SlotCache
 from medusa.models.topology import topology
+from medusa.models.tree_attention import use_grouped_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,6 +114,8 @@ class TransformersBackend:
                 model.set_attn_implementation("sdpa")
             except ValueError:  # soft-capping, for one
                 model.set_attn_implementation("eager")
+        if self._device.type == "cuda":
+            use_grouped_attention(model)
         self._compiled = compile
         self.padding = COMPILED_NODES if compile else 1
         if self_check:
@@ -183,6 +186,73 @@ class TransformersBackend:
             )
         return BaseWeights(self._embedding, self._lm_head.weight)
 
+    # --- a pass that waits for nothing: see `device/step.py` ------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def slides(self) -> bool:
+        """Whether any layer sees a window alone."""
+        return self._masks.window is not None
+
+    @property
+    def compiled(self) -> bool:
+        return self._compiled
+
+    @property
+    def capacity(self) -> int:
+        """Places of each slot now. When it changes the cache has moved, and what was captured before is void."""
+        return self._cache.capacity
+
+    def reserve(self, places: int) -> None:
+        """Makes room for so many places in every slot, and puts the caches of all layers into one piece."""
+        self._cache.reserve(places)
+        self._cache.stack()
+
+    def make_room(self, places: int) -> None:
+        """The same, and leaves the caches of layers where they are: to put them together takes twice the memory."""
+        self._cache.reserve(places)
+
+    def resize(self, num_slots: int) -> None:
+        """Empties all slots and gives their memory back; from now on there are `num_slots`."""
+        check_slots(num_slots)
+        self.num_slots, self._lengths = num_slots, [0] * num_slots
+        self._cache.clear(num_slots)
+
+    def set_length(self, slot: int, length: int) -> None:
+        """What the device has kept of a slot."""
+        self._lengths[slot] = length
+
+    def device_masks(self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int) -> Tensor | dict[str, Tensor]:
+        """Masks for B trees of one shape after texts of `lengths` [B]: depths [B, N], ancestors [N, N]."""
+        return self._masks.make_on_device(lengths, depths, ancestors, used)
+
+    def device_pass(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cursor: DeviceCursor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, N, V] and features [B, N, F*H] of tokens [B, N]. `reserve` must have been called."""
+        self._cache.cursor = cursor
+        return self._call(tokens, positions, masks)
+
+    @torch.inference_mode()
+    def read_texts(self, tokens: Tensor) -> list[Tensor]:
+        """The parts of the features of whole texts [B, T], filled up on the right with any token: hidden states
+        [B, T, H], one of each feature layer and the LM head's input last. Without a cache, as the model itself does."""
+        with capture_input(self._lm_head, read=1) as captured:
+            out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
+        return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
+
+    def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
+        """Moves the rows of the nodes in paths [B, D] to the places after `lengths` [B]. What is past the end of a path
+        is moved too and lies past the new length."""
+        self._cache.device_keep(lengths, paths)
+
+    def fill_with_noise(self, slots: int, places: int) -> None:
+        """Random keys and values in the first slots: to time a pass with, as zeros may be quicker."""
+        self._cache.fill_with_noise(slots, places)
+
     # --- one forward pass -----------------------------------------------------------------------------------------
 
     def _forward(
@@ -206,11 +276,17 @@ class TransformersBackend:
         self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
         options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
+        masks = self._masks.make(lengths, depths, visible, used, self._device)
+        return self._call(tokens.to(self._device), positions.to(self._device), masks, **options)
+
+    def _call(
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], **options: Any
+    ) -> tuple[Tensor, Tensor]:
         with capture_input(self._lm_head) as captured:
             out = self.model(
-                input_ids=tokens.to(self._device),
-                attention_mask=self._masks.make(lengths, depths, visible, used, self._device),
-                position_ids=positions.to(self._device),
+                input_ids=tokens,
+                attention_mask=masks,
+                position_ids=positions,
                 past_key_values=self._cache,
                 use_cache=True,
                 output_hidden_states=bool(self.feature_layers),
@@ -225,57 +301,6 @@ class TransformersBackend:
         rows = final.shape[1]
         middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
         return torch.cat([*middle, final], dim=-1)
-
-    # --- passes on the device: nothing in them waits for it ---------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
-    def text_window(self) -> int | None:
-        """How many places sliding attention sees, where there is any."""
-        return self._masks.window
-
-    def reserve(self, length: int) -> None:
-        """Makes room for `length` places in every slot, so that buffers stay where they are until then."""
-        self._cache.reserve(length)
-
-    def resize(self, num_slots: int) -> None:
-        """Empties all slots and gives their memory back; from now on there are `num_slots`."""
-        check_slots(num_slots)
-        self.num_slots, self._lengths = num_slots, [0] * num_slots
-        self._cache.clear(num_slots)
-
-    @torch.inference_mode()
-    def device_pass(
-        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cursor: DeviceCursor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, V] and features [B, N, F*H] of `tokens` [B, N] at `positions` [B, N], all on the device. What
-        slots hold is the caller's to know; `reserve` comes before."""
-        self._cache.cursor = cursor
-        with capture_input(self._lm_head) as captured:
-            out = self.model(
-                input_ids=tokens,
-                attention_mask=masks,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                output_hidden_states=bool(self.feature_layers),
-            )
-        return out.logits, self._features(out, captured[0])
-
-    def text_masks(self, positions: Tensor, used: int) -> Tensor | dict[str, Tensor]:
-        """Masks for `device_pass` over plain texts, where a token's place is its position [B, N]."""
-        return self._masks.of_text(positions, used)
-
-    @torch.inference_mode()
-    def read_texts(self, tokens: Tensor) -> list[Tensor]:
-        """The parts of the features of whole texts [B, T], filled up on the right with any token: hidden states
-        [B, T, H], one of each feature layer and the LM head's input last. Without a cache, as the model itself does."""
-        with capture_input(self._lm_head, read=1) as captured:
-            out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
-        return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
 
 
 class _MaskMaker:
@@ -314,14 +339,24 @@ class _MaskMaker:
         made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
         return made if len(made) > 1 else next(iter(made.values()))
 
-    def of_text(self, positions: Tensor, used: int) -> Tensor | dict[str, Tensor]:
-        """The same, made on the device, for tokens at `positions` [B, N] of texts whose places are positions."""
-        away = positions[:, None, :, None] - torch.arange(used, device=positions.device)  # [B, 1, N, used]
-        allowed = {"full_attention": away >= 0}
+    def make_on_device(
+        self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int
+    ) -> Tensor | dict[str, Tensor]:
+        """The same of tensors alone: lengths [B], depths [B, N], and one ancestor mask [N, N] for all rows."""
+        count = len(ancestors)
+        places = torch.arange(used, device=lengths.device)
+        offsets = places - lengths[:, None]  # [B, used]: below 0 the text, then the nodes
+        nodes = offsets.clamp(0, count - 1)
+        drafted = (offsets >= 0) & (offsets < count)
+        own = ancestors[:, nodes].transpose(0, 1) & drafted[:, None]  # [B, N, used]
+        allowed = own | (offsets < 0)[:, None]
+        masks = {"full_attention": allowed}
         if self.window is not None:
-            allowed["sliding_attention"] = (away >= 0) & (away < self.window)
-        hidden = torch.finfo(self.dtype).min
-        made = {kind: away.new_zeros((), dtype=self.dtype).where(allowed[kind], hidden) for kind in self.kinds}
+            keys = torch.where(drafted, lengths[:, None] + depths.gather(1, nodes), places)
+            queries = lengths[:, None] + depths  # [B, N]
+            masks["sliding_attention"] = allowed & (queries[:, :, None] - keys[:, None] < self.window)
+        zero = torch.zeros((), dtype=self.dtype, device=lengths.device)
+        made = {kind: zero.masked_fill(~masks[kind], torch.finfo(self.dtype).min).unsqueeze(1) for kind in self.kinds}
         return made if len(made) > 1 else next(iter(made.values()))
 
     def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,9 +24,11 @@ from torch import Tensor
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.device.capture import Captured
+from medusa.device.noise import signed
 from medusa.errors import UsageError
 from medusa.models.backend import Backend
-from medusa.models.decoding_attention import DecodingAttention, flash_works
+from medusa.models.flash_attention import FlashAttention
 from medusa.models.kv_cache import DeviceCursor
 from medusa.models.transformers_backend import TransformersBackend
 from medusa.training.device_features import on_one_gpu
@@ -50,7 +51,7 @@ def runs_on_device(backend: Backend) -> TransformersBackend | None:
 
 def refusal(backend: TransformersBackend) -> str:
     """Why a step of this model cannot be the same kernels each time; "" if it can."""
-    if backend.padding > 1:
+    if backend.compiled:
         return "its layers are compiled one by one"
     rope = getattr(backend.model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {str(rope.get("rope_type", ""))} | {str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict)}
@@ -91,8 +92,8 @@ class DeviceRows:
         size, device = backend.num_slots, backend.device
         self._backend, self._device = backend, device
         self._last = backend.max_length - 1  # the last token of a text is never fed
-        backend.reserve(backend.max_length)
-        self._capacity = backend.max_length
+        backend.make_room(backend.max_length)
+        self._steps = Captured(device)
         self.tokens = torch.zeros(size, backend.max_length + 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(size, dtype=torch.int64, device=device)  # of the token that is fed next
         self.known = torch.zeros_like(self.position)  # so many tokens of the text are given
@@ -101,17 +102,17 @@ class DeviceRows:
         self.temperature = torch.zeros(size, dtype=torch.float32, device=device)
         self.top_p = torch.ones_like(self.temperature)
         self._ahead = torch.arange(1, STEPS + 1, device=device)
-        config = backend.model.config.get_text_config()
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.no_flash = (
-            "it knows no sliding window"
-            if backend.text_window is not None
-            else flash_works(device, backend.model.dtype, heads, kv_heads, width)
-        )
-        self._attention = DecodingAttention(backend.model, self.position, flash=not self.no_flash)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._straight = torch.zeros_like(self.position)[:, None]  # a text is a tree of one node a pass
+        self._itself = torch.ones(1, 1, dtype=torch.bool, device=device)
+        self.flash = FlashAttention(backend, self.position)
+        self._told = ""
+        if self.flash.refused and device.type == "cuda":
+            self._tell(f"conversations attend by masks, not by flash attention: {self.flash.refused}")
+
+    def _tell(self, text: str) -> None:
+        """What makes a GPU slower than it could be."""
+        self._told += text
+        print(text, file=sys.stderr, flush=True)
 
     @torch.inference_mode()
     def write(self, edits: list[Edit], idle: list[int]) -> None:
@@ -127,7 +128,7 @@ class DeviceRows:
         values = np.array([token for edit in edits for token in edit.tokens])
         self.tokens[self._sent(where), self._sent(places)] = self._sent(values)
         positions = np.array([edit.position for edit in edits])
-        seeds = np.array([(edit.sampling.seed or 0) % 2**64 for edit in edits], dtype=np.uint64).view(np.int64)
+        seeds = np.array([signed(edit.sampling.seed or 0) for edit in edits])
         self.position[rows] = self._sent(positions)
         self.known[rows] = self._sent(positions + np.array(counts))
         self.seed[rows] = self._sent(seeds)
@@ -144,15 +145,13 @@ class DeviceRows:
     def run(self, reach: int) -> Look:
         """STEPS steps, in which rows come no further than to `reach` places; the tokens after those that rows stood at.
         On CUDA this returns before they are done."""
-        used = min(-(-reach // BUCKET) * BUCKET, self._capacity)
+        used = min(-(-reach // BUCKET) * BUCKET, self._backend.capacity)
         begin = self.position.clone()
-        graph = self._graph(used)
-        with self._attention.used() if graph is None else nullcontext():
+        with self.flash.used():
             for _ in range(STEPS):
-                if graph is None:
-                    self.step(used)
-                else:
-                    graph.replay()
+                self._steps.run(used, lambda: self.step(used), self._standing)
+        if self._steps.refused and self._steps.refused not in self._told:
+            self._tell(f"the steps of conversations run one by one, not as a graph: {self._steps.refused}")
         found = self.tokens.gather(1, (begin[:, None] + self._ahead).clamp_max_(self._last + 1))
         if self._device.type != "cuda":
             return Look(found, None)
@@ -161,35 +160,26 @@ class DeviceRows:
         arrived.record()
         return Look(host, arrived)
 
-    def _graph(self, used: int) -> torch.cuda.CUDAGraph | None:
-        """The step that sees `used` places; None on a device that has no graphs."""
-        if self._device.type != "cuda":
-            return None
-        if used not in self._graphs:
-            moving = self.moving.clone()
-            self.moving.zero_()
-            with self._attention.used():
-                self.step(used)  # what is made at the first call is made now; no row moves
-                self.moving.copy_(moving)
-                torch.cuda.synchronize(self._device)
-                graph = torch.cuda.CUDAGraph()
-                pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # they never run at once
-                with torch.cuda.graph(graph, pool=pool):
-                    self.step(used)
-            self._graphs[used] = graph
-        return self._graphs[used]
+    def _standing(self) -> Callable[[], None]:
+        """Takes back what a step that was run to warm up has changed: what it wrote is written once more."""
+        before = self.position.clone()
 
-    def step(self, used: int) -> None:
+        def back() -> None:
+            self.position.copy_(before)
+
+        return back
+
+    def step(self, used: int) -> Tensor:
         """One token further, in all rows that move."""
         at = self.position[:, None]
         fed = self.tokens.gather(1, at)
-        masks = self._backend.text_masks(at, used)
+        masks = self._backend.device_masks(self.position, self._straight, self._itself, used)
         logits, _ = self._backend.device_pass(fed, at, masks, DeviceCursor(at, used))
         chosen = choose(logits[:, -1], self.temperature, self.top_p, self.seed, self.position + 1)
         after = at + 1
         free = (after >= self.known[:, None]) & (self.moving[:, None] > 0)
         self.tokens.scatter_(1, after, torch.where(free, chosen[:, None], self.tokens.gather(1, after)))
-        self.position.add_(self.moving).clamp_max_(self._last)
+        return self.position.add_(self.moving).clamp_max_(self._last)
 
 
 def choose(logits: Tensor, temperature: Tensor, top_p: Tensor, seed: Tensor, place: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     check_settings(config)
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
-        log_with=trackers(config.log),
+        log_with=trackers(config.log) or None,  # of none accelerate would warn
         project_dir=run_directory(config),
         # The others wait for the first, which writes the text and reads the features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],

@@ -1,0 +1,111 @@
+"""The Medusa step, whole: draft a fixed tree, verify it in one pass, accept a path, keep it.
+
+`medusa_step` is one function of tensors. It waits for nothing and asks the host nothing, so it can be captured once as
+a CUDA graph and replayed for every step. Rows that are idle are computed too and change nothing. Plain decoding is the
+same step for a tree of the root alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from medusa.device import accept
+from medusa.device.shape import FixedShape
+from medusa.device.slots import Needs, Slots
+from medusa.models.heads import HeadsRunner
+from medusa.models.kv_cache import DeviceCursor
+from medusa.models.transformers_backend import TransformersBackend
+
+ACTIVE, ROOM, CHAIN = 0, 1, 2  # columns of what the host sends: 1 or 0, how deep a draft may be, and the chain
+
+
+def medusa_step(
+    backend: TransformersBackend,
+    heads: HeadsRunner | None,
+    shape: FixedShape,
+    slots: Slots,
+    sent: Tensor,
+    used: int,
+    needs: Needs,
+) -> Tensor:
+    """One step of B rows, which are the first slots.
+
+    Args:
+        heads: None where the tree is the root alone.
+        slots: read, and changed to what holds after the step.
+        sent: int64 [B, 2 + C] from the host; -1 in the chain is no token.
+        used: places that attention looks at: all lengths + N fit.
+        needs: of the rows.
+
+    Returns:
+        int64 [B, 2 + N]: the last accepted node, the next root, and the tokens of the draft.
+    """
+    batch = len(sent)
+    active, room = sent[:, ACTIVE].bool(), sent[:, ROOM]
+    lengths = slots.lengths[:batch]
+
+    # draft
+    guessed = draft(heads, slots.features[:batch], slots.roots[:batch], shape)
+    drafted = torch.cat([guessed, sent[:, CHAIN : CHAIN + shape.chain]], dim=1)  # [B, N]
+    tokens = drafted.clamp_min(0)
+
+    # verify
+    depths = shape.depths.expand(batch, -1)
+    places = lengths[:, None] + torch.arange(len(shape), device=lengths.device)
+    masks = backend.device_masks(lengths, depths, shape.ancestors, used)
+    positions = (lengths[:, None] + depths).clamp_max(backend.max_length - 1)  # past it there is nothing to accept
+    logits, features = backend.device_pass(
+        tokens, positions, masks, DeviceCursor(places, used, static=backend.compiled)
+    )
+
+    # accept
+    scores = None
+    if needs.penalty:
+        logits = accept.penalised(logits, tokens, shape, slots)
+    if needs.exact or needs.typical:
+        scores = logits.float() / slots.of("temperature", batch).float()
+        scores = accept.filtered(scores, slots) if needs.filters else scores
+    chosen = accept.choose(logits, scores, shape, slots, needs)  # [B, N]
+    right = chosen[:, shape.above] == drafted  # this token is what plain decoding has here
+    right[:, 0] = True
+    best = depths.double()  # the deepest accepted node is kept
+    if needs.typical:
+        assert scores is not None
+        likely, log_p = accept.likely(scores, tokens, shape, slots)
+        typical = slots.typical[:batch, None]
+        right = torch.where(typical, likely & (drafted >= 0), right)
+        best = torch.where(typical, best + log_p.clamp_min(-1e6) * 1e-9, best)  # among equals the likeliest
+        right[:, 0] = True
+    right = right & (depths <= room[:, None])
+    accepted = ~(~right[:, None, :] & shape.ancestors).any(-1)  # all of its path is right
+    last = torch.where(accepted, best, -torch.inf).argmax(-1)  # [B]
+    row = torch.arange(batch, device=last.device)
+    following = chosen[row, last]
+
+    # keep
+    path = shape.paths[last]  # [B, D + 1]
+    backend.device_keep(lengths, path)
+    if needs.penalty:
+        said = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
+        slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, said, True) & active[:, None]
+    count = shape.depths[last] + 1  # tokens that the cache gains: the accepted path, root included
+    slots.roots[:batch] = torch.where(active, following, slots.roots[:batch])
+    slots.features[:batch] = torch.where(active[:, None], features[row, last], slots.features[:batch])
+    slots.lengths[:batch] += torch.where(active, count, 0)
+    return torch.cat([last[:, None], following[:, None], drafted], dim=1)
+
+
+def draft(heads: HeadsRunner | None, features: Tensor, roots: Tensor, shape: FixedShape) -> Tensor:
+    """The tokens [B, M] of the heads' tree, from the features [B, F*H] of the last token and the root [B]."""
+    tokens = roots[:, None]
+    if heads is None:
+        return tokens
+    parents, drafted = torch.zeros_like(tokens), [tokens]
+    state = heads.begin(features.to(heads.dtype))
+    for k, level in enumerate(shape.levels, start=1):
+        _, top, state = heads.guess(k, state, parents, tokens, level.width)  # [B, M or 1, width]
+        tokens = top.expand(-1, tokens.shape[1], -1)[:, level.places, level.ranks]
+        parents = level.places.expand(len(roots), -1)
+        drafted.append(tokens)
+    return torch.cat(drafted, dim=1)[:, shape.order]

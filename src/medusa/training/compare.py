@@ -12,7 +12,7 @@ from pathlib import Path
 
 from medusa.errors import UsageError
 from medusa.files import write_whole
-from medusa.models.heads import load_heads, vocabulary_hash
+from medusa.models.heads import load_heads, read_config, vocabulary_hash
 from medusa.training.calibrate import measure
 from medusa.training.config import load_config
 from medusa.training.resume import RUN_FILE, TEXT_FILE
@@ -36,12 +36,11 @@ def compare(run: Path, heads: Sequence[Path]) -> dict[str, dict[str, object]]:
     _, held_out = split(read_text(sources, lm, text.max_length, print), text.held_out)
     found, layers = {}, feature_layers(config.heads, lm.backend.num_layers)
     for directory in heads:
-        module = load_heads(directory, lm.backend.base_weights(), vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()))
-        if module.config.feature_layers != layers:
+        if (read := read_config(directory).feature_layers) != layers:
             raise UsageError(
-                f"{directory} reads layers {module.config.feature_layers}, those of {run} {layers}: "
-                "compare heads that read the same"
+                f"{directory} reads layers {read}, those of {run} {layers}: compare heads that read the same"
             )
+        module = load_heads(directory, lm.backend.base_weights(), vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()))
         found[str(directory)] = measure(module, lm.backend, held_out).facts()
     write_whole(run / COMPARED, json.dumps(found, indent=1) + "\n")
     return found

@@ -250,6 +250,27 @@ def test_attention_that_reads_no_further_than_a_row_reaches_says_the_same(
     assert "CUDA" in real_refusal(runner)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_steps_are_graphs_that_attend_as_far_as_rows_reach() -> None:
+    device = torch.device("cuda")
+    assert flash_attention.error(9, 3, 64, torch.bfloat16, device) < flash_attention.NEAR
+    plain = TransformersBackend(make_model().to(device), num_slots=5)
+    expected = dict(talk_in_slots(Decoder(plain, NoDrafter(), 1), talks(16, {})))
+    found = dict(talk_on_device(plain, talks(16, {})))
+    same = [found[number] == talked for number, talked in expected.items()]
+    assert sum(same) >= 14  # but for near-ties
+    half = TransformersBackend(make_model(dtype=torch.bfloat16, head_dim=64).to(device), num_slots=5)
+    table = device_talk.DeviceRows(half)
+    table.write([device_talk.Edit(row, 0, [5, 6, 7 + row], Sampling()) for row in range(5)], [])
+    first, again = table.run(8).wait(), table.run(16).wait()
+    assert table.flash.refused == ""
+    assert table._steps.refused == ""
+    assert len(table._steps) == 1
+    assert [row[:2] for row in first] == [[6, 7 + row] for row in range(5)]
+    assert table.position.tolist() == [16] * 5
+    assert all(len(row) == device_talk.STEPS for row in again)
+
+
 # --- whole files ------------------------------------------------------------------------------------------------------
 
 HOT = DistillSettings(

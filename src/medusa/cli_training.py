@@ -50,7 +50,9 @@ def distill(
     ] = None,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    slots: Annotated[int, typer.Option(min=1, help="Conversations side by side.")] = 24,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Conversations side by side.", show_default="24; 1,024 on a GPU")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the model: auto, native or transformers.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16, int8 or int4.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -62,7 +64,7 @@ def distill(
     import medusa
     from medusa.models import zoo
     from medusa.training import distill as writing
-    from medusa.training.text import read_prompt_file, room, shown_by
+    from medusa.training.text import SLOTS, read_prompt_file, room, shown_by
 
     settings = writing.DistillSettings(
         tokens=tokens,
@@ -84,7 +86,7 @@ def distill(
                 settings,
                 served_model=served_model or model,
                 prompts=asked,
-                parallel=slots,
+                parallel=slots or SLOTS,
                 tell=shown_by(reporter),
             )
         else:
@@ -92,7 +94,7 @@ def distill(
             shape = zoo.load_config(zoo.resolve(model)).get_text_config()
             # What turns of the longest kind take, and as much again for a system prompt and long questions.
             length = 2 * turns * (settings.max_user_tokens + max_answer_tokens)
-            slots, length = room(shape, slots, length)
+            slots, length = room(shape, slots, length, device)
             lm = medusa.load(
                 model,
                 heads="none",

@@ -58,7 +58,7 @@ class DeviceDecoder(Decoder):
         device = backend.device
         size = backend.hidden_size * (1 + len(backend.feature_layers))
         self._slots = Slots(backend.num_slots, backend.vocab_size, size, backend.model.dtype, device)
-        self._captured = Captured(device, graphs)
+        self.captured = Captured(device, graphs)
         self._capacity = 0
         self._needs = Needs()
         pinned = device.type == "cuda"
@@ -147,7 +147,7 @@ class DeviceDecoder(Decoder):
             saved = slots.saved()
             return lambda: slots.restore(saved)
 
-        out = self._captured.run((batch, len(shape), shape.chain, used, needs), function, undo)
+        out = self.captured.run((batch, len(shape), shape.chain, used, needs), function, undo)
         if out.device.type != "cuda":
             return out
         there = self._read[: out.numel()].view_as(out)
@@ -159,7 +159,7 @@ class DeviceDecoder(Decoder):
         """Room for so many places. Where the cache has moved, by this or another decoder, all graphs are void."""
         self.backend.reserve(places)
         if self.backend.capacity != self._capacity:
-            self._captured.clear()
+            self.captured.clear()
             self._capacity = self.backend.capacity
 
     def _bucket(self, rows: int) -> int:

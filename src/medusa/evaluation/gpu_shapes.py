@@ -216,8 +216,9 @@ def make_decoder(backend: TransformersBackend, drafter: Drafter, nodes: int) -> 
 
 def capture_facts(decoder: Decoder) -> dict[str, Any]:
     """How many graphs a decoder holds, and why it has none where the device refused."""
-    captured = getattr(decoder, "_captured", None)
-    return {"graphs": len(captured), "refused": captured.refused} if captured is not None else {}
+    if not isinstance(decoder, DeviceDecoder):
+        return {}
+    return {"graphs": len(decoder.captured), "refused": decoder.captured.refused}
 
 
 def step_seconds(decoder: DeviceDecoder, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:

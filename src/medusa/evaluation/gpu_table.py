@@ -128,7 +128,16 @@ def _model(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _training(found: Mapping[str, Any]) -> list[str]:
+    return [
+        f"  {name}: {of['answer_tokens_per_second']} tokens/s of answers written, heads learn from "
+        f"{of['positions_per_second']:.0f} positions/s; seconds: {of['stage_seconds']}"
+        for name, of in found.items()
+    ]
+
+
 _MAKERS = {
+    "training": _training,
     "correctness": _correctness,
     "times": _times,
     "compiled": _compiled,

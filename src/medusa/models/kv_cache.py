@@ -53,6 +53,11 @@ class SlotLayer(CacheLayerMixin):
         new[:, :, : old.shape[2]] = old
         return new
 
+    def clear(self) -> None:
+        """Gives the buffers back; the next pass makes new ones."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def move(self, slot: int, source: Tensor, target: int) -> None:
         """Copies the rows `source` of a slot to `target` and the places after it."""
         for rows in (self.keys, self.values):
@@ -153,6 +158,13 @@ class SlotCache(Cache):
         self.stacks = []
         for layer in self.slot_layers:
             layer.grow()
+
+    def clear(self, num_slots: int) -> None:
+        """Forgets all and gives the memory back; there are `num_slots` slots then."""
+        self.num_slots, self.capacity = num_slots, min(FIRST_CAPACITY, self.max_length)
+        self.stacks = []
+        for layer in self.slot_layers:
+            layer.clear()
 
     def stack(self) -> None:
         """Puts the keys and values of all layers of one shape into one piece of memory, so that rows of all of them

@@ -34,6 +34,7 @@ from medusa.models.backend import (
 from medusa.models.compiled_layers import compile_layers
 from medusa.models.heads import BaseWeights
 from medusa.models.kv_cache import Cursor, DeviceCursor, SlotCache
+from medusa.models.masks import MaskMaker
 from medusa.models.topology import topology
 from medusa.models.tree_attention import use_grouped_attention
 
@@ -102,7 +103,7 @@ class TransformersBackend:
         self.max_length = check_max_length(max_length, _context(config))
         check_feature_layers(feature_layers, self.num_layers)
         self.feature_layers = tuple(feature_layers)
-        self._masks = _MaskMaker(config, model.dtype)
+        self._masks = MaskMaker(config, model.dtype)
         self._lm_head = lm_head
         self._embedding: Tensor = cast(Tensor, model.get_input_embeddings().weight)
         self._device = self._embedding.device
@@ -198,6 +199,11 @@ class TransformersBackend:
         return self._device.type == "cuda" and {p.device for p in self.model.parameters()} == {self._device}
 
     @property
+    def slides(self) -> bool:
+        """Whether any layer sees a window alone."""
+        return self._masks.window is not None
+
+    @property
     def compiled(self) -> bool:
         return self._compiled
 
@@ -210,6 +216,16 @@ class TransformersBackend:
         """Makes room for so many places in every slot, and puts the caches of all layers into one piece."""
         self._cache.reserve(places)
         self._cache.stack()
+
+    def make_room(self, places: int) -> None:
+        """The same, and leaves the caches of layers where they are: to put them together takes twice the memory."""
+        self._cache.reserve(places)
+
+    def resize(self, num_slots: int) -> None:
+        """Empties all slots and gives their memory back; from now on there are `num_slots`."""
+        check_slots(num_slots)
+        self.num_slots, self._lengths = num_slots, [0] * num_slots
+        self._cache.clear(num_slots)
 
     def set_length(self, slot: int, length: int) -> None:
         """What the device has kept of a slot."""
@@ -225,6 +241,14 @@ class TransformersBackend:
         """Logits [B, N, V] and features [B, N, F*H] of tokens [B, N]. `reserve` must have been called."""
         self._cache.cursor = cursor
         return self._call(tokens, positions, masks)
+
+    @torch.inference_mode()
+    def read_texts(self, tokens: Tensor) -> list[Tensor]:
+        """The parts of the features of whole texts [B, T], filled up on the right with any token: hidden states
+        [B, T, H], one of each feature layer and the LM head's input last. Without a cache, as the model itself does."""
+        with capture_input(self._lm_head, read=1) as captured:
+            out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
+        return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
 
     def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
         """Moves the rows of the nodes in paths [B, D] to the places after `lengths` [B]. What is past the end of a path
@@ -274,74 +298,15 @@ class TransformersBackend:
                 output_hidden_states=bool(self.feature_layers),
                 **options,
             )
-        final = captured[0]
+        return out.logits, self._features(out, captured[0])
+
+    def _features(self, out: Any, final: Tensor) -> Tensor:
+        """Features [B, N, F*H] of a pass: the hidden states that heads read, in front of the LM head's input."""
         if not self.feature_layers:
-            return out.logits, final
+            return final
         rows = final.shape[1]
         middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
-        return out.logits, torch.cat([*middle, final], dim=-1)
-
-
-class _MaskMaker:
-    """Additive masks [B, 1, N, used], one for each kind of attention the model mixes."""
-
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.window: int | None = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if not kinds:
-            kinds = {"sliding_attention"} if self.window else {"full_attention"}
-        if "sliding_attention" not in kinds:
-            self.window = None
-        elif not self.window:
-            raise MedusaError(
-                f"the configuration of this {config.model_type} model has layers of sliding attention, but no "
-                "sliding_window: mend its config.json"
-            )
-        self.kinds = kinds
-
-    def make(
-        self, lengths: Sequence[int], depths: np.ndarray, visible: np.ndarray, used: int, device: torch.device
-    ) -> Tensor | dict[str, Tensor]:
-        batch, count, _ = visible.shape
-        allowed = np.zeros((batch, count, used), dtype=np.bool_)
-        for b, length in enumerate(lengths):
-            allowed[b, :, :length] = True
-            allowed[b, :, length : length + count] = visible[b]
-        masks = {"full_attention": allowed}
-        if self.window is not None:
-            places = np.broadcast_to(np.arange(used), (batch, used)).copy()  # position of the token at each place
-            queries = np.asarray(lengths)[:, None] + depths  # [B, N]
-            for b, length in enumerate(lengths):
-                places[b, length : length + count] = queries[b]
-            masks["sliding_attention"] = allowed & (queries[:, :, None] - places[:, None, :] < self.window)
-        made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
-        return made if len(made) > 1 else next(iter(made.values()))
-
-    def make_on_device(
-        self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int
-    ) -> Tensor | dict[str, Tensor]:
-        """The same of tensors alone: lengths [B], depths [B, N], and one ancestor mask [N, N] for all rows."""
-        count = len(ancestors)
-        places = torch.arange(used, device=lengths.device)
-        offsets = places - lengths[:, None]  # [B, used]: below 0 the text, then the nodes
-        nodes = offsets.clamp(0, count - 1)
-        drafted = (offsets >= 0) & (offsets < count)
-        own = ancestors[:, nodes].transpose(0, 1) & drafted[:, None]  # [B, N, used]
-        allowed = own | (offsets < 0)[:, None]
-        masks = {"full_attention": allowed}
-        if self.window is not None:
-            keys = torch.where(drafted, lengths[:, None] + depths.gather(1, nodes), places)
-            queries = lengths[:, None] + depths  # [B, N]
-            masks["sliding_attention"] = allowed & (queries[:, :, None] - keys[:, None] < self.window)
-        zero = torch.zeros((), dtype=self.dtype, device=lengths.device)
-        made = {kind: zero.masked_fill(~masks[kind], torch.finfo(self.dtype).min).unsqueeze(1) for kind in self.kinds}
-        return made if len(made) > 1 else next(iter(made.values()))
-
-    def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=self.dtype)
-        mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(self.dtype).min)
-        return mask.unsqueeze(1).to(device)
+        return torch.cat([*middle, final], dim=-1)
 
 
 def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
@@ -350,10 +315,17 @@ def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def capture_input(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture."""
+def capture_input(module: nn.Module, read: int | None = None) -> Iterator[list[Tensor]]:
+    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture. With
+    `read` the module itself is given no more than the first so many positions [B, read, H], where logits are in the
+    way."""
     captured: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+
+    def hook_in(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        captured.append(args[0])
+        return None if read is None else (args[0][:, :read], *args[1:])
+
+    hook = module.register_forward_pre_hook(hook_in)
     try:
         yield captured
     finally:

@@ -27,6 +27,7 @@ from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example
+from medusa.training.device_features import DeviceFeatures, on_one_gpu
 from medusa.training.features import joined, longest_answer, read_rows
 from medusa.training.text import Reporter, read_text, room, write_text
 
@@ -62,6 +63,9 @@ def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accu
     levels, size = heads.config.num_heads, heads.config.hidden_size
     if longest_answer(examples, backend.max_length) <= levels:
         raise MedusaError(f"every answer is shorter than the {levels + 1} tokens that {levels} heads look at")
+    gpu = on_one_gpu(backend)
+    if gpu is not None:
+        return Accuracy.of(ranks(heads, DeviceFeatures(gpu, examples).in_order(levels, BATCH)))
     table = joined([read_rows(backend, example) for example in examples])
     batches = (table.take(rows, levels, size, finals=False) for rows in torch.arange(len(table)).split(BATCH))
     return Accuracy.of(ranks(heads, batches))
@@ -122,7 +126,7 @@ def calibrate_heads(
     check_target(found if out is None else out)
     reporter.stage("Loading")
     shape = zoo.load_config(source).get_text_config()
-    slots, length = room(shape, SLOTS, TextConfig().max_length)
+    slots, length = room(shape, SLOTS, TextConfig().max_length, str(engine.get("device", "cpu")))
     lm = medusa.load(
         model,
         heads=str(found),

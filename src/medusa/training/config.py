@@ -38,6 +38,7 @@ class TextConfig(_Section):
     seed: int = 0
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.05  # share of the conversations that measure the heads
     max_length: Annotated[int, Field(ge=16)] = 2048  # a longer conversation is cut
+    seconds: Annotated[float, Field(gt=0)] | None = None  # of writing, after which it ends with what there is
 
 
 class EngineConfig(_Section):
@@ -47,7 +48,7 @@ class EngineConfig(_Section):
     dtype: Literal["float32", "bfloat16", "int8", "int4"] = "bfloat16"
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1)] | None = None
-    slots: Annotated[int, Field(ge=1)] = 24  # conversations written side by side
+    slots: Annotated[int, Field(ge=1)] | None = None  # conversations written side by side; None: 24, 1,024 on a GPU
 
 
 class HeadsOptions(_Section):
@@ -67,6 +68,8 @@ class OptimiserConfig(_Section):
 
     epochs: Annotated[int, Field(ge=1)] = 3
     max_steps: Annotated[int, Field(ge=1)] | None = None  # ends earlier
+    # Ends earlier, too, and the learning rate falls to zero by then: what a run learns then depends on its speed.
+    seconds: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 512  # positions in a step, over all processes
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -120,6 +120,7 @@ def distill(
     *,
     prompts: Sequence[Prompt] | None = None,
     tell: Callable[[Written], None] = lambda written: None,
+    seconds: float | None = None,
 ) -> Written:
     """Writes conversations of `lm` to `out` until there are `settings.tokens` tokens of answers, or no prompt is left.
 
@@ -128,19 +129,27 @@ def distill(
         out: a JSONL file; one that an earlier run with the same settings left is gone on with.
         prompts: what users say; None lets the model invent it.
         tell: called after each pass and each row.
+        seconds: after which it ends with what there is; None: no limit.
 
     Raises:
         UsageError: settings that do not go with the model, or with the file there is.
         MedusaError: the file is not one of distilled text; or nearly all conversations are dropped.
     """
     speaker = Speaker(lm.tokenizer, frozenset(lm.eos_token_ids), settings, lm.backend.max_length)
-    decoder = Decoder(lm.backend, NoDrafter(), 1)
+    from medusa.training.device_talk import runs_on_device, talk_on_device  # needs torch, which an endpoint does not
+
+    device = runs_on_device(lm.backend)
 
     def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
-        return talk_in_slots(decoder, _talks(speaker, start, prompts), spent)
+        talks = _talks(speaker, start, prompts)
+        if device is not None:
+            return talk_on_device(device, talks, spent)
+        return talk_in_slots(Decoder(lm.backend, NoDrafter(), 1), talks, spent)
 
     header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
-    return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
+    return write_in_order(
+        TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None, seconds=seconds
+    )
 
 
 def row_header(
@@ -166,8 +175,10 @@ def write_in_order(
     tell: Callable[[Written], None],
     *,
     endless: bool,
+    seconds: float | None = None,
 ) -> Written:
-    """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations.
+    """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations. When
+    `seconds` have gone by, those that have ended are written and those under way are left out, numbers and all.
 
     `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
     order in which they end. `endless` says that it always gives another one.
@@ -196,6 +207,11 @@ def write_in_order(
     talks = finished(number, spent)
     try:
         while file.tokens < wanted:
+            over = seconds is not None and time.perf_counter() - started >= seconds
+            if over and waiting:
+                number = min(waiting)
+            elif over:
+                break
             if number not in waiting:
                 ended = next(talks, None)
                 if ended is None:

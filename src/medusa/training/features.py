@@ -8,7 +8,8 @@ which the model itself predicts that token. Nothing here knows of heads.
     rows                          0         1      2    3
     root                        Hello     there    !   <end>      head 1 of row 0 must say "there", head 2 "!"
 
-`FeatureCache` computes all rows once and keeps them on disk; `LiveFeatures` computes them anew in each epoch.
+`FeatureCache` computes all rows once and keeps them on disk; `LiveFeatures` computes them anew in each epoch; on a GPU
+they stay there, see device_features.py.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ class Rows(Protocol):
         ...
 
 
+class MeasuredRows(Protocol):
+    """Rows that measure heads."""
+
+    def in_order(self, heads: int, size: int) -> Iterator[Batch]:
+        """All rows once; the last batch may be smaller."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """Rows in memory or on disk: features [P, F*H], roots [P], and where the run of each row ends [P]."""
@@ -70,12 +79,17 @@ class Table:
         return len(self.roots)
 
     def take(self, rows: Tensor, heads: int, hidden_size: int, finals: bool) -> Batch:
-        after = rows[:, None] + torch.arange(heads + 1)  # [B, 1 + K]
+        after = rows[:, None] + torch.arange(heads + 1, device=rows.device)  # [B, 1 + K]
         absent = after >= self.ends[rows][:, None]
         after = after.clamp_max(len(self) - 1)
         tokens = self.roots[after].long().masked_fill(absent, ABSENT)
-        states = self.features[:, -hidden_size:][after[:, 1:]] if finals else None
-        return Batch(self.features[rows], tokens, states)
+        states = _rows_of(self.features[:, -hidden_size:], after[:, 1:]) if finals else None
+        return Batch(_rows_of(self.features, rows), tokens, states)
+
+
+def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
+    """Of a table [P, F] of any size: [..., F] for `rows` [...]."""
+    return table.index_select(0, rows.flatten()).reshape(*rows.shape, -1)
 
 
 def read_rows(backend: Backend, example: Example, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,19 +221,27 @@ class LiveFeatures:
         first, last = start * size, self.num_rows // size * size
         left: list[Batch] = []
         at = 0
-        for group in shuffled(len(self._examples), seed, epoch).split(LIVE_EXAMPLES):
-            count = sum(self._counts[i] for i in group.tolist())
+        for group in self._groups(shuffled(len(self._examples), seed, epoch).tolist()):
+            count = sum(self._counts[i] for i in group)
             at, before = at + count, at
             if at <= first or before >= last:
                 continue
-            table = joined([read_rows(self._backend, self._examples[i]) for i in group.tolist()])
-            mixed = shuffled(count, seed, epoch)[max(0, first - before) : last - before]
+            table = self._read(group)
+            mixed = shuffled(count, seed, epoch, table.roots.device)[max(0, first - before) : last - before]
             left.append(table.take(mixed, heads, self._backend.hidden_size, finals))
             rows = _concatenated(left)
             whole = len(rows.tokens) // size * size
             for begin in range(0, whole, size):
                 yield _sliced(rows, begin, begin + size)
             left = [_sliced(rows, whole, len(rows.tokens))]
+
+    def _groups(self, order: list[int]) -> Iterator[list[int]]:
+        """Conversations whose positions are mixed with each other."""
+        for start in range(0, len(order), LIVE_EXAMPLES):
+            yield order[start : start + LIVE_EXAMPLES]
+
+    def _read(self, group: list[int]) -> Table:
+        return joined([read_rows(self._backend, self._examples[i]) for i in group])
 
 
 def _concatenated(batches: Sequence[Batch]) -> Batch:
@@ -236,9 +258,10 @@ def _sliced(batch: Batch, start: int, end: int) -> Batch:
     return Batch(batch.features[start:end], batch.tokens[start:end], finals)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> Tensor:
-    """0 .. count - 1 in the order of an epoch."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+def shuffled(count: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    """0 .. count - 1 in the order of an epoch, which is another one on another device."""
+    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator, device=device)
 
 
 def _write_shard(path: Path, table: Table) -> None:

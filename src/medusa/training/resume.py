@@ -32,7 +32,10 @@ FIXED_BY = {
     LORA_CHECKPOINT: (
         "train_base",
         # What Medusa-1 alone reads: its heads are what Medusa-2 has begun with.
-        *(f"training.{name}" for name in ("epochs", "max_steps", "learning_rate", "warmup", "eval_every", "patience")),
+        *(
+            f"training.{name}"
+            for name in ("epochs", "max_steps", "seconds", "learning_rate", "warmup", "eval_every", "patience")
+        ),
         *(f"lora.{name}" for name in ("rank", "alpha", "batch_size")),
     ),
 }

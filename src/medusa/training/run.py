@@ -2,7 +2,7 @@
 
     OUT/run.yaml          every setting; `medusa train --config` takes it
     OUT/text.jsonl        what the model wrote (with its model, settings and seed in each row)
-    OUT/features/         hidden states; may be deleted when the run is over
+    OUT/features/         hidden states, but for a GPU's, which stay there; may be deleted when the run is over
     OUT/checkpoint.pt     where training stands
     OUT/log.jsonl         losses and evaluations
     OUT/heads/            the result: config.json, heads.safetensors, run.yaml, pictures
@@ -39,6 +39,7 @@ from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.calibrate import speed_report
 from medusa.training.config import HeadsOptions, TrainConfig, load_config
 from medusa.training.data import Example
+from medusa.training.device_features import DeviceFeatures, on_one_gpu
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
 from medusa.training.features import FeatureCache, LiveFeatures, longest_answer
 from medusa.training.lora import (
@@ -126,7 +127,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     check_settings(config)
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
-        log_with=trackers(config.log),
+        log_with=trackers(config.log) or None,  # of none accelerate would warn
         project_dir=run_directory(config),
         # The others wait for the first, which writes the text and reads the features.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
@@ -146,23 +147,34 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     shape = heads_shape(config, lm)
     if config.training.precision == "bfloat16" and not has_bfloat16(accelerator.device):
         reporter.say(SLOW)
-    if main and not config.text.data:
+    # A text that was cut short by the clock is whole once something has learned from it.
+    written = config.text.seconds is not None and (out / CHECKPOINT).is_file()
+    if main and not config.text.data and not written:
         write_text(config.text, lm, out / TEXT_FILE, reporter)
+    gpu = on_one_gpu(lm.backend) if accelerator.num_processes == 1 else None
+    if gpu is not None:
+        gpu.resize(1)  # the room is for what heads learn from
     accelerator.wait_for_everyone()
     sources = config.text.data or (str(out / TEXT_FILE),)
     learned, held_out = split(read_text(sources, lm, config.text.max_length, reporter.say), config.text.held_out)
     check_held_out(held_out, shape.num_heads, lm.backend.max_length)
     if main:
         write_whole(out / RUN_FILE, config.dump())  # what holds from here on; all that can be wrong with it is checked
-        read_features(config, lm, out, learned, held_out, reporter)
+        if gpu is None:
+            read_features(config, lm, out, learned, held_out, reporter)
     accelerator.wait_for_everyone()
 
-    held = FeatureCache(out / "features" / "held-out", lm.backend.hidden_size)
+    held: FeatureCache | DeviceFeatures
     rows: FeatureCache | LiveFeatures
-    if config.training.cache_features:
-        rows = FeatureCache(out / "features" / "train", lm.backend.hidden_size)
+    if gpu is not None:
+        reporter.stage("Reading hidden states")
+        held, rows = DeviceFeatures(gpu, held_out), DeviceFeatures(gpu, learned)
     else:
-        rows = LiveFeatures(lm.backend, learned)
+        held = FeatureCache(out / "features" / "held-out", lm.backend.hidden_size)
+        if config.training.cache_features:
+            rows = FeatureCache(out / "features" / "train", lm.backend.hidden_size)
+        else:
+            rows = LiveFeatures(lm.backend, learned)
     heads, lm_head = make_heads(config, shape, lm, learned)
     reporter.stage("Training")
     keep_freed_memory()
@@ -335,7 +347,8 @@ def load_model(config: TrainConfig) -> LanguageModel:
     """The frozen model, with a slot for each conversation that is written side by side."""
     engine = config.engine
     shape = zoo.load_config(zoo.resolve(config.model)).get_text_config()
-    slots, length = room(shape, engine.slots if not config.text.data else 1, config.text.max_length)
+    slots = engine.slots if not config.text.data else 1
+    slots, length = room(shape, slots, config.text.max_length, engine.device)
     return medusa.load(
         config.model,
         heads="none",

@@ -24,15 +24,20 @@ class LoopWatch:
         self._last: deque[int] = deque(maxlen=4)
         self._seen: set[tuple[int, ...]] = set()
         self._repeats: deque[bool] = deque(maxlen=window)
+        self._count = 0  # of those among them that are
 
     def push(self, token: int) -> bool:
         """Adds a token; whether the text loops."""
         self._last.append(token)
         if len(self._last) == 4:
             gram = tuple(self._last)
-            self._repeats.append(gram in self._seen)
+            repeated = gram in self._seen
+            if len(self._repeats) == self._window:
+                self._count -= self._repeats[0]
+            self._count += repeated
+            self._repeats.append(repeated)
             self._seen.add(gram)
-        return len(self._repeats) == self._window and sum(self._repeats) >= self._share * self._window
+        return len(self._repeats) == self._window and self._count >= self._share * self._window
 
 
 @dataclass(slots=True)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from medusa.errors import MedusaError
+from medusa.models.backend import MAX_NODES
 from medusa.training.config import TextConfig
 from medusa.training.data import Example, Reader, read_prompts
+from medusa.training.device_features import free_memory
 from medusa.training.distill import DistillSettings, Prompt, Written, distill
 from medusa.training.features import count_rows
 
@@ -45,17 +47,26 @@ class Silent:
     def say(self, text: str) -> None: ...
 
 
-def room(shape: Any, slots: int, length: int) -> tuple[int, int]:
-    """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
-    slots than their KV cache finds room for in a third of the free memory. `shape` is a model's configuration."""
-    import psutil
+SLOTS, GPU_SLOTS = 24, 1024  # where nothing is asked for
 
+
+def room(shape: Any, slots: int | None, length: int, device: str = "cpu") -> tuple[int, int]:
+    """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
+    slots than their KV cache finds room for in a third of the free memory, or in more than half of a GPU's. `shape` is
+    a model's configuration."""
+    gpu = device.startswith("cuda") and torch.cuda.is_available()
+    slots = slots or (GPU_SLOTS if gpu else SLOTS)
     context = getattr(shape, "max_position_embeddings", None) or length
     length = min(length, context)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    bytes_per_slot = 2 * 2 * shape.num_hidden_layers * heads * size * length
-    fitting = int(psutil.virtual_memory().available / 3 // bytes_per_slot)
+    bytes_per_place = 2 * 2 * shape.num_hidden_layers * heads * size
+    if gpu:
+        fitting = int(free_memory(torch.device(device)) // (bytes_per_place * (length + MAX_NODES)))
+    else:
+        import psutil
+
+        fitting = int(psutil.virtual_memory().available / 3 // (bytes_per_place * length))
     return max(1, min(slots, fitting)), length
 
 
@@ -63,7 +74,9 @@ def write_text(config: TextConfig, lm: LanguageModel, out: Path, reporter: Repor
     """The model's own text, to the file `out`."""
     reporter.stage("Writing text")
     prompts = None if config.prompts is None else read_prompt_file(config.prompts, reporter.say)
-    written = distill(lm, out, distill_settings(config), prompts=prompts, tell=shown_by(reporter))
+    written = distill(
+        lm, out, distill_settings(config), prompts=prompts, tell=shown_by(reporter), seconds=config.seconds
+    )
     reporter.say(written.summary())
 
 

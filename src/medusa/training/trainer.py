@@ -1,7 +1,11 @@
 """Medusa-1: heads learn from cached features, the model stays frozen and is not even needed.
 
 Step s is a function of the seed and s alone, so a run that is killed goes on from its last checkpoint as if nothing had
-happened. Several processes (`accelerate launch`) take every n-th row of each batch and share gradients.
+happened; with `training.seconds` it is one of the clock too. Several processes (`accelerate launch`) take every n-th
+row of each batch and share gradients.
+
+On a GPU the host runs ahead: it reads losses every READ_EVERY steps, and before anything is measured, saved or told.
+So one that is not a number is noticed late, but before it could spoil what is saved.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from medusa.models.heads import Heads
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
 from medusa.training.config import OptimiserConfig
-from medusa.training.features import Batch, FeatureCache, Rows
+from medusa.training.features import Batch, MeasuredRows, Rows
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
 from medusa.training.precision import training_dtype
 
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint.pt"
 JUDGED_NODES = 16  # early stopping looks at the tokens per step of this tree
 EVALUATION_ROWS = 1024
+READ_EVERY = 50  # steps between two looks at a GPU
 _NO_LIMIT = 2**63 - 1
 
 
@@ -66,6 +71,7 @@ class State:
     bad_evaluations: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation
     precision: str = ""  # in which the last step was computed
+    seconds: float = 0.0  # of training, where they are limited
 
 
 class Trainer:
@@ -86,7 +92,7 @@ class Trainer:
         heads: Heads,
         lm_head: Tensor,
         rows: Rows,
-        held_out: FeatureCache,
+        held_out: MeasuredRows,
         config: OptimiserConfig,
         directory: Path,
         *,
@@ -114,8 +120,16 @@ class Trainer:
         self.steps = min(config.epochs * self.epoch_steps, config.max_steps or _NO_LIMIT)
         for parameter in heads.parameters():
             parameter.requires_grad_(True)
+        gpu = accelerator.device.type == "cuda"
+        self._read_every = READ_EVERY if gpu else 1
+        self._spoilt = torch.full((), _NO_LIMIT, device=accelerator.device)  # the first step whose loss is no number
+        self._begun: tuple[float, float] | None = None  # when the run began, with so many seconds behind it
         self._optimizer = torch.optim.AdamW(
-            heads.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+            heads.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=True if gpu else None,
         )
         self._module = accelerator.prepare_model(heads)
 
@@ -150,6 +164,8 @@ class Trainer:
         step = self.state.step
         if step >= self.steps:
             return f"all {self.steps} steps are done: more training.epochs (or training.max_steps) would go on"
+        if self._out_of_time():
+            return f"its time is over at step {step} of {self.steps}: a greater training.seconds would go on"
         if self._stopped_early():
             return f"early stopping has ended the training at step {step}: a greater training.patience would go on"
         told = f"going on after step {step}"
@@ -170,19 +186,28 @@ class Trainer:
         state, config = self.state, self.config
         every = config.eval_every or self.epoch_steps
         started, first = time.perf_counter(), state.step
+        self._begun = started, state.seconds
+        last = self._out_of_time()
         with stop_signals() as stopped:
             for batch in self._batches():
-                if state.step >= self.steps or self._stopped_early():
+                if state.step >= self.steps or self._stopped_early() or last:
                     break
-                values = self._step(batch)
+                rate_now = self._learning_rate(state.step)
+                found = self._step(batch, rate_now)
                 state.step += 1
                 state.precision = self.precision
+                last = state.step == self.steps or self._any(self._out_of_time())
+                stop = self._any(stopped.is_set())
+                measure = state.step % every == 0 or last
+                save = state.step % config.save_every == 0 or measure or stop
+                if not save and state.step % self._read_every:
+                    continue
+                values = self._read(found)
                 rate = (state.step - first) * self.batch_size / (time.perf_counter() - started)
-                progress = Progress(state.step, self.steps, values, self._learning_rate(state.step - 1), rate)
-                last, stop = state.step == self.steps, self._any(stopped.is_set())
-                if state.step % every == 0 or last:
+                progress = Progress(state.step, self.steps, values, rate_now, rate)
+                if measure:
                     progress.accuracy = self._evaluate()
-                if state.step % config.save_every == 0 or progress.accuracy is not None or stop:
+                if save:
                     self.save()
                 self._tell(progress)
                 if stop:
@@ -196,6 +221,8 @@ class Trainer:
         """Writes the checkpoint, whole or not at all."""
         if not self._accelerator.is_main_process:
             return
+        if self.config.seconds is not None:
+            self.state.seconds = self._seconds()
         content = {
             "heads": self.heads.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -219,8 +246,8 @@ class Trainer:
             )
             epoch, start = epoch + 1, 0
 
-    def _step(self, batch: Batch) -> tuple[float, ...]:
-        """One update of the weights; the mean loss of each head."""
+    def _step(self, batch: Batch, learning_rate: float) -> Tensor:
+        """One update of the weights; the mean loss of each head [K], on the device, which may not be done with it."""
         accelerator, config = self._accelerator, self.config
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
         tokens = batch.tokens[mine].to(accelerator.device)
@@ -237,19 +264,41 @@ class Trainer:
         loss = (weights * found.sums / counts).sum() * accelerator.num_processes
         means = accelerator.reduce(found.sums.detach(), "sum") / counts
         for group in self._optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.state.step)
+            group["lr"] = learning_rate
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self._module.parameters(), config.clip)
-        if not bool(torch.isfinite(torch.cat([means, norm[None]])).all()):
-            raise not_a_number(
-                self.state.step, self._resumed_at, "training.learning_rate", self._directory / CHECKPOINT
-            )
+        good = torch.isfinite(torch.cat([means, norm[None]])).all()
+        self._spoilt = torch.where(good, self._spoilt, self._spoilt.clamp_max(self.state.step))
+        if self._read_every == 1:
+            self._check()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return tuple(means.tolist())
+        return torch.as_tensor(means)
+
+    def _read(self, found: Tensor) -> tuple[float, ...]:
+        """Waits for the device. Raises MedusaError where a loss was no number."""
+        self._check()
+        return tuple(found.tolist())
+
+    def _check(self) -> None:
+        if (step := int(self._spoilt)) < _NO_LIMIT:
+            raise not_a_number(step, self._resumed_at, "training.learning_rate", self._directory / CHECKPOINT)
 
     def _learning_rate(self, step: int) -> float:
-        return self.config.learning_rate * schedule(step, self.steps, self.config.warmup)
+        """For the update after `step` others; with little time, for the one that would be as far with enough of it."""
+        share = self._seconds() / self.config.seconds if self.config.seconds else 0.0
+        at = max(step, min(self.steps - 1, int(share * self.steps)))
+        return self.config.learning_rate * schedule(at, self.steps, self.config.warmup)
+
+    def _seconds(self) -> float:
+        """Of training up to now, earlier runs included."""
+        if self._begun is None:
+            return self.state.seconds
+        started, before = self._begun
+        return before + time.perf_counter() - started
+
+    def _out_of_time(self) -> bool:
+        return self.config.seconds is not None and self._seconds() >= self.config.seconds
 
     def _any(self, flag: bool) -> bool:
         """Whether it is set in any process: all must leave the loop at the same step."""

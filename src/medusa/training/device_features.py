@@ -1,0 +1,116 @@
+"""Training rows on a GPU: read by the model in large batches of whole texts, and kept where heads learn from them.
+
+Rows that do not find room there are read anew in each epoch, a part at a time; positions are then mixed within a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from medusa.models.backend import Backend
+from medusa.models.transformers_backend import TransformersBackend
+from medusa.training.data import Example
+from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled
+
+BATCH_TOKENS = 65_536  # of texts that are read at once, filled up to the longest
+SHARE = 0.6  # of the free memory, that rows may take
+
+
+def on_one_gpu(backend: Backend) -> TransformersBackend | None:
+    """The backend, where it runs a model on one GPU; else None."""
+    return backend if isinstance(backend, TransformersBackend) and backend.on_gpu else None
+
+
+class DeviceFeatures(LiveFeatures):
+    """Rows on the device of `backend`; `room` is how many bytes they may take, None: a share of what is free."""
+
+    def __init__(self, backend: TransformersBackend, examples: Sequence[Example], room: int | None = None) -> None:
+        super().__init__(backend, examples)
+        self._model = backend
+        row_bytes = 2 * backend.hidden_size * (1 + len(backend.feature_layers))
+        self._most = max(1, (free_memory(backend.device) if room is None else room) // row_bytes)
+        whole = self.num_rows <= self._most
+        self._table = self._read(list(range(len(examples)))) if whole else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether all rows found room."""
+        return self._table is not None
+
+    def batches(
+        self, heads: int, size: int, *, seed: int, epoch: int, start: int = 0, finals: bool = False
+    ) -> Iterator[Batch]:
+        if self._table is None:
+            yield from super().batches(heads, size, seed=seed, epoch=epoch, start=start, finals=finals)
+            return
+        order = shuffled(self.num_rows, seed, epoch, self._model.device)
+        for first in range(start * size, self.num_rows - size + 1, size):
+            yield self._table.take(order[first : first + size], heads, self._model.hidden_size, finals)
+
+    def in_order(self, heads: int, size: int) -> Iterator[Batch]:
+        """All rows once, as they stand in the texts; the last batch of what is read at once may be smaller."""
+        for table in [self._table] if self._table else map(self._read, self._groups(list(range(len(self._examples))))):
+            for rows in torch.arange(len(table), device=self._model.device).split(size):
+                yield table.take(rows, heads, self._model.hidden_size, finals=False)
+
+    def _groups(self, order: list[int]) -> Iterator[list[int]]:
+        group: list[int] = []
+        count = 0
+        for i in order:
+            if group and count + self._counts[i] > self._most:
+                yield group
+                group, count = [], 0
+            group.append(i)
+            count += self._counts[i]
+        if group:
+            yield group
+
+    def _read(self, group: list[int]) -> Table:
+        return read_table(self._model, [self._examples[i] for i in group])
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that rows may take on a device."""
+    if device.type != "cuda":
+        import psutil
+
+        return int(SHARE * psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    return int(SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def read_table(backend: TransformersBackend, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS) -> Table:
+    """The rows of texts, in their order, on the device of the model. Texts of like length are read together."""
+    device = backend.device
+    found = [labelled_rows(example, backend.max_length) for example in examples]
+    counts = [len(roots) for _, roots, _ in found]
+    starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+    width = backend.hidden_size * (1 + len(backend.feature_layers))
+    features = torch.empty(starts[-1], width, dtype=torch.bfloat16, device=device)
+    lengths = [int(positions[-1]) + 1 if len(positions) else 0 for positions, *_ in found]
+    for group in batched(lengths, batch_tokens):
+        longest = lengths[group[-1]]
+        tokens = torch.zeros(len(group), longest, dtype=torch.int64)
+        for row, i in enumerate(group):
+            tokens[row, : lengths[i]] = torch.tensor(examples[i].token_ids[: lengths[i]])
+        places = torch.cat([found[i][0] + row * longest for row, i in enumerate(group)]).to(device)
+        parts = backend.read_texts(tokens.to(device))  # [B, T, H] each; what is filled up comes after all that counts
+        values = torch.cat([part.flatten(0, 1).index_select(0, places).to(features) for part in parts], dim=-1)
+        for i, rows in zip(group, values.split([counts[i] for i in group]), strict=True):
+            features[starts[i] : starts[i] + counts[i]] = rows
+    roots, left = (torch.cat([part[n] for part in found]).to(device) for n in (1, 2))
+    return Table(features, roots, torch.arange(len(roots), dtype=torch.int32, device=device) + left)
+
+
+def batched(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of texts that are read together, the shortest first; those of no length are left out."""
+    group: list[int] = []
+    for i in sorted((i for i, length in enumerate(lengths) if length), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[i] > batch_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group

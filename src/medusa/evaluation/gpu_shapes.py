@@ -10,8 +10,8 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,11 @@ def original_config(shape: Shape) -> HeadsConfig:
     )
 
 
+def narrow_config(shape: Shape) -> HeadsConfig:
+    """The same with a block an eighth as wide: that of a large model costs as much as some of its layers."""
+    return replace(trained_config(shape), mlp_width=shape.hidden // 4)
+
+
 def random_heads(config: HeadsConfig, backend: TransformersBackend, device: str, dtype: torch.dtype) -> Heads:
     """Heads for a model with random weights."""
     count = config.draft_vocab
@@ -281,6 +286,9 @@ def times_part(part: Part, options: Options) -> None:
 
 def compiled_part(part: Part, options: Options) -> None:
     """Steps with compiled layers, for few sizes, since each takes a while to compile."""
+    from medusa.evaluation.gpu_model import compiled_texts
+
+    part.attempt("model", lambda: compiled_texts(part, options), needs=20.0)
     for name in list(TINY) if options.tiny else ["7B", "1B"]:
         part.measure(name, lambda name=name: _compiled_times(part, options, name), needs=20.0)  # type: ignore[misc]
         free_memory(options.device)
@@ -304,11 +312,18 @@ def _shape_times(part: Part, options: Options, name: str, limit: float | None) -
         part.set(f"{name}/plain_to_generate", round(1e3 / one / generate, 3))
     _record_speedups(part)
     if options.tiny or name == "7B":
-        _steps(part, options, f"{name}/original", model, original_config(shape), limit)
+        _steps(part, options, f"{name}/narrow", model, narrow_config(shape), limit, (1, 64))
+        _steps(part, options, f"{name}/original", model, original_config(shape), limit, (1, 64))
 
 
 def _steps(
-    part: Part, options: Options, key: str, model: PreTrainedModel, config: HeadsConfig, limit: float | None
+    part: Part,
+    options: Options,
+    key: str,
+    model: PreTrainedModel,
+    config: HeadsConfig,
+    limit: float | None,
+    sizes: Sequence[int] = NODES,
 ) -> None:
     """Steps of every size with heads of one kind."""
     device = options.device
@@ -339,7 +354,7 @@ def _steps(
         return found
 
     part.measure(f"{key}/steps/1", lambda: measure(1, NoDrafter(), None), needs=1.0)
-    for nodes in reversed(NODES[1:]):  # 64 first: it matters most
+    for nodes in reversed(sizes[1:]):  # 64 first: it matters most
         tree = shipped_tree(nodes)
         part.measure(
             f"{key}/steps/{nodes}",
@@ -364,7 +379,7 @@ def _compiled_times(part: Part, options: Options, name: str) -> None:
     shape = (TINY if options.tiny else SHAPES)[name]
     context, repeats, rounds = (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
     model = random_model(shape, options.device, torch.bfloat16)
-    config = trained_config(shape)
+    config = narrow_config(shape)
     backend = TransformersBackend(
         model,
         num_slots=1,

@@ -66,7 +66,7 @@ def _times(found: Mapping[str, Any]) -> list[str]:
         )
     lines.append("  shape, heads     ms of a step with N nodes (ratio to 1; share of the memory limit)")
     for name, of in found.items():
-        for kind in ("trained", "original"):
+        for kind in ("trained", "narrow", "original"):
             steps = of.get(kind, {}).get("steps", {}) if isinstance(of, dict) else {}
             cells = [
                 f"{n}: {s['ms']['median']:.2f} ({s.get('to_one', 1)}; {s.get('share_of_limit', 0):.0%})"
@@ -88,7 +88,13 @@ def _times(found: Mapping[str, Any]) -> list[str]:
 
 
 def _compiled(found: Mapping[str, Any]) -> list[str]:
-    return [
+    texts = [
+        f"  compiled {name:6} {of['tokens_per_second']:8.1f} tokens/s {of['tokens_per_step']:6.2f} a step "
+        f"{of['to_plain']}x plain, {of['identical']}/{of['texts']} texts as plain"
+        for name, of in found.get("model", {}).items()
+        if isinstance(of, dict)
+    ]
+    return texts + [
         f"  {name} compiled: " + ", ".join(f"{n}: {s['ms']['median']:.2f} ms" for n, s in of["steps"].items())
         for name, of in found.items()
         if "steps" in of

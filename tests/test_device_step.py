@@ -21,11 +21,11 @@ from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling, candidates
 from medusa.decoding.sampling import gumbel_noise as reference_noise
 from medusa.decoding.tree import Tree
-from medusa.device import accept
+from medusa.device import accept, step
 from medusa.device.capture import Captured
 from medusa.device.decoder import DeviceDecoder, bucket
 from medusa.device.nodes import NodesByTime
-from medusa.device.noise import gumbel_noise, random_words, signed
+from medusa.device.noise import compiled_gumbel_noise, gumbel_noise, random_words, signed
 from medusa.device.slots import Needs, Slots
 from medusa.errors import UsageError
 from medusa.models.backend import PlainTree
@@ -37,6 +37,8 @@ from medusa.models.tree_attention import use_grouped_attention
 from tiny_models import agrees, make_model
 
 DEVICE = torch.device(os.environ.get("MEDUSA_TEST_DEVICE", "cpu"))
+ON_GPU = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs MEDUSA_TEST_DEVICE=cuda")
+EXAMPLES = 4 if DEVICE.type == "cuda" else 20  # each captures graphs there
 VOCAB = 24  # so small that even random heads are right now and then
 SLOTS = 3
 NEW_TOKENS = 24
@@ -130,9 +132,11 @@ def test_random_words_are_those_of_numpy(keys: list[tuple[int, int]], size: int)
         assert found.tolist() == expected.tolist()
 
 
-def test_noise_is_that_of_the_reference() -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=ON_GPU)])
+def test_noise_is_that_of_the_reference(compiled: bool) -> None:
+    noise_of = compiled_gumbel_noise() if compiled else gumbel_noise
     seeds = torch.tensor([[1], [signed(2**64 - 3)]], device=DEVICE)
-    found = gumbel_noise(seeds.expand(2, 2), torch.tensor([[5, 6], [7, 8]], device=DEVICE), 1001).cpu()
+    found = noise_of(seeds.expand(2, 2), torch.tensor([[5, 6], [7, 8]], device=DEVICE), 1001).cpu()
     for b, seed in enumerate((1, 2**64 - 3)):
         for i in range(2):
             np.testing.assert_allclose(found[b, i].numpy(), reference_noise(seed, 5 + 2 * b + i, 1001), rtol=1e-14)
@@ -172,7 +176,7 @@ def test_filters_keep_what_the_reference_keeps(samplings: list[Sampling], seed: 
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
-@settings(max_examples=20)
+@settings(max_examples=EXAMPLES)
 @given(data=st.data(), prompt=prompts, sampling=any_sampling, nodes=st.integers(1, 14))
 def test_a_step_accepts_what_the_reference_accepts(
     family: str, data: st.DataObject, prompt: list[int], sampling: Sampling, nodes: int
@@ -183,7 +187,7 @@ def test_a_step_accepts_what_the_reference_accepts(
     assert text_of(DeviceDecoder(backend, drafter, nodes), prompt, sampling) == expected
 
 
-@settings(max_examples=40)
+@settings(max_examples=2 * EXAMPLES)
 @given(
     data=st.data(),
     texts=st.lists(prompts, min_size=1, max_size=SLOTS),
@@ -236,7 +240,7 @@ def test_a_wrong_noise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of exact sampling."""
     backend, prompt, sampling = backend_of(), [3, 1, 4, 1, 5], Sampling(temperature=1.0, seed=3)
     expected = text_of(Decoder(backend, NoDrafter(), 1), prompt, sampling)
-    monkeypatch.setattr(accept, "gumbel_noise", lambda seeds, positions, size: gumbel_noise(seeds, positions + 1, size))
+    monkeypatch.setattr(step, "gumbel_noise", lambda seeds, positions, size: gumbel_noise(seeds, positions + 1, size))
     assert text_of(DeviceDecoder(backend, NoDrafter(), 1), prompt, sampling) != expected
 
 
@@ -321,7 +325,7 @@ def test_a_cache_that_another_decoder_moved_is_found_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@settings(max_examples=10)
+@settings(max_examples=EXAMPLES // 2)
 @given(parents=tree_parents(10), seed=st.integers(0, 999))
 def test_a_pass_on_the_device_gives_the_logits_of_verify(
     dtype: torch.dtype, parents: tuple[int, ...], seed: int

@@ -7,10 +7,11 @@ that holds on all of its path, so no step waits for the one before it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from medusa.device.noise import gumbel_noise
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
 
@@ -41,12 +42,20 @@ def filtered(scores: Tensor, slots: Slots) -> Tensor:
     return scores.masked_fill(~torch.zeros_like(keep).scatter_(2, ids, keep), -torch.inf)
 
 
-def choose(logits: Tensor, scores: Tensor | None, shape: FixedShape, slots: Slots, needs: Needs) -> Tensor:
+def choose(
+    logits: Tensor,
+    scores: Tensor | None,
+    shape: FixedShape,
+    slots: Slots,
+    needs: Needs,
+    noise_of: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:
     """The token that plain decoding with the same seed has after each node, [B, N]; the argmax for typical rows.
 
     Args:
         logits: [B, N, V], penalised.
         scores: [B, N, V] after temperature and filters; None where no row samples.
+        noise_of: `gumbel_noise`, compiled or not.
     """
     best = logits.argmax(-1)
     if not needs.exact:
@@ -55,7 +64,7 @@ def choose(logits: Tensor, scores: Tensor | None, shape: FixedShape, slots: Slot
     batch, vocab = len(logits), logits.shape[-1]
     # The root is the token at position `lengths`; what follows a node at depth d is the token at lengths + 1 + d.
     positions = slots.lengths[:batch, None] + 1 + torch.arange(shape.depth + 1, device=logits.device)
-    noise = gumbel_noise(slots.seeds[:batch, None].expand_as(positions), positions, vocab)  # [B, D + 1, V]
+    noise = noise_of(slots.seeds[:batch, None].expand_as(positions), positions, vocab)  # [B, D + 1, V]
     drawn = torch.empty_like(best)
     for depth, nodes in enumerate(shape.by_depth):
         drawn[:, nodes] = (scores[:, nodes] + noise[:, depth : depth + 1]).argmax(-1)

@@ -7,6 +7,9 @@ upper half of a product and shifts to the right need care. J. Salmon et al., Par
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -46,6 +49,14 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     words = random_words(seeds, positions, size)
     uniform = (((words >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
+
+
+@cache
+def compiled_gumbel_noise() -> Callable[[Tensor, Tensor, int], Tensor]:
+    """`gumbel_noise` as one kernel in place of two hundred. For GPUs: in C++, which torch compiles to on a CPU, the
+    overflow of a product with a sign is undefined."""
+    compiled: Callable[[Tensor, Tensor, int], Tensor] = torch.compile(gumbel_noise, dynamic=True)
+    return compiled
 
 
 def _constants(numbers: tuple[int, int], device: torch.device) -> Tensor:

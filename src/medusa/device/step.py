@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medusa.device import accept
+from medusa.device.noise import compiled_gumbel_noise, gumbel_noise
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
 from medusa.models.heads import HeadsRunner
@@ -66,7 +67,8 @@ def medusa_step(
     if needs.exact or needs.typical:
         scores = logits.float() / slots.of("temperature", batch).float()
         scores = accept.filtered(scores, slots) if needs.filters else scores
-    chosen = accept.choose(logits, scores, shape, slots, needs)  # [B, N]
+    noise = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
+    chosen = accept.choose(logits, scores, shape, slots, needs, noise)  # [B, N]
     right = chosen[:, shape.above] == drafted  # this token is what plain decoding has here
     right[:, 0] = True
     best = depths.double()  # the deepest accepted node is kept

@@ -104,7 +104,7 @@ def attention_part(part: Part, options: Options) -> None:
             part.measure(key, lambda n=name, c=count, p=length, w=way: _measure(options, shapes[n], c, p, w), needs=0.5)  # type: ignore[misc]
         free_memory(options.device)
     for name, count, length in sizes:
-        if count not in FLEX_NODES and not options.tiny:
+        if not options.tiny and (count not in FLEX_NODES or name != "7B"):
             continue
         key = f"{name}/{count} nodes/{length} places/flex"
         part.measure(key, lambda n=name, c=count, p=length: _try_flex(options, shapes[n], c, p), needs=8.0)  # type: ignore[misc]

@@ -130,7 +130,16 @@ def model_part(part: Part, options: Options) -> None:
         part.note("no model at hand: give --model or --pieces")
         return
     part.attempt("one text", lambda: _one_text(part, options), needs=5.0)
-    free_memory(options.device)
+
+
+def batches_part(part: Part, options: Options) -> None:
+    """Many texts at once, and a few in float32."""
+    from medusa.evaluation.gpu_correct import exact_float32
+
+    exact_float32()
+    if default_model(options) is None:
+        part.note("no model at hand: give --model or --pieces")
+        return
     part.measure("batches", lambda: _batches(part, options), needs=8.0)
     free_memory(options.device)
     part.measure("float32", lambda: _float32(part, options), needs=8.0)
@@ -147,8 +156,9 @@ def _one_text(part: Part, options: Options) -> None:
         part.expect(isinstance(lm.decoder, DeviceDecoder), f"medusa.load gives a {type(lm.decoder).__name__} on CUDA")
     prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
     part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}), needs=5.0)
+    few = prompts[: len(prompts) // 2]
+    part.measure("sampled", lambda: _texts(part, lm, few, tokens, {"temperature": 0.7}), needs=5.0)
     part.measure("baselines", lambda: _baselines(part, lm, options), needs=5.0)
-    part.measure("sampled", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.7}), needs=5.0)
 
 
 def compiled_texts(part: Part, options: Options) -> None:

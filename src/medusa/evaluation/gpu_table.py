@@ -149,4 +149,5 @@ _MAKERS = {
     "compiled": _compiled,
     "attention": _attention,
     "model": _model,
+    "batches": _model,
 }

@@ -98,9 +98,13 @@ def test_steps_of_every_size_are_timed_and_compared(tmp_path: Path) -> None:
     part = found(asked.out, "times")
     assert part["rates"]["read_GB_per_second"] > 0
     assert part["rates"]["bfloat16_TFLOP_per_second"] > 0
-    for kind in ("trained", "original"):
+    for kind, sizes in (
+        ("trained", {"1", "8", "16", "32", "64"}),
+        ("narrow", {"1", "64"}),
+        ("original", {"1", "64"}),
+    ):
         steps = part["tiny"][kind]["steps"]
-        assert set(steps) == {"1", "8", "16", "32", "64"}
+        assert set(steps) == sizes
         for step in steps.values():
             assert 0 < step["ms"]["min"] <= step["ms"]["median"] <= step["ms"]["max"]
             assert step["share_of_limit"] > 0
@@ -127,18 +131,44 @@ def test_a_model_is_measured_from_end_to_end(tmp_path: Path, tiny_model: tuple[s
     asked = options(tmp_path, tiny_model)
     assert run_one("model", asked, 300) == 0
     part = found(asked.out, "model")
-    for kind in ("greedy", "sampled", "float32"):
+    for kind in ("greedy", "sampled"):
         for name in ("plain", "heads", "ngram", "union", "auto"):
             assert part[kind][name]["tokens_per_second"] > 0
             assert part[kind][name]["decoder"] == "DeviceDecoder"
-    assert all(of["identical"] == of["texts"] for of in part["float32"].values() if isinstance(of, dict))
     assert part["baselines"]["generate_tokens_per_second"] > 0
     assert part["baselines"]["host_loop_union_tokens_per_second"] > 0
+    assert part["model"]["heads"]["kind"] == "recurrent"
+
+
+def test_batches_are_measured_and_float32_texts_are_those_of_plain_decoding(
+    tmp_path: Path, tiny_model: tuple[str, str]
+) -> None:
+    asked = options(tmp_path, tiny_model)
+    assert run_one("batches", asked, 300) == 0
+    part = found(asked.out, "batches")
     assert set(part["batches"]) == {"1", "2"}
     for of in part["batches"].values():
         assert set(of) == {"plain", "union 16", "union 64", "union auto"}
         assert of["plain"]["to_plain"] == 1.0
-    assert part["model"]["heads"]["kind"] == "recurrent"
+    assert all(of["identical"] == of["texts"] for of in part["float32"].values() if isinstance(of, dict))
+
+
+def test_a_step_is_taken_apart(tmp_path: Path, tiny_model: tuple[str, str]) -> None:
+    asked = options(tmp_path, tiny_model)
+    assert run_one("profile", asked, 300) == 0
+    part = found(asked.out, "profile")
+    assert part["64 nodes"]["kernels"] > part["1 nodes"]["kernels"] > 100
+    longest = [kernel["us"] for kernel in part["1 nodes"]["longest"]]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_a_training_is_run_in_small(tmp_path: Path, tiny_model: tuple[str, str]) -> None:
+    asked = options(tmp_path, tiny_model)
+    assert run_one("training", asked, 300) == 0
+    part = found(asked.out, "training")["4 rows"]
+    assert part["answer_tokens"] >= 250  # of the 300 written some are held out
+    assert part["positions_per_second"] > 0
+    assert {"Loading", "Writing text", "Training"} <= set(part["stage_seconds"])
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -311,14 +341,14 @@ def test_a_failing_part_is_recorded_and_the_next_one_runs(
 ) -> None:
     out = tmp_path / "report.json"
     _in_this_process(monkeypatch)
-    arguments = ["--tiny", "--parts", "model,training", "--model", str(tmp_path / "nowhere"), "--out", str(out)]
+    arguments = ["--tiny", "--parts", "model,attention", "--model", str(tmp_path / "nowhere"), "--out", str(out)]
     assert main(arguments) == 1
     parts = read(out)["parts"]
     assert parts["model"]["status"] == "failed"
     assert parts["model"]["errors"][0]["type"] == "MedusaError"
     assert "nowhere" in parts["model"]["errors"][0]["message"]
     assert any("MedusaError" in line for line in parts["model"]["errors"][0]["traceback"])
-    assert parts["training"]["status"] == "done"
+    assert parts["attention"]["status"] == "done"
     assert "nowhere" in capsys.readouterr().out
 
 

@@ -30,6 +30,7 @@ PARTS = {
     "times": 95,
     "model": 60,
     "batches": 45,
+    "profile": 20,
     "attention": 30,
     "training": 60,
     "compiled": 60,
@@ -65,6 +66,10 @@ def _function(name: str) -> Callable[[Part, Options], None]:
         from medusa.evaluation.gpu_model import batches_part, model_part
 
         return model_part if name == "model" else batches_part
+    if name == "profile":
+        from medusa.evaluation.gpu_profile import profile_part
+
+        return profile_part
     if name == "training":
         from medusa.evaluation.gpu_training import training_part
 

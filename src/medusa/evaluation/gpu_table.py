@@ -142,7 +142,16 @@ def _training(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _profile(found: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, of in found.items():
+        told = ", ".join(f"{k['name'][:24]} {k['us']:.0f}/{k['calls']:.0f}" for k in of["longest"][:4])
+        lines.append(f"  {name}: {of['kernels']:.0f} kernels, {of['us']:.0f} us; longest (us/calls): {told}")
+    return lines
+
+
 _MAKERS = {
+    "profile": _profile,
     "training": _training,
     "correctness": _correctness,
     "times": _times,

@@ -163,7 +163,7 @@ def test_a_file_gives_the_text_of_its_model(tmp_path: Path, family: str) -> None
     path = tiny_file(tmp_path, family)
     assert_runs(path, model_of(family))
     config = json.loads((Path(zoo.resolve(str(path)).location) / "config.json").read_text())
-    from medusa.models.native_config import is_complete
+    from medusa.engines.native_config import is_complete
 
     assert is_complete(config), "so that transformers need not be started"
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models import heads as heads_module
-from medusa.models.heads import (
+from medusa.heads import module as heads_module
+from medusa.heads.module import (
     CONFIG_FILE,
     KINDS,
     WEIGHTS_FILE,
@@ -29,7 +30,6 @@ from medusa.models.heads import (
     vocabulary_hash,
     write_config,
 )
-from medusa.models.transformers_backend import TransformersBackend
 from tiny_models import make_tokenizer, shared_model
 
 H, V = 16, 40

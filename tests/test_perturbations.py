@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from medusa.decoding.draft import NgramDrafter
 from medusa.decoding.loop import Decoder, decode
+from medusa.engines.native_config import FAMILIES
 from medusa.errors import MedusaError
 from medusa.models import loading, zoo
-from medusa.models.native_config import FAMILIES
 from tiny_models import agrees, make_model
 
 pytest.importorskip("medusa_native")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from medusa.engines.topology import Parents, check_parents
 from medusa.errors import UsageError
-from medusa.models.topology import Parents, check_parents
 
 RankPath = tuple[int, ...]
 

@@ -19,10 +19,10 @@ import torch
 import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
+from medusa.engines.protocol import Backend
 from medusa.errors import MedusaError, UsageError
+from medusa.heads.module import WEIGHTS_FILE, Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.models import zoo
-from medusa.models.backend import Backend
-from medusa.models.heads import WEIGHTS_FILE, Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig

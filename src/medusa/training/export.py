@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from medusa.errors import MedusaError
 from medusa.files import write_whole
+from medusa.heads.module import Heads, save_heads
 from medusa.models import zoo
-from medusa.models.heads import Heads, save_heads
 from medusa.models.swap import swapped_in
 from medusa.training.accuracy import Accuracy
 from medusa.training.calibrate import draw

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.chat import collect, notice, wants_colour
-from medusa.cli_options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.chat.session import collect, notice, wants_colour
+from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk
+    from medusa.api import Chunk
 
 
 @with_options

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from medusa.chat_history import Message, load_history, save_history
+from medusa.chat.history import Message, load_history, save_history
 from medusa.errors import ContextFullError, MedusaError, UsageError
-from medusa.text import is_text
+from medusa.text.stream import is_text
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk, LanguageModel, Stats
+    from medusa.api import Chunk, LanguageModel, Stats
 
 HELP = """\
 /reset         forget the conversation (the system prompt stays)

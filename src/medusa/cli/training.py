@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from medusa.chat import notice
-from medusa.cli_progress import progress_shown
+from medusa.chat.session import notice
+from medusa.cli.progress import progress_shown
 from medusa.errors import MedusaError
 
 NEEDED = {"yaml": "pyyaml", "pydantic": "pydantic", "accelerate": "accelerate"}

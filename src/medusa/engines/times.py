@@ -30,15 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import medusa
+from medusa.engines.native import NativeBackend, native_module
+from medusa.engines.protocol import PlainTree
 from medusa.errors import UsageError
 from medusa.models import zoo
-from medusa.models.backend import PlainTree
-from medusa.models.native_backend import NativeBackend, native_module
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.models.backend import Backend
+    from medusa.engines.protocol import Backend
 
 SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 CONTEXT = 200

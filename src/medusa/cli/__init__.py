@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from medusa import cli_bench, cli_trace, cli_training
-from medusa.chat import (
+from medusa.chat.session import (
     OUT_OF_MEMORY,
     Answer,
     Chat,
@@ -30,12 +29,15 @@ from medusa.chat import (
     totals,
     wants_colour,
 )
-from medusa.cli_options import AsJson, EngineOptions, SamplingOptions, check_text, load_model, read_prompt, with_options
+from medusa.cli import bench as cli_bench
+from medusa.cli import trace as cli_trace
+from medusa.cli import training as cli_training
+from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, check_text, load_model, read_prompt, with_options
 from medusa.errors import MedusaError, UsageError
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk
-    from medusa.models.profile import Profile
+    from medusa.api import Chunk
+    from medusa.engines.times import Profile
 
 DEMO_PROMPTS = (
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -179,7 +181,7 @@ def info(
     lm = load_model(engine)
     facts = lm.describe()
     if profile:
-        from medusa.models.profile import profile as measure
+        from medusa.engines.times import profile as measure
 
         if sys.stderr.isatty():
             notice("Measuring ...")
@@ -331,7 +333,3 @@ def _reconfigure(stream: TextIO, **settings: str) -> None:
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(**settings)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa.errors import UsageError
-from medusa.text import is_text
+from medusa.text.stream import is_text
 
 
 @dataclass(frozen=True, slots=True)

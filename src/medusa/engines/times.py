@@ -33,7 +33,7 @@ import medusa
 from medusa.engines.native import NativeBackend, native_module
 from medusa.engines.protocol import PlainTree
 from medusa.errors import UsageError
-from medusa.models import zoo
+from medusa.files import cache_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,7 +236,7 @@ class _Others:
 
 def profiles_dir() -> Path:
     """Where profiles are kept."""
-    return zoo.cache_dir() / "profiles"
+    return cache_dir() / "profiles"
 
 
 def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:

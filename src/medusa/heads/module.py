@@ -31,8 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medusa.errors import MedusaError, UsageError
-from medusa.files import replacing
-from medusa.models.swap import swapped_in
+from medusa.files import replacing, swapped_in
 
 KINDS = ("residual", "sequential", "recurrent")
 CONFIG_FILE = "config.json"

@@ -11,9 +11,10 @@ import pytest
 from chat_stub import StubModel, Terminal, no_colour_settings, roles, run  # noqa: F401
 from medusa.api import Chunk, Stats
 from medusa.chat.history import Message, load_history, save_history
-from medusa.chat.session import Chat, Printer, collect, stats_line
+from medusa.chat.session import Chat
 from medusa.decoding.loop import Step
 from medusa.errors import MedusaError, UsageError
+from medusa.terminal import Printer, collect, stats_line
 
 
 def test_piped_lines_are_turns_and_only_answers_reach_stdout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from medusa.device.slots import Needs, Slots
 from medusa.device.step import medusa_step
 from medusa.engines.transformers import TransformersBackend
 from medusa.engines.tree_attention import use_grouped_attention
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import FAMILIES, make_model
 
 META = torch.device("meta")

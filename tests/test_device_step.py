@@ -33,7 +33,8 @@ from medusa.engines.topology import topology
 from medusa.engines.transformers import TransformersBackend
 from medusa.engines.tree_attention import use_grouped_attention
 from medusa.errors import UsageError
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import agrees, make_model
 
 DEVICE = torch.device(os.environ.get("MEDUSA_TEST_DEVICE", "cpu"))

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from medusa.engines.protocol import MAX_NODES
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.heads.module import Heads, read_config, write_config
+from medusa.heads.file import read_config, write_config
+from medusa.heads.module import Heads
 from medusa.training import text as training_text
 from medusa.training import trainer as training_trainer
 from medusa.training.accuracy import Accuracy, ranks

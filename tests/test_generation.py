@@ -22,7 +22,8 @@ from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import Draft
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.heads.module import save_heads, vocabulary_hash, write_config
+from medusa.heads.config import vocabulary_hash
+from medusa.heads.file import save_heads, write_config
 from tiny_lm import END, make, random_heads, writer
 from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
 

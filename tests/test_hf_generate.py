@@ -14,7 +14,9 @@ import transformers
 import medusa
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.heads.module import Heads, HeadsConfig, save_heads
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
 from tiny_lm import writer
 from tiny_models import (
     FAMILIES,

@@ -20,7 +20,9 @@ import transformers
 import medusa
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.heads.module import Heads, HeadsConfig, save_heads
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
 from tiny_models import make_model, scale_up, shared_model, stirred
 
 
@@ -101,7 +103,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(name, call)
 
     counted("medusa.engines.transformers.check_tree_attention")
-    counted("medusa.heads.module.load_heads")
+    counted("medusa.heads.file.load_heads")
     return counts
 
 

@@ -19,7 +19,9 @@ import medusa
 from medusa.cli import main
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.heads.module import BaseWeights, Heads, HeadsConfig, read_config
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import read_config
+from medusa.heads.module import BaseWeights, Heads
 from medusa.models import zoo
 from medusa.training.config import TrainConfig
 from medusa.training.data import Example

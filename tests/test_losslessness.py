@@ -23,7 +23,8 @@ from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
 from medusa.engines.transformers import TransformersBackend
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import agrees, make_model
 
 VOCAB = 24  # so small that even random heads are right now and then

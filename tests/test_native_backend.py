@@ -39,7 +39,8 @@ from medusa.engines.native import ISA_VARIABLE, PRECISIONS, Checkpoint, NativeBa
 from medusa.engines.native_config import NativeConfig, UnsupportedError, native_config
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from test_losslessness import NEW_TOKENS, SLOTS, batch, heads_drafters, plain, prompts, samplings
 from test_losslessness import VOCAB as SMALL_VOCAB
 from test_transformers_backend import Nodes, assert_one_sentence

@@ -9,7 +9,8 @@ import torch
 
 from medusa.engines.native import NativeBackend
 from medusa.engines.native_config import native_config
-from medusa.heads.module import Heads, HeadsConfig, HeadsState
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads, HeadsState
 from tiny_models import VOCAB, make_model, stirred
 
 pytest.importorskip("medusa_native")

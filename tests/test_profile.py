@@ -64,7 +64,7 @@ def test_info_shows_a_line_for_each_number_of_tokens(tmp_path: object, monkeypat
         def describe(self) -> dict[str, object]:
             return {"model": "tiny"}
 
-    monkeypatch.setattr(cli, "load_model", lambda _: Model())
+    monkeypatch.setattr("medusa.cli.info.load_model", lambda _: Model())
     monkeypatch.setattr("medusa.engines.times.SIZES", (1, 2))
     shown = CliRunner().invoke(cli.app, ["info", "--profile"])
     assert shown.exit_code == 0, shown.output

@@ -16,7 +16,9 @@ import medusa
 from medusa.decoding.draft import NgramDrafter
 from medusa.decoding.loop import Decoder, decode
 from medusa.engines.transformers import TransformersBackend
-from medusa.heads.module import BaseWeights, Heads, HeadsConfig, save_heads
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import BaseWeights, Heads
 from medusa.models import zoo
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import medusa
 from medusa.cli import main
 from medusa.errors import UsageError
-from medusa.heads.module import read_config
+from medusa.heads.file import read_config
 from medusa.training.config import load_config
 from medusa.training.resume import check_resumed
 from medusa.training.trainer import schedule

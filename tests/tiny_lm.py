@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from medusa.api import LanguageModel
 from medusa.engines.transformers import TransformersBackend
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import TOKENIZER_VOCAB, byte_ids, make_model, make_tokenizer, stirred
 
 END = 2  # <|end|>

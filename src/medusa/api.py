@@ -338,7 +338,7 @@ DRAFTED_NODES = 12  # of the draft that is timed: levels of heads take the time,
 
 def _load_tokenizer(source: ModelSource, hashed: bool) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, and the hash of its vocabulary if that is wanted."""
-    from medusa.heads.module import vocabulary_hash
+    from medusa.heads.config import vocabulary_hash
     from medusa.models import zoo
 
     tokenizer = zoo.load_tokenizer(source)
@@ -396,7 +396,8 @@ def load(
         import torch
 
         torch.set_num_threads(threads)
-    from medusa.heads.module import check_vocabulary, read_config
+    from medusa.heads.config import check_vocabulary
+    from medusa.heads.file import read_config
 
     source = zoo.resolve(model, progress=progress)
     heads_path = zoo.find_heads(heads, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,14 @@ from medusa.errors import MedusaError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a name beside `path` to write to; that file takes its place unless an exception is raised, so that a kill
-    leaves the old file or the new one. For a directory: `swapped_in`."""
-    scratch = path.with_name(f".{path.name}.partial")
+    leaves the old file or the new one. For a directory: `swapped_in`.
+
+    The name is always the same, so that what a kill left behind is written over; where several processes may write the
+    same file at once (`shared`), each has its own.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8] + '.' if shared else ''}partial")
     try:
         yield scratch
         scratch.replace(path)
@@ -55,7 +60,7 @@ def swapped_in(directory: Path) -> Iterator[Path]:
 
 
 def cache_dir() -> Path:
-    """The directory for converted models: $MEDUSA_CACHE, else `medusa` in the platform's user cache."""
+    """The directory of converted models and measured times: $MEDUSA_CACHE, else `medusa` in the user's cache."""
     if chosen := os.environ.get("MEDUSA_CACHE"):
         return Path(chosen).expanduser()
     try:

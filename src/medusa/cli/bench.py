@@ -1,4 +1,4 @@
-"""Commands that measure: `medusa bench` and `medusa ablate`; cli.py adds them."""
+"""Commands that measure: `medusa bench` and `medusa ablate`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medusa.chat.session import notice
 from medusa.cli.options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
+from medusa.terminal import notice
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel

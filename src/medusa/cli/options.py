@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from medusa.chat.session import notice
 from medusa.errors import UsageError
+from medusa.terminal import notice
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel

@@ -1,4 +1,4 @@
-"""`medusa trace`; cli.py adds it."""
+"""`medusa trace`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.chat.session import collect, notice, wants_colour
 from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.terminal import collect, notice, wants_colour
 
 if TYPE_CHECKING:
     from medusa.api import Chunk

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from medusa.engines.native import NativeBackend, native_module
-from medusa.heads.module import Block, Heads, HeadsConfig, HeadsState
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Block, Heads, HeadsState
 
 
 class NativeHeads:

@@ -23,7 +23,6 @@ import platform
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ import medusa
 from medusa.engines.native import NativeBackend, native_module
 from medusa.engines.protocol import PlainTree
 from medusa.errors import UsageError
-from medusa.files import cache_dir
+from medusa.files import cache_dir, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -311,15 +310,10 @@ def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
         "far_context": found.far_context,
         "far": {str(size): taken for size, taken in found.far.items()},
     }
-    scratch = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path, shared=True) as scratch:
             scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
 
 
 def _bandwidth(backend: NativeBackend) -> float:

@@ -27,7 +27,8 @@ from medusa.device.decoder import DeviceDecoder
 from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
-from medusa.heads.module import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_shapes import Shape, random_heads, random_model, stir
-from medusa.heads.module import HeadsConfig, save_heads
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
 
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 TEMPLATE = (
@@ -22,7 +23,7 @@ TEMPLATE = (
 def write_tiny(directory: Path) -> tuple[Path, Path]:
     """Writes a model and heads; returns their directories."""
     from medusa.evaluation.gpu_shapes import TREE_FILE
-    from medusa.heads.module import read_config
+    from medusa.heads.file import read_config
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from medusa.chat.session import DIM, DRAFT_COLOURS, RESET, count, stats_line
 from medusa.decoding.draft import MODEL
+from medusa.terminal import DIM, DRAFT_COLOURS, RESET, count, stats_line
 from medusa.text.stream import REPLACEMENT
 
 if TYPE_CHECKING:

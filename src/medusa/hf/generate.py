@@ -180,7 +180,7 @@ class _CustomGenerate:
 
         from medusa.engines.protocol import DEFAULT_MAX_LENGTH
         from medusa.engines.transformers import TransformersBackend, check_tree_attention
-        from medusa.heads.module import load_heads, read_config
+        from medusa.heads.file import load_heads, read_config
 
         layers = read_config(self._heads).feature_layers if self._heads else ()
         backend = TransformersBackend(
@@ -233,7 +233,7 @@ def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Pa
     )
     if heads is None:
         return facts
-    from medusa.heads.module import CONFIG_FILE, WEIGHTS_FILE
+    from medusa.heads.file import CONFIG_FILE, WEIGHTS_FILE
 
     files = tuple(
         (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from medusa.errors import MedusaError, first_sentence
-from medusa.files import cache_dir
+from medusa.files import cache_dir, replacing
 from medusa.models.quiet import quiet
 
 CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
@@ -152,9 +152,8 @@ def digest(gguf: Path) -> str:
         raise MedusaError(f"cannot read {gguf}: {error.strerror}") from error
     with contextlib.suppress(OSError):  # only a saving of time: an unwritable cache is reported by converted
         note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}")
-        draft.write_text(hasher.hexdigest(), encoding="ascii")
-        draft.replace(note)
+        with replacing(note, shared=True) as scratch:
+            scratch.write_text(hasher.hexdigest(), encoding="ascii")
     return hasher.hexdigest()
 
 

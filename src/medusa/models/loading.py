@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from medusa.engines.protocol import Backend
-    from medusa.heads.module import HeadsConfig, HeadsRunner
+    from medusa.heads.config import HeadsConfig
+    from medusa.heads.module import HeadsRunner
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -93,7 +94,7 @@ def load_backend(
 
 def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
     """Raises MedusaError for heads of a model of another shape, before any of its weights are read."""
-    from medusa.heads.module import check_shape
+    from medusa.heads.config import check_shape
 
     model = _config(source)
     if hasattr(model, "get_text_config"):
@@ -109,11 +110,12 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
     import torch
 
     from medusa.engines.native import NativeBackend
-    from medusa.heads import module as heads
+    from medusa.heads import file
+    from medusa.heads.module import Heads
 
-    def read(dtype: torch.dtype) -> heads.Heads:
+    def read(dtype: torch.dtype) -> Heads:
         base = loaded.backend.base_weights()
-        return heads.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
+        return file.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
 
     if isinstance(loaded.backend, NativeBackend):
         from medusa.engines.native_heads import NativeHeads

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from medusa.errors import MedusaError
 from medusa.files import swapped_in, write_whole
-from medusa.heads.module import Heads, save_heads
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
 from medusa.models.quiet import quiet
 from medusa.training.accuracy import Accuracy
 from medusa.training.calibrate import draw

@@ -2,7 +2,7 @@
 
     model.generate(**inputs, custom_generate=medusa.custom_generate(heads="path/to/heads"), max_new_tokens=100)
 
-`generate` prepares inputs and settings as ever and hands them to the function made here; `hf_settings.py` reads them.
+`generate` prepares inputs and settings as ever and hands them to the function made here; `settings.py` reads them.
 """
 
 from __future__ import annotations

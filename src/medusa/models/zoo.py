@@ -2,7 +2,7 @@
 
 A model is named by a short name (`smollm2-135m`), a directory, a `.gguf` file or a Hub id. `resolve` turns
 the name into a place that `from_pretrained` accepts; a GGUF file is de-quantised once, into the cache.
-This file does not know how models run; see the backends.
+This file does not know how models run; see `engines/`. The cache is that of `gguf_cache.py`.
 """
 
 from __future__ import annotations

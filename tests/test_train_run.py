@@ -384,7 +384,7 @@ def test_no_room_for_the_heads_is_one_clear_sentence(
 
     out = tmp_path / "run"
     shutil.copytree(trained, out)
-    monkeypatch.setattr("medusa.heads.module.save_file", full)
+    monkeypatch.setattr("medusa.heads.file.save_file", full)
     assert run("train", "--resume", "--out", str(out)) == 1
     assert "No space left on device (os error 28); make room and go on with --resume" in capfd.readouterr().err
     assert digests(out / "heads") == digests(trained / "heads")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,13 @@ def test_saving_is_atomic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there files have such modes")
+def test_a_saved_conversation_is_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_save_and_load_say_what_is_wrong_with_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,9 +13,14 @@ from medusa.files import replacing
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path: Path, shared: bool) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path, shared=shared) as scratch:
-        scratch.write_text("ne")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with replacing(path, shared=shared) as scratch:
+            scratch.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert path.read_text() == "old"
     with replacing(path, shared=shared) as scratch:
         scratch.write_text("new")

@@ -21,7 +21,8 @@ import torch
 from accelerate import Accelerator
 
 import medusa
-from medusa.models.heads import Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import OptimiserConfig
 from medusa.training.data import Example

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from medusa.errors import MedusaError
 from medusa.models import zoo
+from medusa.models.quiet import quiet
 from medusa.training.data import Example, Reader
 from medusa.training.features import count_rows
 from medusa.training.text import cut
@@ -220,7 +221,7 @@ def save(draft: Any, tokenizer: Any, out: Path) -> None:
     work = out.with_name(f".{out.name}.writing")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        with zoo.quiet():
+        with quiet():
             draft.to(torch.bfloat16).save_pretrained(work)
             draft.generation_config.save_pretrained(work)
             tokenizer.save_pretrained(work)

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 
 import medusa
 from medusa.decoding.draft import Draft
+from medusa.engines.times import profile
 from medusa.models import zoo
-from medusa.models.profile import profile
 
 TEXT = Path(__file__).with_name("text.txt")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")

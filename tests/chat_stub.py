@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from medusa.chat import Chat
+from medusa.api import Chunk, Stats
+from medusa.chat.session import Chat
 from medusa.decoding.loop import Step
-from medusa.generation import Chunk, Stats
 
 
 class StubModel:

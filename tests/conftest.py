@@ -16,6 +16,6 @@ settings.load_profile("medusa")
 @pytest.fixture(autouse=True)
 def _profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what was measured of this machine, nor depends on what else runs on it."""
-    monkeypatch.setattr("medusa.models.profile.profiles_dir", lambda: tmp_path / "profiles")
-    monkeypatch.setattr("medusa.models.profile.BUSY", math.inf)
-    monkeypatch.setattr("medusa.models.profile.REFUTED", math.inf)
+    monkeypatch.setattr("medusa.engines.times.profiles_dir", lambda: tmp_path / "profiles")
+    monkeypatch.setattr("medusa.engines.times.BUSY", math.inf)
+    monkeypatch.setattr("medusa.engines.times.REFUTED", math.inf)

@@ -21,7 +21,8 @@ from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.models.heads import HeadsConfig, HeadsState
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import HeadsState
 
 #: Of the native engine in int8, by docs/decisions.md: flat at first, then steep.
 INT8 = PassTimes.measured({1: 3.4, 4: 3.8, 8: 4.9, 12: 7.0, 16: 9.2, 32: 17.0}, draft_seconds=1.0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from chat_stub import StubModel, Terminal, no_colour_settings, roles, run  # noqa: F401
-from medusa.chat import Chat, Printer, collect, stats_line
-from medusa.chat_history import Message, load_history, save_history
+from medusa.api import Chunk, Stats
+from medusa.chat.history import Message, load_history, save_history
+from medusa.chat.session import Chat
 from medusa.decoding.loop import Step
 from medusa.errors import MedusaError, UsageError
-from medusa.generation import Chunk, Stats
+from medusa.terminal import Printer, collect, stats_line
 
 
 def test_piped_lines_are_turns_and_only_answers_reach_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +192,13 @@ def test_saving_is_atomic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only there files have such modes")
+def test_a_saved_conversation_is_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "talk.json"
+    save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_save_and_load_say_what_is_wrong_with_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 import tiny_lm
 from chat_stub import StubModel, no_colour_settings, roles, run  # noqa: F401
-from medusa.chat import Chat
-from medusa.chat_history import Message, save_history
+from medusa.api import Chunk
+from medusa.chat.history import Message, save_history
+from medusa.chat.session import Chat
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import ContextFullError
-from medusa.generation import Chunk
-from medusa.models.transformers_backend import TransformersBackend
 
 
 class SmallModel(StubModel):

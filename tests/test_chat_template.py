@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import medusa
-from medusa.chat_template import encode_plain, turn_ends
+from medusa.text.chat_template import encode_plain, turn_ends
 from tiny_lm import make
 from tiny_models import SPECIAL, byte_ids, make_model, make_tokenizer
 

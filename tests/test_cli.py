@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import medusa
+from medusa.api import Chunk, Stats
 from medusa.cli import main
 from medusa.decoding.loop import Step
 from medusa.errors import MedusaError, UsageError
-from medusa.generation import Chunk, Stats
 
 
 class StubModel:
@@ -157,7 +157,7 @@ def test_options_reach_load_and_stream(run: Run, model: StubModel) -> None:
 def test_the_options_have_the_defaults_of_the_library(run: Run, model: StubModel) -> None:
     import inspect
 
-    from medusa import generation
+    from medusa import api as generation
 
     run("generate", "hi")
     for given, function in (

@@ -12,10 +12,10 @@ import pytest
 
 import medusa
 from medusa.cli import main
-from medusa.cli_bench import KINDS
+from medusa.cli.bench import KINDS
 from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.loop import Decoder
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.engines.transformers import TransformersBackend
 from tiny_lm import make, with_tree, writer
 
 pytest.importorskip("matplotlib")

@@ -17,9 +17,10 @@ from medusa.decoding.tree import Tree
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
 from medusa.device.step import medusa_step
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.transformers_backend import TransformersBackend
-from medusa.models.tree_attention import use_grouped_attention
+from medusa.engines.transformers import TransformersBackend
+from medusa.engines.tree_attention import use_grouped_attention
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import FAMILIES, make_model
 
 META = torch.device("meta")

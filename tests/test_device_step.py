@@ -27,13 +27,14 @@ from medusa.device.decoder import DeviceDecoder, bucket
 from medusa.device.nodes import NodesByTime
 from medusa.device.noise import compiled_gumbel_noise, gumbel_noise, random_words, signed
 from medusa.device.slots import Needs, Slots
+from medusa.engines.kv_cache import DeviceCursor
+from medusa.engines.protocol import PlainTree
+from medusa.engines.topology import topology
+from medusa.engines.transformers import TransformersBackend
+from medusa.engines.tree_attention import use_grouped_attention
 from medusa.errors import UsageError
-from medusa.models.backend import PlainTree
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.kv_cache import DeviceCursor
-from medusa.models.topology import topology
-from medusa.models.transformers_backend import TransformersBackend
-from medusa.models.tree_attention import use_grouped_attention
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import agrees, make_model
 
 DEVICE = torch.device(os.environ.get("MEDUSA_TEST_DEVICE", "cpu"))
@@ -357,7 +358,7 @@ def test_a_pass_on_the_device_gives_the_logits_of_verify(
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 1), (4, 2), (6, 3)])
 def test_grouped_attention_is_attention(heads: int, groups: int) -> None:
-    from medusa.models.tree_attention import grouped_attention
+    from medusa.engines.tree_attention import grouped_attention
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, heads, 5, 8, generator=generator)

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from medusa.api import LanguageModel
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.engines import flash_attention
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.generation import LanguageModel
-from medusa.models import flash_attention
-from medusa.models.transformers_backend import TransformersBackend
 from medusa.training import device_talk
 from medusa.training.device_talk import choose, gumbel, refusal, runs_on_device, talk_on_device
 from medusa.training.distill import DistillSettings, distill

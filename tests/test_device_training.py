@@ -12,10 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from medusa.engines.protocol import MAX_NODES
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models.backend import MAX_NODES
-from medusa.models.heads import Heads, read_config, write_config
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.file import read_config, write_config
+from medusa.heads.module import Heads
 from medusa.training import text as training_text
 from medusa.training import trainer as training_trainer
 from medusa.training.accuracy import Accuracy, ranks

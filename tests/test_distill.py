@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 
 from helpers import RandomTreeDrafter, ToyBackend, ToyModel
+from medusa.api import LanguageModel
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.generation import LanguageModel
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.text.turns import Turns
 from medusa.training import openings
 from medusa.training.distill import DistillSettings, Prompt, Written, distill, write_in_order
 from medusa.training.talk import LoopWatch, Talk, Talked, Turn, talk_in_slots
 from medusa.training.text import Silent, shown_by
 from medusa.training.text_file import TextFile
-from medusa.training.turns import Turns
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
 
 # A tiny random model ends a turn only by chance: it must be hot, and many tokens must end a text.

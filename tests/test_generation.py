@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 import medusa
+from medusa.api import Chunk, LanguageModel
 from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import Draft
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.generation import Chunk, LanguageModel
-from medusa.models.heads import save_heads, vocabulary_hash, write_config
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import vocabulary_hash
+from medusa.heads.file import save_heads, write_config
 from tiny_lm import END, make, random_heads, writer
 from tiny_models import TOKENIZER_VOCAB, agrees, byte_ids, make_model, make_tokenizer
 
@@ -508,7 +509,7 @@ def test_load_takes_a_directory_in_every_precision(saved: Path, dtype: str) -> N
 def test_load_measures_the_machine_once_and_only_for_a_drafter(
     saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from medusa.models import profile
+    from medusa.engines import times as profile
 
     measure, measured = profile.profile, []
     monkeypatch.setattr(
@@ -529,7 +530,7 @@ def test_load_measures_the_machine_once_and_only_for_a_drafter(
 
 def test_times_measured_anew_are_those_of_a_loaded_model(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = iter([PassTimes((1.0, 2.0)), PassTimes((3.0, 4.0))])
-    monkeypatch.setattr("medusa.generation.measured_times", lambda *_, **__: next(found))
+    monkeypatch.setattr("medusa.api.measured_times", lambda *_, **__: next(found))
     model = medusa.load(str(saved), heads="none", progress=False)
     assert model.pass_times()(1) == 1.0
     assert model.pass_times(refresh=True)(1) == 3.0
@@ -562,7 +563,7 @@ def unpacked_fixture(monkeypatch: pytest.MonkeyPatch) -> None:
     def reads(*_: object, **__: object) -> None:
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr("medusa.models.native_backend.NativeBackend.__init__", reads)
+    monkeypatch.setattr("medusa.engines.native.NativeBackend.__init__", reads)
     monkeypatch.setattr("medusa.models.zoo.load_model", reads)
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 import medusa
 from medusa.errors import MedusaError
-from medusa.models import zoo
+from medusa.files import cache_dir
+from medusa.models import gguf_cache, zoo
 from test_perturbations import loaded, written
 from tiny_models import CHAT_TEMPLATE, agrees, make_model, make_tokenizer
 
@@ -152,7 +153,7 @@ def assert_refused(path: Path, *words: str) -> None:
     assert "\n" not in text
     for word in words:
         assert word in text
-    assert not list((zoo.cache_dir() / "models").glob("*")), "nothing is kept of a file that is refused"
+    assert not list((cache_dir() / "models").glob("*")), "nothing is kept of a file that is refused"
 
 
 # --- whole files ------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_a_file_gives_the_text_of_its_model(tmp_path: Path, family: str) -> None
     path = tiny_file(tmp_path, family)
     assert_runs(path, model_of(family))
     config = json.loads((Path(zoo.resolve(str(path)).location) / "config.json").read_text())
-    from medusa.models.native_config import is_complete
+    from medusa.engines.native_config import is_complete
 
     assert is_complete(config), "so that transformers need not be started"
 
@@ -206,8 +207,8 @@ def test_a_transformers_that_is_too_old_to_read_a_file_is_named(
 def test_a_conversion_of_an_earlier_version_is_not_used(tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
     location = Path(zoo.resolve(str(path), progress=False).location)
-    manifest = json.loads((location / zoo.MANIFEST).read_text())
-    (location / zoo.MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
+    manifest = json.loads((location / gguf_cache.MANIFEST).read_text())
+    (location / gguf_cache.MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
     (location / "model.safetensors").write_bytes(b"noise")
     zoo.resolve(str(path), progress=False)
     assert (location / "model.safetensors").stat().st_size > 1000

@@ -187,7 +187,7 @@ def test_the_expected_speedup_is_published_acceptance_over_measured_overhead() -
 def test_the_weights_that_a_step_reads_are_counted_by_hand() -> None:
     import torch
 
-    from medusa.models.transformers_backend import TransformersBackend
+    from medusa.engines.transformers import TransformersBackend
 
     shape = TINY["tiny"]
     size, vocab = shape.hidden, shape.vocab
@@ -488,8 +488,8 @@ def test_the_cache_of_a_model_that_is_timed_grows_no_more(tmp_path: Path, tiny_m
 def test_every_drafter_has_said_the_longest_text_before_it_is_timed(
     tmp_path: Path, tiny_model: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from medusa.api import LanguageModel
     from medusa.evaluation import gpu_model
-    from medusa.generation import LanguageModel
 
     asked = options(tmp_path, tiny_model)
     lm = gpu_model.load(asked)

@@ -14,22 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models import heads as heads_module
-from medusa.models.heads import (
-    CONFIG_FILE,
-    KINDS,
-    WEIGHTS_FILE,
-    BaseWeights,
-    Heads,
-    HeadsConfig,
-    load_heads,
-    read_config,
-    save_heads,
-    vocabulary_hash,
-    write_config,
-)
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads import file as heads_file
+from medusa.heads.config import KINDS, HeadsConfig, vocabulary_hash
+from medusa.heads.file import CONFIG_FILE, WEIGHTS_FILE, load_heads, read_config, save_heads, write_config
+from medusa.heads.module import BaseWeights, Heads
 from tiny_models import make_tokenizer, shared_model
 
 H, V = 16, 40
@@ -288,7 +278,7 @@ def replaces_once(calls: int) -> Callable[..., Any]:
 def interrupt(patch: pytest.MonkeyPatch, moment: str) -> None:
     """Ctrl-C at some moment of a save."""
     if moment == "before the weights":
-        patch.setattr(heads_module, "save_file", fails)
+        patch.setattr(heads_file, "save_file", fails)
     elif moment == "after the weights":
         patch.setattr(Path, "write_text", fails)
     else:

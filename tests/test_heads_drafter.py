@@ -15,7 +15,8 @@ from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.models.heads import BaseWeights, Heads, HeadsConfig
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import BaseWeights, Heads
 
 H, V = 6, 23
 

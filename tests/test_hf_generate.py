@@ -12,9 +12,11 @@ import torch
 import transformers
 
 import medusa
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models.heads import Heads, HeadsConfig, save_heads
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
 from tiny_lm import writer
 from tiny_models import (
     FAMILIES,
@@ -358,7 +360,7 @@ def test_times_are_measured_once_for_each_state_of_a_model(monkeypatch: pytest.M
         measured.append(facts["dtype"])
         return PassTimes.typical()
 
-    monkeypatch.setattr("medusa.hf_generate.measured_times", pretend)
+    monkeypatch.setattr("medusa.hf.generate.measured_times", pretend)
     model, decode = make_model("llama"), medusa.custom_generate()
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "custom_generate": decode}
     model.generate(**prompts(1), **options)

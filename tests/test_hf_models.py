@@ -18,9 +18,11 @@ import torch
 import transformers
 
 import medusa
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.models.heads import Heads, HeadsConfig, save_heads
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
 from tiny_models import make_model, scale_up, shared_model, stirred
 
 
@@ -100,8 +102,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(name, call)
 
-    counted("medusa.models.transformers_backend.check_tree_attention")
-    counted("medusa.models.heads.load_heads")
+    counted("medusa.engines.transformers.check_tree_attention")
+    counted("medusa.heads.file.load_heads")
     return counts
 
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 import medusa
+from medusa.engines.native_config import is_complete, native_config
+from medusa.engines.protocol import MAX_NODES
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.models import loading, zoo
-from medusa.models.backend import MAX_NODES
-from medusa.models.native_config import is_complete, native_config
-from medusa.models.transformers_backend import TransformersBackend
 from tiny_models import make_model, make_tokenizer
 
 PROMPT = "the and"

@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import medusa
 from medusa.cli import main
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import read_config
+from medusa.heads.module import BaseWeights, Heads
 from medusa.models import zoo
-from medusa.models.heads import BaseWeights, Heads, HeadsConfig, read_config
-from medusa.models.transformers_backend import TransformersBackend
 from medusa.training.config import TrainConfig
 from medusa.training.data import Example
 from medusa.training.export import save_adapter, save_model

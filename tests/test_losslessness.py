@@ -22,8 +22,9 @@ from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.engines.transformers import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import agrees, make_model
 
 VOCAB = 24  # so small that even random heads are right now and then

@@ -35,11 +35,12 @@ from medusa.decoding.draft import NgramDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
+from medusa.engines.native import ISA_VARIABLE, PRECISIONS, Checkpoint, NativeBackend, native_module
+from medusa.engines.native_config import NativeConfig, UnsupportedError, native_config
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.native_backend import ISA_VARIABLE, PRECISIONS, Checkpoint, NativeBackend, native_module
-from medusa.models.native_config import NativeConfig, UnsupportedError, native_config
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from test_losslessness import NEW_TOKENS, SLOTS, batch, heads_drafters, plain, prompts, samplings
 from test_losslessness import VOCAB as SMALL_VOCAB
 from test_transformers_backend import Nodes, assert_one_sentence

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from medusa.engines.native import NativeBackend
+from medusa.engines.native_config import native_config
 from medusa.errors import UsageError
-from medusa.models.native_backend import NativeBackend
-from medusa.models.native_config import native_config
 from test_transformers_backend import Nodes
 from tiny_models import make_model, shared_model
 

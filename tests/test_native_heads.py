@@ -7,14 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from medusa.models.heads import Heads, HeadsConfig, HeadsState
-from medusa.models.native_backend import NativeBackend
-from medusa.models.native_config import native_config
+from medusa.engines.native import NativeBackend
+from medusa.engines.native_config import native_config
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads, HeadsState
 from tiny_models import VOCAB, make_model, stirred
 
 pytest.importorskip("medusa_native")
 
-from medusa.models.native_heads import NativeHeads
+from medusa.engines.native_heads import NativeHeads
 
 KINDS: dict[str, dict[str, Any]] = {
     "residual": {"kind": "residual"},

@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from medusa.models import zoo
+from medusa.models.quiet import quiet
 from test_perturbations import assert_right_or_refused
 from tiny_models import build
 
@@ -87,7 +88,7 @@ def random_model(kind: str, seed: int) -> transformers.PreTrainedModel:
             if name in SETTINGS
         }
         try:
-            with zoo.quiet():
+            with quiet():
                 with torch.device("meta"):
                     size = model_class(config_class(**settings)).num_parameters()
                 if size > MOST_PARAMETERS:

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from medusa.decoding.draft import NgramDrafter
 from medusa.decoding.loop import Decoder, decode
+from medusa.engines.native_config import FAMILIES
 from medusa.errors import MedusaError
 from medusa.models import loading, zoo
-from medusa.models.native_config import FAMILIES
+from medusa.models.quiet import quiet
 from tiny_models import agrees, make_model
 
 pytest.importorskip("medusa_native")
@@ -41,7 +42,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def generated(directory: Path) -> tuple[Any, list[int]]:
     """transformers' own model and its greedy text."""
-    with zoo.quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         ids = torch.tensor([PROMPT])
         out = model.generate(
@@ -279,7 +280,7 @@ def _copy_layer(tensors: dict[str, torch.Tensor], source: int, target: int) -> N
 
 def _sharded(directory: Path) -> dict[str, str]:
     """The same weights in shards; what the index says."""
-    with zoo.quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(directory)
         (directory / WEIGHTS).unlink()
         model.save_pretrained(directory, max_shard_size="20KB")
@@ -301,7 +302,7 @@ def _index(change: Callable[[Path, dict[str, str]], Any]) -> Change:
 def _other_model_as_one_file(directory: Path) -> None:
     """Another model saved over a sharded one: shards and index are left behind."""
     _sharded(directory)
-    with zoo.quiet():
+    with quiet():
         config = AutoModelForCausalLM.from_pretrained(directory).config
     other = make_model(config.model_type, seed=1, tie_word_embeddings=False)
     save_file({name: t.contiguous() for name, t in other.state_dict().items()}, directory / WEIGHTS, {"format": "pt"})
@@ -317,7 +318,7 @@ def _other_model_in_shards(directory: Path) -> None:
 
 def _with_adapter(directory: Path) -> None:
     peft = pytest.importorskip("peft")
-    with zoo.quiet():
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(directory)
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=4))
         with torch.no_grad():

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from helpers import ToyBackend, ToyModel
 from medusa import cli
+from medusa.api import measured_times
+from medusa.engines import times as profile_module
+from medusa.engines.native import NativeBackend
+from medusa.engines.native_config import native_config
+from medusa.engines.times import Profile, measured_profile, profile
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.generation import measured_times
-from medusa.models import profile as profile_module
-from medusa.models.native_backend import NativeBackend
-from medusa.models.native_config import native_config
-from medusa.models.profile import Profile, measured_profile, profile
-from medusa.models.transformers_backend import TransformersBackend
 from tiny_models import make_model, shared_model
 
 
@@ -38,7 +38,7 @@ def test_a_profile_of_transformers_has_times_and_no_limit() -> None:
 
 def test_a_profile_of_the_native_engine_knows_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("medusa_native")
-    monkeypatch.setattr("medusa.models.profile._bandwidth", lambda _: 1e9)
+    monkeypatch.setattr("medusa.engines.times._bandwidth", lambda _: 1e9)
     model = make_model(head_dim=16)  # no output is padded
     backend = NativeBackend(native_config(model.config), model.state_dict(), dtype="float32")
     found = profile(backend, sizes=(1, 2), context=20, repeats=6)
@@ -64,8 +64,8 @@ def test_info_shows_a_line_for_each_number_of_tokens(tmp_path: object, monkeypat
         def describe(self) -> dict[str, object]:
             return {"model": "tiny"}
 
-    monkeypatch.setattr(cli, "load_model", lambda _: Model())
-    monkeypatch.setattr("medusa.models.profile.SIZES", (1, 2))
+    monkeypatch.setattr("medusa.cli.info.load_model", lambda _: Model())
+    monkeypatch.setattr("medusa.engines.times.SIZES", (1, 2))
     shown = CliRunner().invoke(cli.app, ["info", "--profile"])
     assert shown.exit_code == 0, shown.output
     assert "profile 1 tokens" in shown.output

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from medusa.engines.native_config import native_config
 from medusa.models import zoo
-from medusa.models.native_config import native_config
 
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

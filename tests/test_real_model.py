@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 import medusa
 from medusa.decoding.draft import NgramDrafter
 from medusa.decoding.loop import Decoder, decode
+from medusa.engines.transformers import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
+from medusa.heads.module import BaseWeights, Heads
 from medusa.models import zoo
-from medusa.models.heads import BaseWeights, Heads, HeadsConfig, save_heads
-from medusa.models.transformers_backend import TransformersBackend
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 

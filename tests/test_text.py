@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medusa.errors import UsageError
-from medusa.text import REPLACEMENT, Detokenizer, StopStrings
+from medusa.text.stream import REPLACEMENT, Detokenizer, StopStrings
 from tiny_models import SPECIAL, TOKENIZER_VOCAB, byte_ids, make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -15,13 +15,13 @@ import pytest
 
 import medusa
 from helpers import RandomTreeDrafter, ToyBackend, ToyModel
+from medusa.api import Chunk, Stats
 from medusa.cli import main
 from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.loop import Decoder, Phases, Step, decode
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.trace import Trace, lines, token_texts, trace, visible
 from medusa.evaluation.trace_picture import _panel, check_picture, draw_trace, drawable
-from medusa.generation import Chunk, Stats
 from test_text import METASPACE
 from tiny_models import byte_ids, make_tokenizer
 

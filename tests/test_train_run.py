@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import medusa
 from medusa.cli import main
 from medusa.errors import UsageError
-from medusa.models.heads import read_config
+from medusa.heads.file import read_config
 from medusa.training.config import load_config
 from medusa.training.resume import check_resumed
 from medusa.training.trainer import schedule
@@ -384,7 +384,7 @@ def test_no_room_for_the_heads_is_one_clear_sentence(
 
     out = tmp_path / "run"
     shutil.copytree(trained, out)
-    monkeypatch.setattr("medusa.models.heads.save_file", full)
+    monkeypatch.setattr("medusa.heads.file.save_file", full)
     assert run("train", "--resume", "--out", str(out)) == 1
     assert "No space left on device (os error 28); make room and go on with --resume" in capfd.readouterr().err
     assert digests(out / "heads") == digests(trained / "heads")

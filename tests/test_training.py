@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
-from medusa.models.heads import BaseWeights, Heads, HeadsConfig
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import BaseWeights, Heads
 from medusa.training.accuracy import DEEPEST, Accuracy, best_paths, ranks
 from medusa.training.config import OptimiserConfig, TrainConfig, load_config
 from medusa.training.data import Example

@@ -19,10 +19,11 @@ from transformers import PreTrainedModel
 from helpers import path_nodes, tree_parents
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.loop import Decoder, decode
+from medusa.engines import kv_cache
+from medusa.engines import transformers as transformers_backend
+from medusa.engines.int8 import Int8Linear, quantise
+from medusa.engines.transformers import SelfCheckError, TransformersBackend, check_tree_attention
 from medusa.errors import MedusaError, UsageError
-from medusa.models import kv_cache, transformers_backend
-from medusa.models.int8 import Int8Linear, quantise
-from medusa.models.transformers_backend import SelfCheckError, TransformersBackend, check_tree_attention
 from tiny_models import (
     FAMILIES,
     VOCAB,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from helpers import path_nodes, tree_parents
 from medusa.decoding.tree import Tree, best_nodes
+from medusa.engines.topology import check_parents, topology
 from medusa.errors import UsageError
-from medusa.models.topology import check_parents, topology
 
 PATHS = {(0,): 0.6, (1,): 0.2, (0, 0): 0.4, (0, 2): 0.1, (1, 0): 0.05, (0, 0, 0): 0.3}
 

@@ -11,12 +11,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from medusa.chat_template import render
 from medusa.errors import UsageError
+from medusa.text.chat_template import render
+from medusa.text.turns import Turns
 from medusa.training.distill import DistillSettings
 from medusa.training.speaker import NO_QUESTION, Speaker, line_ends
 from medusa.training.talk import Said, Talk, Talked, Turn
-from medusa.training.turns import Turns
 from tiny_models import make_tokenizer
 
 END, OTHER_END = 2, 0  # <|end|> and <|pad|>

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.utils import logging
 
 from medusa.errors import MedusaError, UsageError
+from medusa.files import cache_dir
 from medusa.models import gguf as gguf_file
-from medusa.models import zoo
+from medusa.models import gguf_cache, zoo
 from medusa.models.zoo import ModelSource, find_heads, load_model, load_tokenizer, resolve
 
 HUB_ID = zoo.SHORT_NAMES["smollm2-135m"].hub_id
@@ -299,13 +300,13 @@ def test_a_gguf_file_is_converted_once(gguf, conversions):
     assert first == again
     assert first.hub_id is None
     assert conversions == [gguf]
-    assert Path(first.location).parent == zoo.cache_dir() / "models"
+    assert Path(first.location).parent == cache_dir() / "models"
     assert [p.name for p in Path(first.location).parent.iterdir()] == [Path(first.location).name]
 
 
 def test_the_embedded_gguf_file_is_known_by_its_content(gguf, conversions, monkeypatch):
     monkeypatch.setattr(zoo, "_embedded_file", lambda embedded: gguf)
-    known = zoo.Embedded(HUB_ID, "x", "x", "x", sha256=zoo._digest(gguf))
+    known = zoo.Embedded(HUB_ID, "x", "x", "x", sha256=gguf_cache.digest(gguf))
     monkeypatch.setitem(zoo.SHORT_NAMES, "smollm2-135m", known)
     assert resolve(str(gguf), progress=False).hub_id == HUB_ID
     source = resolve("SmolLM2-135M", progress=False)
@@ -327,7 +328,7 @@ def test_a_changed_gguf_file_is_converted_anew_and_a_moved_one_is_not(gguf, conv
 @pytest.mark.parametrize("damage", ["truncated", "removed", "no manifest", "bad manifest", "older format"])
 def test_a_damaged_conversion_is_noticed_and_made_anew(gguf, conversions, damage):
     location = Path(resolve(str(gguf), progress=False).location)
-    weights, manifest = location / "model.safetensors", location / zoo.MANIFEST
+    weights, manifest = location / "model.safetensors", location / gguf_cache.MANIFEST
     whole = weights.read_bytes()
     match damage:
         case "truncated":
@@ -358,7 +359,7 @@ def test_a_conversion_killed_midway_leaves_nothing_that_is_used_or_stays(gguf, c
         "zoo.resolve(sys.argv[1], progress=False)\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(gguf)], check=False).returncode == 9
-    models = zoo.cache_dir() / "models"
+    models = cache_dir() / "models"
     (left,) = models.iterdir()
     assert left.name.startswith(".converting-")
     location = Path(resolve(str(gguf), progress=False).location)
@@ -373,7 +374,7 @@ def test_sweeping_spares_conversions_under_way(tmp_path):
     for path in (here, elsewhere, forgotten):
         path.mkdir()
     os.utime(forgotten, (0, 0))
-    zoo._sweep(tmp_path)
+    gguf_cache._sweep(tmp_path)
     assert here.exists()
     assert elsewhere.exists()
     assert not forgotten.exists()
@@ -383,7 +384,7 @@ def test_sweeping_spares_conversions_under_way(tmp_path):
 def test_conversions_at_the_same_time_all_end_well(gguf, conversions, monkeypatch, damaged_before):
     location = Path(resolve(str(gguf), progress=False).location)
     if damaged_before:
-        (location / zoo.MANIFEST).unlink()
+        (location / gguf_cache.MANIFEST).unlink()
     else:
         shutil.rmtree(location)
     together, convert, results = threading.Barrier(3, timeout=10), gguf_file.convert, []
@@ -399,7 +400,7 @@ def test_conversions_at_the_same_time_all_end_well(gguf, conversions, monkeypatc
     for thread in work:
         thread.join()
     assert [r.location for r in results] == [str(location)] * 3
-    assert zoo._is_complete(location)
+    assert gguf_cache._is_complete(location)
     assert [p.name for p in location.parent.iterdir()] == [location.name]
 
 
@@ -413,7 +414,7 @@ def test_a_failed_conversion_is_one_sentence_and_leaves_nothing(gguf, monkeypatc
         resolve(str(gguf), progress=False)
     assert_one_sentence(caught)
     assert ("MEDUSA_CACHE" in str(caught.value)) == (error.args[0] == 28)
-    assert list((zoo.cache_dir() / "models").iterdir()) == []
+    assert list((cache_dir() / "models").iterdir()) == []
 
 
 def test_what_is_not_a_gguf_file_is_refused(tmp_path):
@@ -450,7 +451,7 @@ def test_without_a_terminal_a_conversion_is_announced_by_one_line_on_stderr(gguf
 
 
 def test_without_a_terminal_a_long_conversion_says_now_and_then_that_it_goes_on(gguf, monkeypatch, capsys):
-    monkeypatch.setattr(zoo, "REMINDER_SECONDS", 0.01)
+    monkeypatch.setattr(gguf_cache, "REMINDER_SECONDS", 0.01)
 
     def convert(gguf, target, name, tell):
         tell("unpacking the weights")
@@ -478,18 +479,18 @@ def test_on_a_terminal_a_conversion_shows_a_bar_on_stderr(gguf, conversions, cap
 
 def test_the_cache_is_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("MEDUSA_CACHE", "~/x")
-    assert zoo.cache_dir() == Path.home() / "x"
+    assert cache_dir() == Path.home() / "x"
     monkeypatch.delenv("MEDUSA_CACHE")
-    assert zoo.cache_dir().name == "medusa"
+    assert cache_dir().name == "medusa"
 
 
 def test_without_platformdirs_the_cache_must_be_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "platformdirs", None)
     monkeypatch.setenv("MEDUSA_CACHE", "/x")
-    assert zoo.cache_dir() == Path("/x")
+    assert cache_dir() == Path("/x")
     monkeypatch.delenv("MEDUSA_CACHE")
     with pytest.raises(MedusaError, match=r"pip install platformdirs, or set MEDUSA_CACHE"):
-        zoo.cache_dir()
+        cache_dir()
 
 
 # -------------------------------------------------------------------------------- heads
@@ -544,7 +545,7 @@ def test_the_default_model_is_the_gguf_file_unpacked(capfd, monkeypatch):
     from gguf import GGUFReader, dequantize
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(zoo, "REMINDER_SECONDS", 1e6)
+    monkeypatch.setattr(gguf_cache, "REMINDER_SECONDS", 1e6)
     path = zoo._embedded_file(zoo.SHORT_NAMES["smollm2-135m"])
     assert path is not None
     source = resolve("smollm2-135m")

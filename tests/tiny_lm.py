@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from medusa.generation import LanguageModel
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.api import LanguageModel
+from medusa.engines.transformers import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 from tiny_models import TOKENIZER_VOCAB, byte_ids, make_model, make_tokenizer, stirred
 
 END = 2  # <|end|>

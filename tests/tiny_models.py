@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medusa.models.heads import Heads
+from medusa.heads.module import Heads
 
 VOCAB = 160
 WINDOW = 8  # of sliding attention; shorter than the texts of the tests

@@ -1,5 +1,5 @@
 // Medusa heads on the engine's threads and packed linear layers. What they compute is described with their torch twin,
-// `medusa.models.heads.Heads`; they only guess, so their numbers need not be the same to the last bit.
+// `medusa.heads.module.Heads`; they only guess, so their numbers need not be the same to the last bit.
 #pragma once
 
 #include <cstdint>

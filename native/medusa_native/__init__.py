@@ -1,4 +1,4 @@
-"""The CPU engine of Medusa, as `medusa.models.native_backend` uses it. See the README beside this package's sources."""
+"""The CPU engine of Medusa, as `medusa.engines.native` uses it. See the README beside this package's sources."""
 
 from medusa_native._engine import CHUNK, MAX_NODES, SPAN, Engine, Heads, read_bandwidth, usable_isas
 

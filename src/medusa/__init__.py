@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from medusa.errors import MedusaError, UsageError
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk, Completion, LanguageModel, Stats, load
-    from medusa.hf_generate import custom_generate
+    from medusa.api import Chunk, Completion, LanguageModel, Stats, load
+    from medusa.hf.generate import custom_generate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {"custom_generate": "medusa.hf_generate"}
+_HOMES = {"custom_generate": "medusa.hf.generate"}
 
 
 def __getattr__(name: str) -> Any:
@@ -38,4 +38,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'medusa' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES.get(name, "medusa.generation")), name)
+    return getattr(importlib.import_module(_HOMES.get(name, "medusa.api")), name)

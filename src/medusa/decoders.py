@@ -8,13 +8,13 @@ from medusa.decoding.budget import MachineTimes, NodeBudget
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.tree import Tree
+from medusa.engines.protocol import MAX_NODES
 from medusa.errors import UsageError
-from medusa.models.backend import MAX_NODES
 
 if TYPE_CHECKING:
-    from medusa.models.backend import Backend
-    from medusa.models.heads import HeadsRunner
-    from medusa.models.transformers_backend import TransformersBackend
+    from medusa.engines.protocol import Backend
+    from medusa.engines.transformers import TransformersBackend
+    from medusa.heads.module import HeadsRunner
 
 DRAFTERS = ("union", "heads", "ngram", "none")
 TREES = ("auto", "dynamic", "static")

@@ -1,7 +1,11 @@
-"""Files that are there whole or not at all."""
+"""Files and directories that are there whole or not at all; and where the cache is."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +14,14 @@ from medusa.errors import MedusaError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a name beside `path` to write to; that file takes its place unless an exception is raised, so that a kill
-    leaves the old file or the new one. For a directory: `models/swap.py`."""
-    scratch = path.with_name(f".{path.name}.partial")
+    leaves the old file or the new one. For a directory: `swapped_in`.
+
+    The name is always the same, so that what a kill left behind is written over; where several processes may write the
+    same file at once (`shared`), each has its own.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8] + '.' if shared else ''}partial")
     try:
         yield scratch
         scratch.replace(path)
@@ -28,3 +36,38 @@ def write_whole(path: Path, text: str) -> None:
             scratch.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MedusaError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def swapped_in(directory: Path) -> Iterator[Path]:
+    """Yields an empty directory beside `directory`, to be filled, which takes its place unless an exception is raised.
+
+    What is there already is replaced, with all that lies in it.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    new, old = scratch / "new", scratch / "old"
+    try:
+        new.mkdir()
+        yield new
+        if directory.exists():
+            directory.replace(old)
+        new.replace(directory)
+    finally:
+        if old.exists() and not directory.exists():  # interrupted between the two
+            old.replace(directory)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cache_dir() -> Path:
+    """The directory of converted models and measured times: $MEDUSA_CACHE, else `medusa` in the user's cache."""
+    if chosen := os.environ.get("MEDUSA_CACHE"):
+        return Path(chosen).expanduser()
+    try:
+        import platformdirs
+    except ImportError:
+        raise MedusaError(
+            "the package platformdirs, which knows where caches go, is not installed: pip install platformdirs, or set "
+            "MEDUSA_CACHE to a directory"
+        ) from None
+    return Path(platformdirs.user_cache_path("medusa", appauthor=False))

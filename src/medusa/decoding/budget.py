@@ -3,7 +3,7 @@
 A draft of N nodes is expected to give E(N) = 1 + the sum of its probabilities, best nodes first, in t(N) seconds; the
 N with the most tokens per second is verified. Where nothing pays, that is N = 1: plain decoding. Drafters judge
 themselves (see `draft.py`), so their probabilities are taken as they are; times come from a measurement made before
-(`models/profile.py`), never from a clock while decoding: the same text is drafted the same way again.
+(`engines/times.py`), never from a clock while decoding: the same text is drafted the same way again.
 
 Two things that t depends on beside N: how long the texts are that the rows follow on (`PassTimes.after`), and whether
 the backend computes the nodes of a batch or, padded, as many for each row as the largest tree has (`places`).

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from medusa.decoding.tree import best_nodes
+from medusa.engines.topology import Parents, Topology, topology
 from medusa.errors import UsageError
-from medusa.models.topology import Parents, Topology, topology
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,7 +18,7 @@ import torch
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.models.heads import HeadsRunner
+from medusa.heads.module import HeadsRunner
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """Fixed trees of ranks: which guesses of which head are worth verifying, decided before any text is seen.
 
 A rank path (0, 2) means: the best guess of head 1, then the third best of head 2. This file knows nothing of tokens;
-`draft.py` hangs tokens on a tree, `models/topology.py` derives its mask.
+`draft.py` hangs tokens on a tree, `engines/topology.py` derives its mask.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from medusa.engines.topology import Parents, check_parents
 from medusa.errors import UsageError
-from medusa.models.topology import Parents, check_parents
 
 RankPath = tuple[int, ...]
 

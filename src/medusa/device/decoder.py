@@ -23,9 +23,9 @@ from medusa.device.nodes import NodesByTime
 from medusa.device.shape import ROOT, FixedShape
 from medusa.device.slots import Needs, Slots
 from medusa.device.step import ACTIVE, CHAIN, medusa_step
+from medusa.engines.protocol import MAX_NODES
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.models.backend import MAX_NODES
-from medusa.models.transformers_backend import TransformersBackend
 
 LONGEST_CHAIN = 8  # of the n-gram drafter
 SIZES = (1, 8, 16, 32, 64)  # nodes that "auto" chooses from; a graph for each

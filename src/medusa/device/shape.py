@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa.decoding.tree import Tree
-from medusa.models.topology import Parents, topology
+from medusa.engines.topology import Parents, topology
 
 ROOT = Tree((-1,), (-1,), (1.0,))
 

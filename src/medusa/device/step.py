@@ -14,9 +14,9 @@ from medusa.device import accept
 from medusa.device.noise import compiled_gumbel_noise, gumbel_noise
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
-from medusa.models.heads import HeadsRunner
-from medusa.models.kv_cache import DeviceCursor
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.engines.kv_cache import DeviceCursor
+from medusa.engines.transformers import TransformersBackend
+from medusa.heads.module import HeadsRunner
 
 ACTIVE, ROOM, CHAIN = 0, 1, 2  # columns of what the host sends: 1 or 0, how deep a draft may be, and the chain
 

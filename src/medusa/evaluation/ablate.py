@@ -24,8 +24,8 @@ from medusa.evaluation.statistics import Figures
 from medusa.files import write_whole
 
 if TYPE_CHECKING:
+    from medusa.api import LanguageModel
     from medusa.evaluation.batch import Load
-    from medusa.generation import LanguageModel
 
 TREE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 RANDOM_TREES = 2  # of each size

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from openai import OpenAI
     from transformers import PreTrainedModel
 
-    from medusa.generation import LanguageModel, Message
+    from medusa.api import LanguageModel, Message
 
 BASELINES = {
     "transformers": "transformers' generate",

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from medusa.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
+    from medusa.api import LanguageModel
     from medusa.decoding.draft import Row
     from medusa.decoding.loop import Decoder
-    from medusa.generation import LanguageModel
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
+from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
 from medusa.evaluation.gpu_model import PROMPTS, default_model, load, with_steps
 from medusa.evaluation.gpu_report import Options, Part
@@ -28,10 +29,9 @@ from medusa.evaluation.gpu_shapes import (
     trained_config,
 )
 from medusa.evaluation.gpu_timing import free_memory
-from medusa.models.transformers_backend import TransformersBackend
 
 if TYPE_CHECKING:
-    from medusa.generation import LanguageModel
+    from medusa.api import LanguageModel
 
 TESTS = Path(__file__).parents[3] / "tests"
 OWN = ("test_device_step.py", "test_device_capture.py")

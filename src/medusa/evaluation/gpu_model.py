@@ -20,8 +20,8 @@ from medusa.evaluation.gpu_shapes import capture_facts
 from medusa.evaluation.gpu_timing import free_memory
 
 if TYPE_CHECKING:
+    from medusa.api import LanguageModel
     from medusa.decoders import Nodes
-    from medusa.generation import LanguageModel
 
 NODES = 64
 AUTO: Nodes = "auto"

@@ -24,10 +24,11 @@ from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.tree import Tree
 from medusa.device.decoder import DeviceDecoder
+from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
-from medusa.models.heads import Heads, HeadsConfig
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,9 +8,10 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_shapes import Shape, random_heads, random_model, stir
-from medusa.models.heads import HeadsConfig, save_heads
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.heads.config import HeadsConfig
+from medusa.heads.file import save_heads
 
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 TEMPLATE = (
@@ -22,7 +23,7 @@ TEMPLATE = (
 def write_tiny(directory: Path) -> tuple[Path, Path]:
     """Writes a model and heads; returns their directories."""
     from medusa.evaluation.gpu_shapes import TREE_FILE
-    from medusa.models.heads import read_config
+    from medusa.heads.file import read_config
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}

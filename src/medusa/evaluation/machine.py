@@ -7,14 +7,14 @@ import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from medusa.generation import LanguageModel
+    from medusa.api import LanguageModel
 
 
 def describe_machine(lm: LanguageModel) -> dict[str, object]:
     """Processor, memory, GPU, system, and how the engine uses them."""
     import psutil
 
-    from medusa.models.profile import machine
+    from medusa.engines.times import machine
 
     processor, cores, gpu = machine()
     facts = lm.describe()

@@ -17,10 +17,10 @@ from medusa.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from medusa.api import LanguageModel, Message
     from medusa.decoding.loop import Step
     from medusa.evaluation.questions import Question
-    from medusa.generation import LanguageModel, Message
-    from medusa.models.heads import HeadsRunner, HeadsState
+    from medusa.heads.module import HeadsRunner, HeadsState
 
 PLAIN = "plain"
 PHASES = ("draft", "verify", "accept", "keep", "text")

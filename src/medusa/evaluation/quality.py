@@ -7,16 +7,16 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from medusa.engines.protocol import read_on
 from medusa.errors import MedusaError
 from medusa.evaluation.methods import first_prompt
-from medusa.models.backend import read_on
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
+    from medusa.api import LanguageModel
+    from medusa.engines.protocol import Backend
     from medusa.evaluation.questions import Question
-    from medusa.generation import LanguageModel
-    from medusa.models.backend import Backend
 
 JUDGE = (
     "Rate the answer to the request below from 1 (useless) to 10 (excellent), by how helpful, correct, coherent and "

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from medusa.chat import DIM, DRAFT_COLOURS, RESET, count, stats_line
 from medusa.decoding.draft import MODEL
-from medusa.text import REPLACEMENT
+from medusa.terminal import DIM, DRAFT_COLOURS, RESET, count, stats_line
+from medusa.text.stream import REPLACEMENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from medusa.api import Chunk, Stats
     from medusa.decoding.loop import Step
-    from medusa.generation import Chunk, Stats
 
 _BOLD = "\x1b[1m"
 _BRACKETS = {"heads": "[]", "ngram": "{}"}  # where there is no colour

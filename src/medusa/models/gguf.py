@@ -183,7 +183,7 @@ def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) ->
     """De-quantises `path` into `target`: tokenizer, configuration and bf16 safetensors.
 
     bf16 holds all that a file of 8 bits or fewer has to give, in half the memory of float32. transformers speaks as its
-    settings say (see `zoo.quiet`).
+    settings say (see `quiet.py`).
 
     Args:
         name: of the model, for its configuration.

@@ -12,15 +12,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from medusa.engines.native_config import UnsupportedError, is_complete, native_config
 from medusa.errors import MedusaError, UsageError
 from medusa.models import zoo
-from medusa.models.native_config import UnsupportedError, is_complete, native_config
 
 if TYPE_CHECKING:
     import torch
 
-    from medusa.models.backend import Backend
-    from medusa.models.heads import HeadsConfig, HeadsRunner
+    from medusa.engines.protocol import Backend
+    from medusa.heads.config import HeadsConfig
+    from medusa.heads.module import HeadsRunner
 
 BACKENDS = ("auto", "transformers", "native")
 DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -93,7 +94,7 @@ def load_backend(
 
 def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
     """Raises MedusaError for heads of a model of another shape, before any of its weights are read."""
-    from medusa.models.heads import check_shape
+    from medusa.heads.config import check_shape
 
     model = _config(source)
     if hasattr(model, "get_text_config"):
@@ -108,15 +109,16 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
     tokenizer is for the caller to check."""
     import torch
 
-    from medusa.models import heads
-    from medusa.models.native_backend import NativeBackend
+    from medusa.engines.native import NativeBackend
+    from medusa.heads import file
+    from medusa.heads.module import Heads
 
-    def read(dtype: torch.dtype) -> heads.Heads:
+    def read(dtype: torch.dtype) -> Heads:
         base = loaded.backend.base_weights()
-        return heads.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
+        return file.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
 
     if isinstance(loaded.backend, NativeBackend):
-        from medusa.models.native_heads import NativeHeads
+        from medusa.engines.native_heads import NativeHeads
 
         return NativeHeads(loaded.backend, read(torch.bfloat16))
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
@@ -127,7 +129,7 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
 
 def _native_refusal(settings: EngineSettings) -> str | None:
     """Why the native engine cannot be taken, whatever the model."""
-    from medusa.models.native_backend import native_module
+    from medusa.engines.native import native_module
 
     if settings.device != "cpu":
         return f"it runs on the CPU, not on {settings.device}"
@@ -145,7 +147,7 @@ def _load_native(
     progress: bool,
     meanwhile: Callable[[], object],
 ) -> LoadedModel:
-    from medusa.models.native_backend import Checkpoint, NativeBackend
+    from medusa.engines.native import Checkpoint, NativeBackend
 
     config = _config(source)
     native = native_config(config)
@@ -193,8 +195,8 @@ def _load_transformers(
 ) -> LoadedModel:
     import torch
 
-    from medusa.models.int8 import quantise
-    from medusa.models.transformers_backend import TransformersBackend
+    from medusa.engines.int8 import quantise
+    from medusa.engines.transformers import TransformersBackend
 
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     # On CUDA bitsandbytes reads weights in few bits; elsewhere the model is read whole and then made smaller.

@@ -2,13 +2,7 @@
 
 A model is named by a short name (`smollm2-135m`), a directory, a `.gguf` file or a Hub id. `resolve` turns
 the name into a place that `from_pretrained` accepts; a GGUF file is de-quantised once, into the cache.
-This file does not know how models run; see the backends.
-
-The cache, where processes may come, go and be killed at any time:
-
-    models/<stem>-<digest>/             a finished conversion; medusa.json, written last, lists its file sizes
-    models/.converting-<host>-<pid>-*/  one under way; swept once its process is gone
-    digests/<key>                       sha256 of a GGUF file, by path, size and mtime: hashed only once
+This file does not know how models run; see `engines/`. The cache is that of `gguf_cache.py`.
 """
 
 from __future__ import annotations
@@ -19,34 +13,25 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import re
-import shutil
 import socket
-import sys
-import threading
-import time
 import urllib.parse
 import urllib.request
-import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from medusa.errors import MedusaError, UsageError
+from medusa.errors import MedusaError, UsageError, first_sentence
+from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, digest
+from medusa.models.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS_DIR = Path(__file__).parent.parent / "heads"
-CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
-MANIFEST = "medusa.json"
-REMINDER_SECONDS = 20.0
-STALE_SECONDS = 24 * 3600.0  # a conversion this old that cannot be asked about is taken for dead
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +68,6 @@ class ModelSource:
 # ---------------------------------------------------------------------------------------------- names
 
 
-def cache_dir() -> Path:
-    """The directory for converted models: $MEDUSA_CACHE, else `medusa` in the platform's user cache."""
-    if chosen := os.environ.get("MEDUSA_CACHE"):
-        return Path(chosen).expanduser()
-    try:
-        import platformdirs
-    except ImportError:
-        raise MedusaError(
-            "the package platformdirs, which knows where caches go, is not installed: pip install platformdirs, or set "
-            "MEDUSA_CACHE to a directory"
-        ) from None
-    return Path(platformdirs.user_cache_path("medusa", appauthor=False))
-
-
 def resolve(name: str, *, progress: bool = True) -> ModelSource:
     """Find the model called `name`; a GGUF file is converted into the cache the first time (20 s for 135M).
 
@@ -110,16 +81,16 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
         gguf = _embedded_file(embedded)
         if gguf is None:
             return ModelSource(name, embedded.hub_id, embedded.hub_id)
-        return ModelSource(name, str(_converted(gguf, progress)), embedded.hub_id)
+        return ModelSource(name, str(converted(gguf, _known_files(), progress)), embedded.hub_id)
 
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
-        _check_gguf(path)
-        digest = _digest(path)
-        same = [e.hub_id for e in SHORT_NAMES.values() if e.sha256 == digest]
-        return ModelSource(name, str(_converted(path, progress)), same[0] if same else None)
+        check_gguf(path)
+        sha256 = digest(path)
+        same = [e.hub_id for e in SHORT_NAMES.values() if e.sha256 == sha256]
+        return ModelSource(name, str(converted(path, _known_files(), progress)), same[0] if same else None)
     if path.is_dir():
         if not (path / "config.json").is_file():
             found = sorted(p.name for p in path.glob("*.gguf"))
@@ -163,6 +134,10 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
     if missing := [n for n in ("config.json", "heads.safetensors") if not (path / n).is_file()]:
         raise UsageError(f"{heads} holds no heads: {' and '.join(missing)} missing")
     return path
+
+
+def _known_files() -> dict[str, str]:
+    return {embedded.sha256: embedded.hub_id for embedded in SHORT_NAMES.values()}
 
 
 def _what_models_are() -> str:
@@ -382,39 +357,6 @@ def _hub_is_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers; its settings are as before on leaving.
-
-    Bars of downloads stay, on a terminal: a silent wait of minutes helps nobody.
-    """
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-    from transformers.utils import logging
-
-    verbosity, bars, hub_bars = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        not are_progress_bars_disabled(),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()  # turns those of the Hub off too, and back on below
-        if hub_bars and sys.stderr.isatty():
-            enable_progress_bars()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
-            (enable_progress_bars if hub_bars else disable_progress_bars)()
-
-
-@contextlib.contextmanager
 def _explained(source: ModelSource, what: str) -> Iterator[None]:
     """Whatever goes wrong in a third party's loader leaves as one sentence about `source`."""
     try:
@@ -464,196 +406,4 @@ def _reason(error: BaseException, source: ModelSource, what: str) -> str:
         return f"a weights file in {source.location} is damaged or cut short; {mend}"
     if is_a(MemoryError) or "out of memory" in str(error).lower():
         return f"there is not enough memory to load {what} of {source.name}; take a smaller dtype or model"
-    return f"cannot load {what} of {source.name}: {_first_sentence(error)}"
-
-
-def _first_sentence(error: BaseException) -> str:
-    """The start of an error's message, on one line; the whole is in the chained exception."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    sentence = re.split(r"(?<=[.!?;])\s", text, maxsplit=1)[0].rstrip(".;")
-    return sentence if len(sentence) <= 200 else sentence[:200] + "..."
-
-
-# ---------------------------------------------------------------------------------------------- GGUF
-
-
-def _check_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise MedusaError(f"cannot read {path}: {error.strerror}") from error
-    if magic != b"GGUF":
-        raise MedusaError(f"{path} is not a GGUF file (it does not start with GGUF); get the file again")
-
-
-def _converted(gguf: Path, progress: bool) -> Path:
-    """The directory of `gguf` as bf16 safetensors with its tokenizer; made if it is not there yet."""
-    digest = _digest(gguf)
-    stem = re.sub(r"[^\w.-]", "_", gguf.stem)[:80]
-    final = cache_dir() / "models" / f"{stem}-{digest[:12]}"
-    if _is_complete(final):
-        return final
-    if importlib.util.find_spec("gguf") is None:
-        raise MedusaError("reading GGUF files needs the gguf package; run: pip install 'medusa-decode[demo]'")
-
-    from medusa.models.gguf import convert
-
-    work = final.parent / f".converting-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final.parent)
-        work.mkdir()
-        with _told(gguf, progress) as tell, quiet():
-            convert(gguf, work, _model_name(gguf, digest), tell)
-        _write_manifest(work)
-        _publish(work, final)
-    except MedusaError:
-        raise
-    except ImportError as error:
-        version = importlib.metadata.version("transformers")
-        told = f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed)"
-        raise MedusaError(f"{told}: pip install 'transformers>=5.20'") from error
-    except OSError as error:
-        # transformers raises OSErrors of its own about the file; only those of the system have an errno.
-        if error.errno is None:
-            raise MedusaError(f"cannot convert {gguf}: {_first_sentence(error)}") from error
-        raise MedusaError(
-            f"cannot write the converted model to {final.parent}: {error.strerror}; "
-            "set MEDUSA_CACHE to a directory with room"
-        ) from error
-    except Exception as error:
-        raise MedusaError(f"cannot convert {gguf}: {_first_sentence(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return final
-
-
-def _model_name(gguf: Path, digest: str) -> str:
-    return next((e.hub_id for e in SHORT_NAMES.values() if e.sha256 == digest), gguf.stem)
-
-
-@contextlib.contextmanager
-def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
-    """Tell on stderr how a conversion goes: a bar on a terminal, else one line. Yields tell(step)."""
-    if not (progress and sys.stderr.isatty()):
-        if not progress:
-            yield lambda step: None
-            return
-        print(f"Converting {gguf.name}, once; this takes a while ...", file=sys.stderr, flush=True)
-        with _reminder(gguf) as tell:
-            yield tell
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("Converting {task.fields[file]}, once:"), BarColumn(), TimeElapsedColumn())
-    # file=: the console must keep to the real stderr while the conversion redirects it.
-    console = Console(file=sys.stderr)
-    step_column = TextColumn("{task.description}")
-    with Progress(*columns, step_column, console=console, transient=True, redirect_stderr=False) as bar:
-        task = bar.add_task("", total=None, file=gguf.name)  # the steps' lengths are unknown: it pulses
-        yield lambda step: bar.update(task, description=step)
-
-
-@contextlib.contextmanager
-def _reminder(gguf: Path) -> Iterator[Callable[[str], None]]:
-    """A line every 20 seconds, where nothing else shows that the conversion is under way. Yields tell(step)."""
-    done, begun, stderr = threading.Event(), time.monotonic(), sys.stderr  # the conversion redirects sys.stderr
-    now = ["reading"]
-
-    def remind() -> None:
-        while not done.wait(REMINDER_SECONDS):
-            seconds = round(time.monotonic() - begun)
-            print(f"Converting {gguf.name}: {now[0]}, after {seconds} seconds ...", file=stderr, flush=True)
-
-    thread = threading.Thread(target=remind, daemon=True)
-    thread.start()
-    try:
-        yield lambda step: now.__setitem__(0, step)
-    finally:
-        done.set()
-        thread.join()
-
-
-def _digest(gguf: Path) -> str:
-    """The sha256 of a file, remembered by its path, size and mtime."""
-    try:
-        stat = gguf.stat()
-        identity = f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        note = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()[:32]
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            if re.fullmatch(r"[0-9a-f]{64}", known := note.read_text(encoding="ascii")):
-                return known
-        hasher = hashlib.sha256()
-        with gguf.open("rb") as file:
-            while block := file.read(1 << 22):
-                hasher.update(block)
-    except OSError as error:
-        raise MedusaError(f"cannot read {gguf}: {error.strerror}") from error
-    with contextlib.suppress(OSError):  # only a saving of time: an unwritable cache is reported by _converted
-        note.parent.mkdir(parents=True, exist_ok=True)
-        draft = note.with_name(f"{note.name}.{uuid.uuid4().hex[:8]}")
-        draft.write_text(hasher.hexdigest(), encoding="ascii")
-        draft.replace(note)
-    return hasher.hexdigest()
-
-
-def _write_manifest(directory: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    manifest = json.dumps({"format": CACHE_FORMAT, "sizes": sizes}, indent=2)
-    (directory / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-
-
-def _is_complete(directory: Path) -> bool:
-    """Whether each file that the manifest lists is there in full."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["format"] == CACHE_FORMAT and all(
-            (directory / name).stat().st_size == size for name, size in manifest["sizes"].items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def _publish(work: Path, final: Path) -> None:
-    """Rename `work` to `final` in one stroke. If another process was faster, its result stands."""
-    for _ in range(5):
-        if _is_complete(final):
-            return
-        if final.exists():  # damaged: move it out of the way, into work so that it goes when work goes
-            with contextlib.suppress(OSError):
-                final.replace(work.with_name(f"{work.name}-old"))
-                shutil.rmtree(work.with_name(f"{work.name}-old"), ignore_errors=True)
-        try:
-            work.replace(final)
-            return
-        except OSError:
-            if not final.exists():
-                raise
-    raise MedusaError(f"{final} cannot be replaced; delete it and run again")
-
-
-def _sweep(models: Path) -> None:
-    """Remove what killed conversions left behind; those under way, here or on another machine, stay."""
-    for path in models.glob(".converting-*"):
-        parts = re.fullmatch(r"\.converting-(.*)-(\d+)-[0-9a-f]{8}(-old)?", path.name)
-        if parts is not None and parts[1] == platform.node() and not _is_running(int(parts[2])):
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # there, kill(pid, 0) would end the process; age decides instead
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
+    return f"cannot load {what} of {source.name}: {first_sentence(error)}"

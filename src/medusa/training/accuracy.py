@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medusa.decoding.tree import RankPath
 from medusa.errors import MedusaError
-from medusa.models.heads import Heads
+from medusa.heads.module import Heads
 from medusa.training.features import Batch
 from medusa.training.objective import draft_labels
 

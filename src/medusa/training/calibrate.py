@@ -19,10 +19,12 @@ import torch
 import medusa
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
+from medusa.engines.protocol import Backend
 from medusa.errors import MedusaError, UsageError
+from medusa.heads.config import vocabulary_hash
+from medusa.heads.file import WEIGHTS_FILE, load_heads, save_heads, write_config
+from medusa.heads.module import Heads
 from medusa.models import zoo
-from medusa.models.backend import Backend
-from medusa.models.heads import WEIGHTS_FILE, Heads, load_heads, save_heads, vocabulary_hash, write_config
 from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from medusa.errors import UsageError
 from medusa.files import write_whole
-from medusa.models.heads import load_heads, read_config, vocabulary_hash
+from medusa.heads.config import vocabulary_hash
+from medusa.heads.file import load_heads, read_config
 from medusa.training.calibrate import measure
 from medusa.training.config import load_config
 from medusa.training.resume import RUN_FILE, TEXT_FILE

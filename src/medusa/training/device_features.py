@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from medusa.models.backend import Backend
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.engines.protocol import Backend
+from medusa.engines.transformers import TransformersBackend
 from medusa.training.data import Example
 from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled
 

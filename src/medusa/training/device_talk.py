@@ -26,11 +26,11 @@ from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.device.capture import Captured
 from medusa.device.noise import signed
+from medusa.engines.flash_attention import FlashAttention
+from medusa.engines.kv_cache import DeviceCursor
+from medusa.engines.protocol import Backend
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.models.backend import Backend
-from medusa.models.flash_attention import FlashAttention
-from medusa.models.kv_cache import DeviceCursor
-from medusa.models.transformers_backend import TransformersBackend
 from medusa.training.device_features import on_one_gpu
 from medusa.training.talk import LoopWatch, Said, Talk, Talked, Turn
 

@@ -22,21 +22,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from medusa.chat_template import encode_plain
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
+from medusa.text.chat_template import encode_plain
+from medusa.text.turns import Turns
 from medusa.training import openings
 from medusa.training.speaker import Speaker, line_ends
 from medusa.training.talk import Talk, Talked, talk_in_slots
 from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
-from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from medusa.generation import LanguageModel
+    from medusa.api import LanguageModel
 
 JUDGED = 200  # conversations, by the last of which a run is judged
 HOPELESS = 0.95  # share of them

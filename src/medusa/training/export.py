@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from medusa.errors import MedusaError
-from medusa.files import write_whole
-from medusa.models import zoo
-from medusa.models.heads import Heads, save_heads
-from medusa.models.swap import swapped_in
+from medusa.files import swapped_in, write_whole
+from medusa.heads.file import save_heads
+from medusa.heads.module import Heads
+from medusa.models.quiet import quiet
 from medusa.training.accuracy import Accuracy
 from medusa.training.calibrate import draw
 from medusa.training.config import TrainConfig
@@ -43,7 +43,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     Raises:
         MedusaError: no room, or no permission.
     """
-    with _written(directory) as new, zoo.quiet():
+    with _written(directory) as new, quiet():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
 

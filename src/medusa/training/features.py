@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from medusa.engines.protocol import Backend
 from medusa.errors import MedusaError
 from medusa.files import replacing
-from medusa.models.backend import Backend
 from medusa.training.data import Example
 
 SHARD_ROWS = 65_536

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from medusa.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render
 from medusa.errors import MedusaError, UsageError
+from medusa.text.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render
 from medusa.training.conversations import Conversation, Example
 from medusa.training.messages import Message, Tool
 from medusa.training.sources import MalformedRow

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medusa.engines.transformers import accepts_logits_to_keep, capture_input
 from medusa.errors import MedusaError
-from medusa.models.heads import BaseWeights, Heads
-from medusa.models.transformers_backend import accepts_logits_to_keep, capture_input
+from medusa.heads.module import BaseWeights, Heads
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
 from medusa.training.config import TrainConfig

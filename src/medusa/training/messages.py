@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from medusa.text import is_text
+from medusa.text.stream import is_text
 from medusa.training.sources import MalformedRow, is_message, parse_json
 
 Message = dict[str, Any]

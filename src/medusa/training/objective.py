@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medusa.models.heads import Heads
+from medusa.heads.module import Heads
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa.decoding.sampling import Sampling
+from medusa.text.turns import Turns
 from medusa.training.openings import opening
 from medusa.training.talk import Said, Talk, Talked, Turn
-from medusa.training.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from medusa.engines.protocol import MAX_NODES
 from medusa.errors import MedusaError
-from medusa.models.backend import MAX_NODES
 from medusa.training.config import TextConfig
 from medusa.training.data import Example, Reader, read_prompts
 from medusa.training.device_features import free_memory
@@ -22,7 +22,7 @@ from medusa.training.distill import DistillSettings, Prompt, Written, distill
 from medusa.training.features import count_rows
 
 if TYPE_CHECKING:
-    from medusa.generation import LanguageModel
+    from medusa.api import LanguageModel
 
 
 class Reporter(Protocol):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from medusa.errors import MedusaError
-from medusa.models.heads import Heads
+from medusa.heads.module import Heads
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
 from medusa.training.config import OptimiserConfig

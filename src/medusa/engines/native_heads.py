@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa.models.heads import Block, Heads, HeadsConfig, HeadsState
-from medusa.models.native_backend import NativeBackend, native_module
+from medusa.engines.native import NativeBackend, native_module
+from medusa.heads.config import HeadsConfig
+from medusa.heads.module import Block, Heads, HeadsState
 
 
 class NativeHeads:

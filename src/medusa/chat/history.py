@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from medusa.errors import UsageError
-from medusa.text import is_text
+from medusa.files import replacing
+from medusa.text.stream import is_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,11 @@ def save_history(path: Path, system: str | None, history: Iterable[Message]) -> 
         messages.append({"role": message.role, "content": message.content, **marked})
     # Through symbolic links, so that the rename replaces the file and not the link to it.
     path = Path(os.path.realpath(path))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    with replacing(path, shared=True) as scratch:
+        scratch.touch(mode=0o600)  # what was said is for its owner
+        with scratch.open("w", encoding="utf-8") as file:
             json.dump({"messages": messages}, file, ensure_ascii=False, indent=2)
             file.write("\n")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink()
-        raise
 
 
 def load_history(path: Path) -> tuple[str | None, list[Message]]:

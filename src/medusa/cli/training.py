@@ -1,4 +1,4 @@
-"""Commands that make heads: `medusa distill`, `medusa train`, `medusa calibrate`; cli.py adds them."""
+"""Commands that make heads: `medusa distill`, `medusa train`, `medusa calibrate`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from medusa.chat import notice
-from medusa.cli_progress import progress_shown
+from medusa.cli.progress import progress_shown
 from medusa.errors import MedusaError
+from medusa.terminal import notice
 
 NEEDED = {"yaml": "pyyaml", "pydantic": "pydantic", "accelerate": "accelerate"}
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medusa.models.transformers_backend import TransformersBackend
+from medusa.engines.transformers import TransformersBackend
 
 NAME = "medusa_reach"  # not a name with "flash" in it, for which transformers would look for a kernel
 NEAR = 0.03  # in bfloat16, of numbers around 1

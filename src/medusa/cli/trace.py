@@ -1,4 +1,4 @@
-"""`medusa trace`; cli.py adds it."""
+"""`medusa trace`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.chat import collect, notice, wants_colour
-from medusa.cli_options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.terminal import collect, notice, wants_colour
 
 if TYPE_CHECKING:
-    from medusa.generation import Chunk
+    from medusa.api import Chunk
 
 
 @with_options

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medusa.chat_template import ANSWER, QUESTION, REFUSALS, render
 from medusa.errors import UsageError
+from medusa.text.chat_template import ANSWER, QUESTION, REFUSALS, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,22 +23,21 @@ import platform
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import medusa
+from medusa.engines.native import NativeBackend, native_module
+from medusa.engines.protocol import PlainTree
 from medusa.errors import UsageError
-from medusa.models import zoo
-from medusa.models.backend import PlainTree
-from medusa.models.native_backend import NativeBackend, native_module
+from medusa.files import cache_dir, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.models.backend import Backend
+    from medusa.engines.protocol import Backend
 
 SIZES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
 CONTEXT = 200
@@ -236,7 +235,7 @@ class _Others:
 
 def profiles_dir() -> Path:
     """Where profiles are kept."""
-    return zoo.cache_dir() / "profiles"
+    return cache_dir() / "profiles"
 
 
 def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:
@@ -311,15 +310,10 @@ def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
         "far_context": found.far_context,
         "far": {str(size): taken for size, taken in found.far.items()},
     }
-    scratch = path.with_name(f".{path.stem}-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path, shared=True) as scratch:
             scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            scratch.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
 
 
 def _bandwidth(backend: NativeBackend) -> float:

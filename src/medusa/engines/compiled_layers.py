@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from medusa.engines.kv_cache import SlotCache, SlotLayer
 from medusa.errors import MedusaError
-from medusa.models.kv_cache import SlotCache, SlotLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

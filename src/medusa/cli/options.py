@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from medusa.chat import notice
 from medusa.errors import UsageError
+from medusa.terminal import notice
 
 if TYPE_CHECKING:
-    from medusa.generation import LanguageModel
+    from medusa.api import LanguageModel
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
 

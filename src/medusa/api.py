@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from medusa.chat_template import REFUSALS, encode_plain, render, turn_ends
 from medusa.decoders import DRAFTERS, TREES, Nodes, check_nodes, make_decoder, make_drafter, which_tree
 from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
 from medusa.decoding.draft import Drafter, Row
 from medusa.decoding.loop import NO_TIME, FinishReason, Phases, Step, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.text import Detokenizer, StopStrings
+from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
+from medusa.text.stream import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from medusa.models.backend import Backend
-    from medusa.models.heads import HeadsRunner
+    from medusa.engines.protocol import Backend
+    from medusa.heads.module import HeadsRunner
     from medusa.models.zoo import ModelSource
 
 Message = Mapping[str, str]
@@ -300,9 +300,9 @@ class LanguageModel:
 def measured_times(
     backend: Backend, heads: HeadsRunner | None, facts: Mapping[str, object], *, progress: bool = False, **options: Any
 ) -> PassTimes | None:
-    """The times of this machine, from the cache or measured now (`medusa.models.profile.measured_profile`, which takes
+    """The times of this machine, from the cache or measured now (`medusa.engines.times.measured_profile`, which takes
     the other options); None where they cannot be measured. `facts` are those of `loading.LoadedModel`."""
-    from medusa.models.profile import measured_profile
+    from medusa.engines.times import measured_profile
 
     key: dict[str, object] = {name: facts.get(name) for name in _TIMING_FACTS}
     draft: Callable[[Tensor], object] | None = None
@@ -338,8 +338,8 @@ DRAFTED_NODES = 12  # of the draft that is timed: levels of heads take the time,
 
 def _load_tokenizer(source: ModelSource, hashed: bool) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, and the hash of its vocabulary if that is wanted."""
+    from medusa.heads.config import vocabulary_hash
     from medusa.models import zoo
-    from medusa.models.heads import vocabulary_hash
 
     tokenizer = zoo.load_tokenizer(source)
     return tokenizer, vocabulary_hash(tokenizer.get_vocab()) if hashed else ""
@@ -396,7 +396,8 @@ def load(
         import torch
 
         torch.set_num_threads(threads)
-    from medusa.models.heads import check_vocabulary, read_config
+    from medusa.heads.config import check_vocabulary
+    from medusa.heads.file import read_config
 
     source = zoo.resolve(model, progress=progress)
     heads_path = zoo.find_heads(heads, source)

@@ -1,4 +1,4 @@
-"""Commands that measure: `medusa bench` and `medusa ablate`; cli.py adds them."""
+"""Commands that measure: `medusa bench` and `medusa ablate`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medusa.chat import notice
-from medusa.cli_options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
-from medusa.cli_progress import progress_shown
+from medusa.cli.options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
+from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
+from medusa.terminal import notice
 
 if TYPE_CHECKING:
+    from medusa.api import LanguageModel
     from medusa.evaluation.ablate import Variant
     from medusa.evaluation.methods import Method
     from medusa.evaluation.questions import Question
     from medusa.evaluation.report import Cells, Report
-    from medusa.generation import LanguageModel
 
 Kind = Literal["tree", "threshold", "heads", "nodes", "drafters", "batch"]
 KINDS = get_args(Kind)

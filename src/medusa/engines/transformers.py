@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medusa.errors import MedusaError, UsageError, shortened
-from medusa.models.backend import (
+from medusa.engines.compiled_layers import compile_layers
+from medusa.engines.kv_cache import Cursor, DeviceCursor, SlotCache
+from medusa.engines.masks import MaskMaker
+from medusa.engines.protocol import (
     DEFAULT_MAX_LENGTH,
     MAX_NODES,
     PlainTree,
@@ -31,12 +33,10 @@ from medusa.models.backend import (
     check_prompt,
     check_slots,
 )
-from medusa.models.compiled_layers import compile_layers
-from medusa.models.heads import BaseWeights
-from medusa.models.kv_cache import Cursor, DeviceCursor, SlotCache
-from medusa.models.masks import MaskMaker
-from medusa.models.topology import topology
-from medusa.models.tree_attention import use_grouped_attention
+from medusa.engines.topology import topology
+from medusa.engines.tree_attention import use_grouped_attention
+from medusa.errors import MedusaError, UsageError, shortened
+from medusa.heads.module import BaseWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

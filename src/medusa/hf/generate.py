@@ -2,7 +2,7 @@
 
     model.generate(**inputs, custom_generate=medusa.custom_generate(heads="path/to/heads"), max_new_tokens=100)
 
-`generate` prepares inputs and settings as ever and hands them to the function made here; `hf_settings.py` reads them.
+`generate` prepares inputs and settings as ever and hands them to the function made here; `settings.py` reads them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from medusa.api import measured_times
 from medusa.decoders import Nodes, choose_nodes, make_drafter
 from medusa.decoding.budget import MachineTimes, PassTimes
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
 from medusa.errors import UsageError
-from medusa.generation import measured_times
-from medusa.hf_settings import (
+from medusa.hf.settings import (
     Stops,
     check_arguments,
     check_config,
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
-    from medusa.models.heads import Heads
-    from medusa.models.transformers_backend import TransformersBackend
+    from medusa.engines.transformers import TransformersBackend
+    from medusa.heads.module import Heads
 
 
 def custom_generate(
@@ -178,9 +178,9 @@ class _CustomGenerate:
         """A decoder for texts of up to `positions` tokens. UsageError: the model's context is shorter."""
         import torch
 
-        from medusa.models.backend import DEFAULT_MAX_LENGTH
-        from medusa.models.heads import load_heads, read_config
-        from medusa.models.transformers_backend import TransformersBackend, check_tree_attention
+        from medusa.engines.protocol import DEFAULT_MAX_LENGTH
+        from medusa.engines.transformers import TransformersBackend, check_tree_attention
+        from medusa.heads.file import load_heads, read_config
 
         layers = read_config(self._heads).feature_layers if self._heads else ()
         backend = TransformersBackend(
@@ -233,7 +233,7 @@ def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Pa
     )
     if heads is None:
         return facts
-    from medusa.models.heads import CONFIG_FILE, WEIGHTS_FILE
+    from medusa.heads.file import CONFIG_FILE, WEIGHTS_FILE
 
     files = tuple(
         (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -23,8 +23,8 @@ from medusa.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.models.heads import BaseWeights
-    from medusa.models.topology import Parents
+    from medusa.engines.topology import Parents
+    from medusa.heads.module import BaseWeights
 
 
 DEFAULT_MAX_LENGTH = 32768

@@ -1,0 +1,90 @@
+"""Commands that answer: `medusa generate` and `medusa chat`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from medusa.chat.session import Chat
+from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, check_text, load_model, read_prompt, with_options
+from medusa.terminal import Answer, Printer, collect, notice, show_nothing, stats_line
+
+ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that were drafted.")]
+
+
+@with_options
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - reads it from the input.", show_default=False)
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Read the prompt from a file (UTF-8).")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as is, without the chat template.")] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End where this text appears; may be repeated.", show_default=False),
+    ] = None,
+    show_drafts: ShowDrafts = False,
+    as_json: AsJson = False,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Answer one prompt."""
+    text = read_prompt(prompt, prompt_file, raw)
+    settings = sampling.checked()
+    for end in stop or ():
+        check_text(end, "the text after --stop")
+    lm = load_model(engine)
+    printer = Printer(show_drafts)
+    answer = collect(lm.stream(text, raw=raw, stop=stop or [], **settings), show_nothing if as_json else printer)
+    if as_json:
+        print(json.dumps(_as_json(answer)), flush=True)
+    else:
+        print(flush=True)
+        if answer.stats is not None:
+            notice(stats_line(answer.stats) + (", interrupted" if answer.finish_reason == "interrupted" else ""))
+        printer.legend()
+    if answer.finish_reason == "interrupted":
+        raise typer.Exit(130)
+
+
+@with_options
+def chat(
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", show_default=False)] = None,
+    show_drafts: ShowDrafts = False,
+    *,
+    engine: EngineOptions,
+    sampling: SamplingOptions,
+) -> None:
+    """Talk with the model; piped input is one turn a line."""
+    settings = sampling.checked()
+    if system is not None:
+        check_text(system, "the system prompt")
+    lm = load_model(engine)
+    raise typer.Exit(Chat(lm, system=system, settings=settings, show_drafts=show_drafts).run())
+
+
+def _as_json(answer: Answer) -> dict[str, object]:
+    """The line that `generate --json` prints."""
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "num_new_tokens": len(answer.token_ids),
+        "steps": stats.steps if stats else 0,
+        "tokens_per_step": round(stats.tokens_per_step, 3) if stats else 0.0,
+        "decode_seconds": round(stats.decode_seconds, 4) if stats else 0.0,
+        "tokens_per_second": round(stats.tokens_per_second, 2) if stats else 0.0,
+        "ttft_seconds": round(stats.ttft_seconds, 4) if stats else None,
+        "finish_reason": answer.finish_reason,
+    }
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands."""
+    for command in (generate, chat):
+        app.command()(command)

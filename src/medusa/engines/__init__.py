@@ -1,0 +1,1 @@
+"""What runs a model: the protocol, and the engines that keep it."""

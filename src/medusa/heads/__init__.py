@@ -1,0 +1,1 @@
+"""Medusa heads: their configuration, the module, the files."""

@@ -1,0 +1,93 @@
+"""What heads are, in numbers: their configuration, and whether it fits a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from medusa.errors import MedusaError, UsageError
+
+KINDS = ("residual", "sequential", "recurrent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsConfig:
+    """All that is needed to rebuild the module, and to know whether it fits a model."""
+
+    hidden_size: int
+    vocab_size: int
+    kind: Literal["residual", "sequential", "recurrent"] = "residual"
+    num_heads: int = 4
+    num_layers: int = 1
+    tie_lm_head: bool = True
+    draft_vocab: int = 0  # how many tokens a head can propose; 0: all of them
+    mlp_width: int = 0  # 0: one linear layer with SiLU; else a gated MLP of this width
+    feature_layers: tuple[int, ...] = ()  # hidden states read beside the final one; i is the output of layer i
+    base_model: str = ""
+    vocab_hash: str = ""  # see `vocabulary_hash`
+    tree: tuple[tuple[tuple[int, ...], float], ...] = ()  # (rank path, calibrated probability)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, good, rule in (
+            ("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}"),
+            ("hidden_size", self.hidden_size > 0, "positive"),
+            ("vocab_size", self.vocab_size > 0, "positive"),
+            ("num_heads", 1 <= self.num_heads <= 16, "from 1 to 16"),
+            ("num_layers", self.num_layers >= 1, "at least 1"),
+            ("draft_vocab", 0 <= self.draft_vocab <= self.vocab_size, "from 0 to vocab_size"),
+            ("mlp_width", self.mlp_width >= 0, "0 or more"),
+            ("feature_layers", all(i > 0 for i in self.feature_layers), "layer numbers from 1"),
+        ):
+            if not good:
+                raise UsageError(f"heads: {name} must be {rule}, not {getattr(self, name)}")
+        if self.kind == "recurrent" and self.num_layers != 1:
+            raise UsageError("heads: a recurrent block has num_layers 1")
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features a backend must deliver: H for each feature layer, and H for the final one."""
+        return self.hidden_size * (1 + len(self.feature_layers))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> HeadsConfig:
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in data.items() if key != "format"}
+        if unknown := sorted(set(values) - known):
+            raise UsageError(f"heads: unknown settings {', '.join(unknown)}")
+        values["feature_layers"] = tuple(values.get("feature_layers", ()))
+        values["tree"] = tuple((tuple(path), float(f)) for path, f in values.get("tree", ()))
+        return cls(**values)
+
+
+def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
+    """A short digest of token -> id, the same for every copy of a tokenizer."""
+    text = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_vocabulary(config: HeadsConfig, vocab_hash: str) -> None:
+    """Raises MedusaError where both hashes are known and differ: the heads belong to another tokenizer."""
+    if vocab_hash and config.vocab_hash and vocab_hash != config.vocab_hash:
+        raise MedusaError(
+            f"these heads were trained for {config.base_model or 'another model'}, whose tokenizer is another: "
+            "use heads trained for this model, or --heads none"
+        )
+
+
+def check_shape(config: HeadsConfig, vocab_size: int, hidden_size: int, num_layers: int | None = None) -> None:
+    """Raises MedusaError where the heads belong to a model of another shape."""
+    expected, found = (config.vocab_size, config.hidden_size), (vocab_size, hidden_size)
+    if expected != found:
+        raise MedusaError(
+            "these heads belong to a model with vocabulary and hidden size "
+            f"{expected}, not {found}: use heads trained for this model, or --heads none"
+        )
+    if num_layers is not None and any(i >= num_layers for i in config.feature_layers):
+        raise MedusaError(
+            f"these heads read layer {max(config.feature_layers)}, but the model has {num_layers}: "
+            "use heads trained for this model, or --heads none"
+        )

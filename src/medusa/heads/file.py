@@ -1,0 +1,123 @@
+"""Heads on disk: a directory with `config.json` and `heads.safetensors`, written whole and read with care."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from medusa.errors import MedusaError, UsageError
+from medusa.files import replacing, swapped_in
+from medusa.heads.config import HeadsConfig, check_shape, check_vocabulary
+from medusa.heads.module import BaseWeights, Heads
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "heads.safetensors"
+FORMAT = 1
+
+
+def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all.
+
+    Heads that are there already are replaced, with all that lies beside them.
+
+    Raises:
+        UsageError: `directory` holds something else, which replacing it would delete.
+    """
+    directory = Path(directory)
+    exists = directory.exists()
+    if exists and not (directory / WEIGHTS_FILE).is_file() and (directory.is_file() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
+    with swapped_in(directory) as new:
+        tensors = {
+            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
+            for name, tensor in heads.state_dict().items()
+        }
+        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_config(heads.config, new)
+
+
+def write_config(config: HeadsConfig, directory: Path) -> None:
+    """Writes `config.json`, whole or not at all."""
+    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
+    # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
+    text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda found: "".join(found.group().split()).replace(",", ", "), text)
+    text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
+    with replacing(directory / CONFIG_FILE) as scratch:
+        scratch.write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(directory: str | Path) -> HeadsConfig:
+    """The `config.json` of saved heads. Raises MedusaError when it is missing or not ours."""
+    path = Path(directory) / CONFIG_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MedusaError(f"no heads in {directory}: {CONFIG_FILE} is missing") from None
+    except (OSError, ValueError) as error:
+        raise MedusaError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise MedusaError(f"{path} does not describe Medusa heads of format {FORMAT}")
+    try:
+        return HeadsConfig.from_json(data)
+    except (UsageError, TypeError, ValueError) as error:
+        raise MedusaError(f"{path} is not valid: {error}") from None
+
+
+def load_heads(
+    directory: str | Path,
+    base: BaseWeights,
+    *,
+    vocab_hash: str = "",
+    num_layers: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Heads:
+    """Reads saved heads onto the device of `base`, refusing what does not fit exactly.
+
+    Raises:
+        MedusaError: missing, truncated or foreign file; another hidden size, vocabulary or head count; a weight that
+            is not finite.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    check_vocabulary(config, vocab_hash)
+    vocab_size, hidden_size = base.embedding.shape
+    check_shape(config, vocab_size, hidden_size, num_layers)
+    path = directory / WEIGHTS_FILE
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise MedusaError(f"no heads in {directory}: {WEIGHTS_FILE} is missing") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MedusaError(f"{path} is truncated or not a safetensors file: {error}") from None
+    if config.draft_vocab:
+        ids = tensors.get("draft_ids")
+        if ids is None or ids.shape != (config.draft_vocab,):
+            raise MedusaError(f"{path} lacks the draft vocabulary of {config.draft_vocab} tokens that its config names")
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise MedusaError(f"{path} has draft tokens outside the vocabulary of {config.vocab_size}")
+        draft_ids = ids
+    else:
+        draft_ids = None
+    heads = Heads(config, base, draft_ids)
+    expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise MedusaError(
+            f"{path} does not match its config ({config.num_heads} heads, kind {config.kind}): {name} is "
+            f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+        )
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise MedusaError(f"{path} has a weight that is not a finite number in {name}: train the heads again")
+    heads.load_state_dict(tensors)
+    for parameter in heads.parameters():
+        parameter.requires_grad_(False)
+    return heads.to(base.embedding.device, dtype).eval()

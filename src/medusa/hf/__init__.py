@@ -1,0 +1,1 @@
+"""Medusa inside `generate` of transformers."""

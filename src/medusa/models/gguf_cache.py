@@ -1,0 +1,216 @@
+"""GGUF files, unpacked once into a cache.
+
+The cache, where processes may come, go and be killed at any time:
+
+    models/<stem>-<digest>/             a finished conversion; medusa.json, written last, lists its file sizes
+    models/.converting-<host>-<pid>-*/  one under way; swept once its process is gone
+    digests/<key>                       sha256 of a GGUF file, by path, size and mtime: hashed only once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from medusa.errors import MedusaError, first_sentence
+from medusa.files import cache_dir, replacing
+from medusa.models.quiet import quiet
+
+CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
+MANIFEST = "medusa.json"
+REMINDER_SECONDS = 20.0
+STALE_SECONDS = 24 * 3600.0  # a conversion this old that cannot be asked about is taken for dead
+
+
+def check_gguf(path: Path) -> None:
+    """Raises MedusaError for a file that cannot be read, or of another format."""
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise MedusaError(f"cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise MedusaError(f"{path} is not a GGUF file (it does not start with GGUF); get the file again")
+
+
+def converted(gguf: Path, names: Mapping[str, str], progress: bool) -> Path:
+    """The directory of `gguf` as bf16 safetensors with its tokenizer; made if it is not there yet.
+
+    `names` are those of known files, by their sha256; another is called as its file is.
+    """
+    sha256 = digest(gguf)
+    stem = re.sub(r"[^\w.-]", "_", gguf.stem)[:80]
+    final = cache_dir() / "models" / f"{stem}-{sha256[:12]}"
+    if _is_complete(final):
+        return final
+    if importlib.util.find_spec("gguf") is None:
+        raise MedusaError("reading GGUF files needs the gguf package; run: pip install 'medusa-decode[demo]'")
+
+    from medusa.models.gguf import convert
+
+    work = final.parent / f".converting-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(final.parent)
+        work.mkdir()
+        with _told(gguf, progress) as tell, quiet():
+            convert(gguf, work, names.get(sha256, gguf.stem), tell)
+        _write_manifest(work)
+        _publish(work, final)
+    except MedusaError:
+        raise
+    except ImportError as error:
+        version = importlib.metadata.version("transformers")
+        told = f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed)"
+        raise MedusaError(f"{told}: pip install 'transformers>=5.20'") from error
+    except OSError as error:
+        # transformers raises OSErrors of its own about the file; only those of the system have an errno.
+        if error.errno is None:
+            raise MedusaError(f"cannot convert {gguf}: {first_sentence(error)}") from error
+        raise MedusaError(
+            f"cannot write the converted model to {final.parent}: {error.strerror}; "
+            "set MEDUSA_CACHE to a directory with room"
+        ) from error
+    except Exception as error:
+        raise MedusaError(f"cannot convert {gguf}: {first_sentence(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+@contextlib.contextmanager
+def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
+    """Tell on stderr how a conversion goes: a bar on a terminal, else one line. Yields tell(step)."""
+    if not (progress and sys.stderr.isatty()):
+        if not progress:
+            yield lambda step: None
+            return
+        print(f"Converting {gguf.name}, once; this takes a while ...", file=sys.stderr, flush=True)
+        with _reminder(gguf) as tell:
+            yield tell
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("Converting {task.fields[file]}, once:"), BarColumn(), TimeElapsedColumn())
+    # file=: the console must keep to the real stderr while the conversion redirects it.
+    console = Console(file=sys.stderr)
+    step_column = TextColumn("{task.description}")
+    with Progress(*columns, step_column, console=console, transient=True, redirect_stderr=False) as bar:
+        task = bar.add_task("", total=None, file=gguf.name)  # the steps' lengths are unknown: it pulses
+        yield lambda step: bar.update(task, description=step)
+
+
+@contextlib.contextmanager
+def _reminder(gguf: Path) -> Iterator[Callable[[str], None]]:
+    """A line every 20 seconds, where nothing else shows that the conversion is under way. Yields tell(step)."""
+    done, begun, stderr = threading.Event(), time.monotonic(), sys.stderr  # the conversion redirects sys.stderr
+    now = ["reading"]
+
+    def remind() -> None:
+        while not done.wait(REMINDER_SECONDS):
+            seconds = round(time.monotonic() - begun)
+            print(f"Converting {gguf.name}: {now[0]}, after {seconds} seconds ...", file=stderr, flush=True)
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield lambda step: now.__setitem__(0, step)
+    finally:
+        done.set()
+        thread.join()
+
+
+def digest(gguf: Path) -> str:
+    """The sha256 of a file, remembered by its path, size and mtime."""
+    try:
+        stat = gguf.stat()
+        identity = f"{gguf.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+        note = cache_dir() / "digests" / hashlib.sha256(identity.encode()).hexdigest()[:32]
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if re.fullmatch(r"[0-9a-f]{64}", known := note.read_text(encoding="ascii")):
+                return known
+        hasher = hashlib.sha256()
+        with gguf.open("rb") as file:
+            while block := file.read(1 << 22):
+                hasher.update(block)
+    except OSError as error:
+        raise MedusaError(f"cannot read {gguf}: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # only a saving of time: an unwritable cache is reported by converted
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(note, shared=True) as scratch:
+            scratch.write_text(hasher.hexdigest(), encoding="ascii")
+    return hasher.hexdigest()
+
+
+def _write_manifest(directory: Path) -> None:
+    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+    manifest = json.dumps({"format": CACHE_FORMAT, "sizes": sizes}, indent=2)
+    (directory / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether each file that the manifest lists is there in full."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["format"] == CACHE_FORMAT and all(
+            (directory / name).stat().st_size == size for name, size in manifest["sizes"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _publish(work: Path, final: Path) -> None:
+    """Rename `work` to `final` in one stroke. If another process was faster, its result stands."""
+    for _ in range(5):
+        if _is_complete(final):
+            return
+        if final.exists():  # damaged: move it out of the way, into work so that it goes when work goes
+            with contextlib.suppress(OSError):
+                final.replace(work.with_name(f"{work.name}-old"))
+                shutil.rmtree(work.with_name(f"{work.name}-old"), ignore_errors=True)
+        try:
+            work.replace(final)
+            return
+        except OSError:
+            if not final.exists():
+                raise
+    raise MedusaError(f"{final} cannot be replaced; delete it and run again")
+
+
+def _sweep(models: Path) -> None:
+    """Remove what killed conversions left behind; those under way, here or on another machine, stay."""
+    for path in models.glob(".converting-*"):
+        parts = re.fullmatch(r"\.converting-(.*)-(\d+)-[0-9a-f]{8}(-old)?", path.name)
+        if parts is not None and parts[1] == platform.node() and not _is_running(int(parts[2])):
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # there, kill(pid, 0) would end the process; age decides instead
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""Text around the model: chat templates, streams of tokens, turns."""

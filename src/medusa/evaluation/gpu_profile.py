@@ -11,7 +11,7 @@ from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import free_memory
 
 if TYPE_CHECKING:
-    from medusa.models.transformers_backend import TransformersBackend
+    from medusa.engines.transformers import TransformersBackend
 
 REPLAYS = 5
 SHOWN = 12  # kernels

@@ -426,6 +426,15 @@ REFUSALS: dict[str, tuple[Callable[[NativeBackend], Any], str]] = {
     "a negative node": (lambda b: b.keep([0], [[-1]]), "path"),
     "a path for a slot that was not verified": (lambda b: b.keep([0, 3], [[0], [0]]), "path"),
     "paths twice for a slot": (lambda b: b.keep([0, 0], [[0], [0]]), "twice"),
+    "a copy from a slot that is not there": (lambda b: b.copy(4, 1, 1), "no slot 4"),
+    "a copy to a slot that is not there": (lambda b: b.copy(1, -1, 1), "no slot -1"),
+    "a copy of more than a slot holds": (lambda b: b.copy(0, 1, 21), "slot 0 holds 20 tokens: 21"),
+    "a copy from an empty slot": (lambda b: b.copy(2, 0, 1), "slot 2 holds 0 tokens"),
+    "a copy of fewer tokens than none": (lambda b: b.copy(0, 1, -1), "-1 of them cannot"),
+    "a copy of more than 32 bits": (lambda b: b.copy(0, 1, 2**40), "whole number"),
+    "a text past the context": (lambda b: b.extend(0, [1] * 11), "31 tokens.*30"),
+    "no tokens after a text": (lambda b: b.extend(0, []), "empty"),
+    "a token outside the vocabulary after a text": (lambda b: b.extend(0, [1, VOCAB]), f"token {VOCAB} .*vocabulary"),
     "fewer paths than slots": (lambda b: b.keep([0, 1], [[0]]), "needs a path"),
 }
 

@@ -174,7 +174,8 @@ class TransformersBackend:
         for slot in (source, target):
             if not 0 <= slot < self.num_slots:
                 raise UsageError(f"there is no slot {slot}")
-        if not 0 <= length <= (held := self._lengths[source]):
+        held = self._lengths[source]
+        if not 0 <= length <= held:
             raise UsageError(f"slot {source} holds {held} tokens: {length} of them cannot be copied")
         if source != target:
             self._cache.copy(source, target, length)

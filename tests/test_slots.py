@@ -4,7 +4,7 @@ bits of the native engine are in test_native_slots.py."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from helpers import ToyBackend, ToyModel, fill
 from medusa.decoding.draft import NoDrafter
@@ -97,7 +98,7 @@ def test_a_text_costs_one_row_of_logits_in_each_pass(every: bool, knows: bool, m
     assert features.shape == ((40, 32) if every else (32,))
 
 
-def test_a_conversation_that_goes_on_reads_what_is_new_and_makes_one_row_of_logits() -> None:
+def test_a_conversation_that_continues_makes_one_row_of_logits() -> None:
     backend = TransformersBackend(make_model("llama"))
     decoder = Decoder(backend, NoDrafter(), 1)
     row, _ = decoder.start(0, [1, 2, 3], Sampling(), max_new_tokens=4)
@@ -107,15 +108,23 @@ def test_a_conversation_that_goes_on_reads_what_is_new_and_makes_one_row_of_logi
     with rows_of_logits(backend) as rows:
         decoder.resume(row, list(range(50)), Sampling(), max_new_tokens=4)
     assert rows == [1]
-    assert backend.length(0) == held + 1 + 50  # the last token of the answer was not there yet
+    assert backend.length(0) == held + 1 + 50
 
 
-def test_a_conversation_that_goes_on_is_read_by_one_call() -> None:
-    backend = ToyBackend(ToyModel(), max_length=200)
+def test_a_conversation_that_continues_reads_by_one_call_what_the_slot_does_not_hold() -> None:
+    read = []
+
+    class Listening(ToyBackend):
+        def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[Tensor, Tensor]:
+            read.append(len(token_ids))
+            return super().extend(slot, token_ids, every)
+
+    backend = Listening(ToyModel(), max_length=200)
     decoder = Decoder(backend, NoDrafter(), 1)
     row, _ = decoder.start(0, [1, 2, 3], Sampling(), max_new_tokens=1)
     decoder.resume(row, [1] * 100, Sampling(), max_new_tokens=4)
     assert backend.forwards == 0  # of `verify`
+    assert read == [3, 1 + 100]  # the last token of the answer was not there yet
     assert backend.length(0) == 104
 
 

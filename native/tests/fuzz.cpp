@@ -698,6 +698,8 @@ class Case {
   // A text, or its beginning, goes to another slot, or is cut short where it is.
   void copy() {
     int source = some_slot(), target = some_slot();
+    for (int i = 0; i < 8 && (shadow_.slots[source].tokens.empty() || source == target); i++)
+      source = some_slot(), target = some_slot();
     const int held = int(shadow_.slots[source].tokens.size());
     int length = random_.pick({held, random_.between(0, held), random_.between(0, held)});
     if (random_.chance(5)) source = bad_slot();

@@ -21,11 +21,11 @@ import torch.nn.functional as F
 import medusa
 from medusa.decoding.draft import Draft
 from medusa.engines.times import profile
+from medusa.evaluation.quality import every_logits
 from medusa.models import zoo
 
 TEXT = Path(__file__).with_name("text.txt")
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
-WINDOW = 128  # tokens of the text whose logits are made in one pass
 
 
 def load(model: str, dtype: str, threads: int | None) -> medusa.LanguageModel:
@@ -55,17 +55,10 @@ def step_times(model: str, threads: int | None) -> dict[str, Any]:
 
 
 def native_logits(model: medusa.LanguageModel, ids: list[int]) -> torch.Tensor:
-    """Logits [T, V] of a text: the first token as prompt, the others as chains that are verified and kept."""
+    """Logits [T, V] of a text, by pieces."""
     backend = model.backend
-    first, _ = backend.prefill(0, ids[:1])
-    rows = [first[None].clone()]
-    for start in range(1, len(ids), WINDOW):
-        chunk = tuple(ids[start : start + WINDOW])
-        n = len(chunk)
-        draft = Draft(chunk, tuple(range(-1, n - 1)), (1.0,) * n, ("text",) * n)
-        logits, _ = backend.verify([0], [draft])
-        rows.append(logits[0].clone())
-        backend.keep([0], [list(range(n))])
+    first, _ = backend.extend(0, ids[:1])
+    rows = [first[None].clone(), *(piece.clone() for piece in every_logits(backend, 0, ids[1:]))]
     backend.release(0)
     return torch.cat(rows)
 
@@ -109,7 +102,7 @@ def prefill(model: str, threads: int | None, length: int = 512, repeats: int = 7
     for turn in range(repeats + 1):
         for name, lm in (("native", native), ("transformers", other)):
             started = time.perf_counter()
-            lm.backend.prefill(0, ids)
+            lm.backend.extend(0, ids)
             if turn:  # the first is a warm-up
                 seconds[name].append(time.perf_counter() - started)
             lm.backend.release(0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.sampling import Sampling, sample
+from medusa.models.backend import Backend
 
 # --- random trees -----------------------------------------------------------------------------------------------------
 
@@ -199,18 +200,29 @@ class ToyBackend:
         self.forwards = 0
         self.largest = 0  # nodes of the largest tree so far
 
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[Tensor, Tensor]:
         assert 0 <= slot < self.num_slots
-        assert slot not in self.text, "prefill needs an empty slot"
-        assert 0 < len(token_ids) <= self.max_length
-        self.text[slot] = list(token_ids)
-        return torch.tensor(self.model(token_ids)), torch.tensor(self.model.features(token_ids))
+        assert self.waiting is None, "keep must follow verify"
+        assert 0 < len(token_ids) <= self.max_length - self.length(slot)
+        assert all(0 <= token < self.vocab_size for token in token_ids)
+        held = self.length(slot)
+        text = self.text.setdefault(slot, [])
+        text.extend(token_ids)
+        ends = range(held + 1 if every else len(text), len(text) + 1)
+        features = torch.tensor([self.model.features(text[:end]) for end in ends])
+        return torch.tensor(self.model(text)), features if every else features[0]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert 0 <= target < self.num_slots
+        assert 0 < length <= self.length(source)
+        assert self.waiting is None or target not in self.waiting[0], "keep must follow verify"
+        self.text[target] = self.text[source][:length]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[Any]) -> tuple[Tensor, Tensor]:
         assert self.waiting is None, "keep must follow verify"
         assert len(slots) == len(drafts) > 0
         assert len(set(slots)) == len(slots)
-        assert all(slot in self.text for slot in slots), "verify needs a prefilled slot"
+        assert all(slot in self.text for slot in slots), "verify needs a slot with a text"
         self.forwards += 1
         size = max(len(draft.tokens) for draft in drafts)
         self.largest = max(self.largest, size)
@@ -250,6 +262,15 @@ class ToyBackend:
 
     def base_weights(self) -> Any:
         raise AssertionError("the loop has no business with weights")
+
+
+def fill(
+    backend: Backend, slot: int, token_ids: Sequence[int], every: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The text of a slot becomes `token_ids`, whatever it held: as `Backend.extend` of an empty one."""
+    if backend.length(slot):
+        backend.release(slot)
+    return backend.extend(slot, token_ids, every)
 
 
 def plain_decode(

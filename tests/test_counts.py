@@ -69,7 +69,7 @@ def test_a_step_is_one_pass_and_a_draft_one_look_at_each_level(union: medusa.Lan
     lm.drafter.heads = heads  # type: ignore[attr-defined]
     steps = list(decode(Decoder(backend, lm.drafter, NODES), lm.encode(PROMPTS[0]), max_new_tokens=TOKENS))  # type: ignore[arg-type]
     passes = len(steps) - 1
-    assert backend.calls["prefill"] == backend.calls["release"] == 1
+    assert backend.calls["extend"] == backend.calls["release"] == 1
     assert backend.calls["verify"] == backend.calls["keep"] == passes
     assert heads.calls["begin"] <= passes
     assert heads.calls["guess"] <= passes * union.heads.config.num_heads  # type: ignore[union-attr]

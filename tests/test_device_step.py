@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import make_row, tree_parents
+from helpers import fill, make_row, tree_parents
 from medusa.decoding.draft import Draft, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
@@ -336,8 +336,7 @@ def test_a_pass_on_the_device_gives_the_logits_of_verify(
     tokens = torch.randint(0, VOCAB, (2, len(parents)), generator=generator)
     lengths = torch.tensor([5, 12], device=DEVICE)
     for slot, length in enumerate(lengths.tolist()):
-        backend.release(slot)
-        backend.prefill(slot, torch.randint(0, VOCAB, (length,), generator=generator).tolist())
+        fill(backend, slot, torch.randint(0, VOCAB, (length,), generator=generator).tolist())
     backend.reserve(64)
     drafts = [PlainTree(tuple(row), parents) for row in tokens.tolist()]
     expected, hidden = backend.verify([0, 1], drafts)

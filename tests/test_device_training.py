@@ -103,12 +103,12 @@ def test_heads_are_as_good_by_rows_on_the_device_as_by_those_on_disk(room_bytes:
 
 def test_slots_are_given_back_and_there_are_others() -> None:
     runner = backend(num_slots=5)
-    runner.prefill(4, [5, 6, 7])
-    logits, features = backend().prefill(0, [5, 6, 7])
+    runner.extend(4, [5, 6, 7])
+    logits, features = backend().extend(0, [5, 6, 7])
     runner.resize(2)
     assert runner.num_slots == 2
     assert [runner.length(slot) for slot in range(2)] == [0, 0]
-    again = runner.prefill(1, [5, 6, 7])
+    again = runner.extend(1, [5, 6, 7])
     assert torch.equal(again[0], logits)
     assert torch.equal(again[1], features)
     with pytest.raises(UsageError):

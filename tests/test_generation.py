@@ -239,13 +239,13 @@ def test_a_second_stream_is_refused_while_the_first_is_open(model: LanguageModel
 
 def test_an_interrupted_prefill_frees_the_slot(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.generate(PROMPT, max_new_tokens=10)
-    prefill = model.backend.prefill
+    extend = model.backend.extend
 
     def interrupted(slot: int, token_ids: Sequence[int]) -> None:
-        prefill(slot, token_ids)
+        extend(slot, token_ids)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model.backend, "prefill", interrupted)
+    monkeypatch.setattr(model.backend, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.generate(PROMPT)
     monkeypatch.undo()

@@ -148,7 +148,7 @@ def test_every_level_of_new_heads_is_the_models_own_lm_head(variant: str) -> Non
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_new_heads_on_a_real_architecture_give_the_logits_of_the_model(family: str) -> None:
     backend = TransformersBackend(shared_model(family))
-    logits, features = backend.prefill(0, [5, 9, 17, 3])
+    logits, features = backend.extend(0, [5, 9, 17, 3])
     config = HeadsConfig(hidden_size=backend.hidden_size, vocab_size=backend.vocab_size)
     heads = Heads(config, backend.base_weights())
     with torch.inference_mode():

@@ -122,7 +122,9 @@ def test_features_are_those_that_the_backend_reads(tmp_path: Path) -> None:
     backend = TransformersBackend(make_model(), feature_layers=(1,))
     for example, passage in zip(examples(), trainer._learned, strict=True):
         _, roots, _ = read_rows(backend, example)
-        expected = backend.read(0, list(example.token_ids))[passage.positions]  # in float32, before they are kept
+        expected = backend.extend(0, example.token_ids, every=True)[1][
+            passage.positions
+        ]  # in float32, before they are kept
         logits, features = trainer._read(passage)
         assert torch.equal(passage.roots, roots)
         assert torch.allclose(features, expected, atol=1e-5)

@@ -16,6 +16,9 @@ from torch import Tensor
 from helpers import path_nodes
 from medusa.engines.native import NativeBackend
 from medusa.engines.native_config import native_config
+from helpers import fill, path_nodes
+from medusa.models.native_backend import NativeBackend
+from medusa.models.native_config import native_config
 from test_transformers_backend import Nodes
 from tiny_models import VOCAB, make_model, plain_logits
 
@@ -81,7 +84,7 @@ def plainly(backend: NativeBackend, tokens: Sequence[int]) -> Tensor:
 def tree_bits(name: str, isa: str, precision: str, length: int) -> Tensor:
     """Bits [N, V] of the tree after a text, alone and on one thread."""
     backend = backend_of(name, isa, precision)
-    backend.prefill(0, text_of(length))
+    fill(backend, 0, text_of(length))
     return bits(backend.verify([0], [TREE])[0])[0]
 
 
@@ -97,7 +100,7 @@ def test_nodes_about_the_borders_of_spans_have_the_bits_of_chains_and_of_plain_d
         for leaf in set(range(len(TREE.tokens))) - set(TREE.parents):
             path = path_nodes(TREE.parents, leaf)
             tokens = [TREE.tokens[i] for i in path]
-            backend.prefill(0, text_of(length))
+            fill(backend, 0, text_of(length))
             chain = bits(backend.verify([0], [Nodes(tuple(tokens), tuple(range(-1, len(path) - 1)))])[0])[0]
             assert torch.equal(found[path], chain), length
             assert torch.equal(chain, plainly(backend, tokens)), length
@@ -111,7 +114,7 @@ def test_any_number_of_threads_gives_the_same_bits_over_several_spans(name: str,
         backend = backend_of(name, isa, precision, threads)
         assert backend.engine.threads == threads
         for length in LENGTHS:
-            backend.prefill(0, text_of(length))
+            fill(backend, 0, text_of(length))
             found = bits(backend.verify([0], [TREE])[0])[0]
             assert torch.equal(found, tree_bits(name, isa, precision, length)), (threads, length)
             root = bits(backend.verify([0], [Nodes(TREE.tokens[:1], (-1,))])[0])[0]
@@ -129,7 +132,7 @@ def test_rows_of_a_batch_with_other_spans_have_the_bits_they_have_alone(
     for lengths in ((LENGTHS[0], LENGTHS[3], LENGTHS[1]), (LENGTHS[4], LENGTHS[2])):
         slots = list(range(len(lengths)))[::-1]
         for slot, length in zip(slots, lengths, strict=True):
-            backend.prefill(slot, text_of(length))
+            fill(backend, slot, text_of(length))
         found = bits(backend.verify(slots, [TREE] * len(slots))[0])
         for row, length in zip(found, lengths, strict=True):
             assert torch.equal(row, tree_bits(name, isa, precision, length)), lengths
@@ -147,12 +150,12 @@ def test_a_prompt_in_pieces_and_kept_paths_give_the_bits_of_a_whole_prompt(
     once = backend._chunk
     for length in LENGTHS:
         text = text_of(length)
-        backend.prefill(1, [*text, *(TREE.tokens[i] for i in path)])
+        fill(backend, 1, [*text, *(TREE.tokens[i] for i in path)])
         expected = bits(backend.verify([1], [TREE])[0])[0]
         for chunk in (SPAN - 3, 50):
             backend._chunk = chunk
             try:
-                backend.prefill(0, text)
+                fill(backend, 0, text)
             finally:
                 backend._chunk = once
             assert torch.equal(bits(backend.verify([0], [TREE])[0])[0], tree_bits(name, isa, precision, length))
@@ -169,7 +172,7 @@ def test_several_spans_give_the_numbers_of_transformers(name: str, isa: str, thr
     for length in (*LENGTHS, 4 * SPAN - len(path)):
         text = text_of(length)
         expected = reference(name, length)
-        found = torch.cat([backend.prefill(0, text)[0][None].clone(), backend.verify([0], [TREE])[0][0, path]])
+        found = torch.cat([fill(backend, 0, text)[0][None].clone(), backend.verify([0], [TREE])[0][0, path]])
         assert float((found - expected).abs().max()) < NEAR * float(expected.abs().max()), length
 
 
@@ -185,7 +188,7 @@ def reference(name: str, length: int) -> Tensor:
 
 def pieces_of(name: str, threads: int, length: int, nodes: int = 1) -> list[int]:
     backend = backend_of(name, "portable", threads=threads)
-    backend.prefill(0, text_of(length))
+    fill(backend, 0, text_of(length))
     backend.verify([0], [Nodes((1,) * nodes, tuple(range(-1, nodes - 1)))])
     return list(backend.engine.attention_pieces)
 

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers import path_nodes
+from helpers import fill, path_nodes
 from medusa.decoding.draft import NgramDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
@@ -139,7 +139,7 @@ def session(variant: str) -> Session:
     backend = TransformersBackend(variant_model(variant), feature_layers=(1, 2))
     vocab = backend.vocab_size
     text = random_text(rng, 2 * WINDOW + 3, vocab)
-    prefill = backend.prefill(0, text)
+    prefill = fill(backend, 0, text)
     rounds = []
     for size in (9, 1, 14, 6):
         tree = random_tree(rng, size, vocab)
@@ -156,7 +156,7 @@ def test_prompts_trees_and_what_is_kept_give_the_numbers_of_transformers(variant
     expected = session(variant)
     backend = native(variant_model(variant), feature_layers=(1, 2), isa=isa)
     assert backend.engine.isa == isa
-    for found, right in zip(backend.prefill(0, expected.text), expected.prefill, strict=True):
+    for found, right in zip(fill(backend, 0, expected.text), expected.prefill, strict=True):
         assert_near(found, right)
     length = len(expected.text)
     for tree, results, path in expected.rounds:
@@ -188,7 +188,7 @@ def test_another_setting_would_show_in_the_numbers(variant: str, other: dict[str
     config = type(model.config)(**{**model.config.to_dict(), **other})
     backend = NativeBackend(native_config(config), model.state_dict(), dtype="float32")
     right = expected.prefill[0]
-    assert float((backend.prefill(0, expected.text)[0] - right).abs().max()) > 1e-4 * float(right.abs().max())
+    assert float((fill(backend, 0, expected.text)[0] - right).abs().max()) > 1e-4 * float(right.abs().max())
 
 
 @pytest.mark.parametrize("layers", [(), (1,), (2, 1)])
@@ -205,7 +205,7 @@ def test_features_are_the_hidden_states_asked_for_and_the_input_of_the_lm_head(
     hook.remove()
     expected = torch.cat([*(out.hidden_states[i][0] for i in layers), seen[0][0]], dim=-1)
     backend = native(model, feature_layers=layers)
-    assert_near(backend.prefill(0, text)[1], expected[len(text) - 1])
+    assert_near(fill(backend, 0, text)[1], expected[len(text) - 1])
     _, features = backend.verify([0], [chain])
     assert features.shape == (1, 3, (1 + len(layers)) * backend.hidden_size)
     for part, right in zip(
@@ -217,10 +217,10 @@ def test_features_are_the_hidden_states_asked_for_and_the_input_of_the_lm_head(
 def test_features_stay_when_the_backend_goes_on() -> None:
     """The loop holds those of the last accepted token until the next draft."""
     backend = native(shared_model("llama"), num_slots=2)
-    _, first = backend.prefill(0, [1, 2, 3])
+    _, first = fill(backend, 0, [1, 2, 3])
     _, second = backend.verify([0], [Nodes((4, 5), (-1, 0))])
     before = first.clone(), second.clone()
-    backend.prefill(1, list(range(30)))
+    fill(backend, 1, list(range(30)))
     backend.verify([0, 1], [Nodes((7, 8, 9), (-1, 0, 1))] * 2)
     assert torch.equal(first, before[0])
     assert torch.equal(second, before[1])
@@ -236,7 +236,7 @@ def test_a_prompt_of_several_chunks_gives_the_numbers_of_transformers(
     model, text, tree, expected = long_text(family, **changes)
     backend = native(model, isa=isa)
     assert len(text) > 2 * medusa_native.CHUNK
-    logits, _ = backend.prefill(0, text)
+    logits, _ = fill(backend, 0, text)
     assert_near(logits, expected[0])
     logits, _ = backend.verify([0], [tree])
     assert_near(logits[0], expected[1])
@@ -247,11 +247,13 @@ def test_a_prompt_of_several_chunks_gives_the_numbers_of_transformers(
 def test_reading_a_text_gives_the_features_of_each_of_its_beginnings(dtype: str, isa: str) -> None:
     model, text, _, _ = long_text("llama")
     backend = native(model, isa=isa, dtype=dtype, feature_layers=(1, 2))
-    read = backend.read(0, text)
+    last, read = backend.extend(0, text, every=True)
+    last = last.clone()
     assert backend.length(0) == len(text)
     assert read.shape == (len(text), 3 * model.config.hidden_size)
+    assert torch.equal(last, fill(backend, 0, text)[0])
     for end in (1, 2, 255, 256, 257, 400, len(text)):
-        assert torch.equal(read[end - 1], backend.prefill(0, text[:end])[1]), end
+        assert torch.equal(read[end - 1], fill(backend, 0, text[:end])[1]), end
 
 
 @cache
@@ -260,7 +262,7 @@ def _long_text(family: str, changes: tuple[tuple[str, Any], ...]) -> tuple[PreTr
     rng = random.Random(family)
     text, tree = random_text(rng, 600), random_tree(rng, 12)
     reference = TransformersBackend(model)
-    return model, text, tree, (reference.prefill(0, text)[0].clone(), reference.verify([0], [tree])[0][0])
+    return model, text, tree, (fill(reference, 0, text)[0].clone(), reference.verify([0], [tree])[0][0])
 
 
 def long_text(family: str, **changes: Any) -> tuple[PreTrainedModel, list[int], Nodes, Any]:
@@ -273,7 +275,7 @@ def test_weights_of_every_float_type_are_read_as_they_are(dtype: torch.dtype) ->
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     backend = NativeBackend(native_config(model.config), tensors, dtype="float32")
     model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    assert_near(backend.prefill(0, text)[0], plain_logits(model, text)[-1])
+    assert_near(fill(backend, 0, text)[0], plain_logits(model, text)[-1])
 
 
 @every_precision
@@ -284,7 +286,7 @@ def test_a_weight_is_its_number_whatever_type_holds_it(variant: str, dtype: torc
     config, text = native_config(model.config), list(range(20))
     small = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     wide = {name: tensor.float() for name, tensor in small.items()}
-    found, expected = (NativeBackend(config, tensors, dtype=precision).prefill(0, text)[0] for tensors in (small, wide))
+    found, expected = (fill(NativeBackend(config, tensors, dtype=precision), 0, text)[0] for tensors in (small, wide))
     assert torch.equal(found, expected)
 
 
@@ -298,7 +300,7 @@ def test_weights_need_not_be_contiguous_and_may_ask_for_gradients() -> None:
             assert not tensors[name].is_contiguous()
     backend = NativeBackend(native_config(model.config), tensors, dtype="float32")
     del tensors
-    assert_near(backend.prefill(0, text)[0], plain_logits(model, text)[-1])
+    assert_near(fill(backend, 0, text)[0], plain_logits(model, text)[-1])
 
 
 def test_base_weights_are_the_tensors_of_the_checkpoint() -> None:
@@ -314,7 +316,7 @@ def test_the_context_can_be_filled_to_the_last_place() -> None:
     backend = native(model)
     assert backend.max_length == 256
     text = random_text(rng, 254)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     most = backend.max_nodes
     wide = Nodes(tuple(i % VOCAB for i in range(most)), (-1, *([0] * (most - 1))))
     logits, _ = backend.verify([0], [wide])
@@ -325,14 +327,14 @@ def test_the_context_can_be_filled_to_the_last_place() -> None:
     with pytest.raises(UsageError, match="past the context"):
         backend.verify([0], [Nodes((1,), (-1,))])
     text = random_text(rng, 256)
-    assert_near(backend.prefill(0, text)[0], plain_logits(model, text)[-1])
+    assert_near(fill(backend, 0, text)[0], plain_logits(model, text)[-1])
 
 
 @pytest.mark.parametrize("length", [1, 5, 17])
 def test_a_short_max_length_works(length: int) -> None:
     backend, text = native(shared_model("llama"), max_length=length), random_text(random.Random(2), length)
     assert backend.max_length == length
-    assert_near(backend.prefill(0, text)[0], plain_logits(shared_model("llama"), text)[-1])
+    assert_near(fill(backend, 0, text)[0], plain_logits(shared_model("llama"), text)[-1])
 
 
 def test_progress_is_told_layer_by_layer() -> None:
@@ -397,14 +399,14 @@ TREE = Nodes((1, 2, 3, 4, 5), (-1, 0, 0, 1, 3))
 DEEP = Nodes(tuple(range(12)), tuple(range(-1, 11)))
 
 REFUSALS: dict[str, tuple[Callable[[NativeBackend], Any], str]] = {
-    "a prompt for a slot that is not there": (lambda b: b.prefill(4, [1]), "no slot 4"),
-    "a prompt for a negative slot": (lambda b: b.prefill(-1, [1]), "no slot -1"),
+    "a prompt for a slot that is not there": (lambda b: b.extend(4, [1]), "no slot 4"),
+    "a prompt for a negative slot": (lambda b: b.extend(-1, [1]), "no slot -1"),
     "a draft for a slot that is not there": (lambda b: b.verify([0, 9], [ONE, ONE]), "no slot 9"),
     "a path for a slot that is not there": (lambda b: b.keep([7], [[0]]), "no slot 7"),
-    "an empty prompt": (lambda b: b.prefill(2, []), "empty"),
-    "a prompt past the context": (lambda b: b.prefill(2, [1] * 31), "31 tokens.*30"),
-    "a prompt outside the vocabulary": (lambda b: b.prefill(2, [1, VOCAB]), f"token {VOCAB} .*vocabulary"),
-    "a negative token": (lambda b: b.prefill(2, [-1]), "token -1 .*vocabulary"),
+    "an empty prompt": (lambda b: b.extend(2, []), "empty"),
+    "a prompt past the context": (lambda b: b.extend(2, [1] * 31), "31 tokens.*30"),
+    "a prompt outside the vocabulary": (lambda b: b.extend(2, [1, VOCAB]), f"token {VOCAB} .*vocabulary"),
+    "a negative token": (lambda b: b.extend(2, [-1]), "token -1 .*vocabulary"),
     "a draft outside the vocabulary": (lambda b: b.verify([0], [Nodes((1, 999), (-1, 0))]), "token 999 .*vocabulary"),
     "a draft past the context": (lambda b: b.verify([1, 0], [ONE, DEEP]), "past the context"),
     "a draft with too many nodes": (lambda b: b.verify([0], [Nodes((1,) * 257, (-1, *([0] * 256)))]), "256 nodes"),
@@ -425,6 +427,15 @@ REFUSALS: dict[str, tuple[Callable[[NativeBackend], Any], str]] = {
     "a negative node": (lambda b: b.keep([0], [[-1]]), "path"),
     "a path for a slot that was not verified": (lambda b: b.keep([0, 3], [[0], [0]]), "path"),
     "paths twice for a slot": (lambda b: b.keep([0, 0], [[0], [0]]), "twice"),
+    "a copy from a slot that is not there": (lambda b: b.copy(4, 1, 1), "no slot 4"),
+    "a copy to a slot that is not there": (lambda b: b.copy(1, -1, 1), "no slot -1"),
+    "a copy of more than a slot holds": (lambda b: b.copy(0, 1, 21), "slot 0 holds 20 tokens: 21"),
+    "a copy from an empty slot": (lambda b: b.copy(2, 0, 1), "slot 2 holds 0 tokens"),
+    "a copy of fewer tokens than none": (lambda b: b.copy(0, 1, -1), "-1 of them cannot"),
+    "a copy of more than 32 bits": (lambda b: b.copy(0, 1, 2**40), "whole number"),
+    "a text past the context": (lambda b: b.extend(0, [1] * 11), "31 tokens.*30"),
+    "no tokens after a text": (lambda b: b.extend(0, []), "empty"),
+    "a token outside the vocabulary after a text": (lambda b: b.extend(0, [1, VOCAB]), f"token {VOCAB} .*vocabulary"),
     "fewer paths than slots": (lambda b: b.keep([0, 1], [[0]]), "needs a path"),
 }
 
@@ -437,7 +448,7 @@ def test_a_bad_call_is_refused_in_one_sentence_and_changes_nothing(refusal: str)
     texts = [random_text(random.Random(4), size) for size in (20, 12)]
     for backend in (disturbed, calm):
         for slot in (3, 0, 1):
-            backend.prefill(slot, texts[slot % 2])
+            fill(backend, slot, texts[slot % 2])
         backend.verify([1, 0], [TREE, TREE])
     with pytest.raises(UsageError, match=reason) as error:
         call(disturbed)
@@ -447,12 +458,12 @@ def test_a_bad_call_is_refused_in_one_sentence_and_changes_nothing(refusal: str)
         backend.keep([1, 0], [[0, 1, 3], [0, 2]])
     for a, b in zip(disturbed.verify([0, 3, 1], [TREE] * 3), calm.verify([0, 3, 1], [TREE] * 3), strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(disturbed.prefill(2, texts[0])[0], calm.prefill(2, texts[0])[0])
+    assert torch.equal(fill(disturbed, 2, texts[0])[0], fill(calm, 2, texts[0])[0])
 
 
 def test_a_path_can_be_kept_once() -> None:
     backend = native(shared_model("llama"))
-    backend.prefill(0, [1, 2, 3])
+    fill(backend, 0, [1, 2, 3])
     with pytest.raises(UsageError, match="not verified"):
         backend.keep([0], [[0]])
     backend.verify([0], [TREE])
@@ -661,7 +672,7 @@ def test_frequencies_in_old_checkpoints_are_left_aside() -> None:
     model = shared_model("llama")
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for i in range(3)}
     backend = NativeBackend(native_config(model.config), {**model.state_dict(), **extra}, dtype="float32")
-    assert_near(backend.prefill(0, [1, 2, 3])[0], plain_logits(model, [1, 2, 3])[-1])
+    assert_near(fill(backend, 0, [1, 2, 3])[0], plain_logits(model, [1, 2, 3])[-1])
 
 
 def test_weights_that_do_not_fit_into_memory_are_an_error_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -760,7 +771,7 @@ def test_a_checkpoint_on_disk_in_one_file_or_many_is_the_model(tmp_path: Path, f
     assert len(checkpoint) == len(list(checkpoint)) == len(dict(model.named_parameters()))
     backend = NativeBackend(native_config(model.config), checkpoint, dtype="float32")
     del checkpoint
-    assert_near(backend.prefill(0, text)[0], plain_logits(model, text)[-1])
+    assert_near(fill(backend, 0, text)[0], plain_logits(model, text)[-1])
     base = backend.base_weights()
     assert torch.equal(base.embedding, model.get_input_embeddings().weight)
 
@@ -889,7 +900,7 @@ def test_one_engine_called_from_two_threads_survives() -> None:
     together(lambda: work(0), lambda: work(1))
     calm = native(shared_model("llama"))
     for slot in range(2):
-        calm.prefill(0, texts[slot] + [tree.tokens[0]] * 10)
+        fill(calm, 0, texts[slot] + [tree.tokens[0]] * 10)
         assert torch.equal(backend.verify([slot], [tree])[0], calm.verify([0], [tree])[0])
 
 
@@ -897,7 +908,7 @@ def test_other_threads_run_while_the_engine_computes() -> None:
     """Python's lock is not held: a thread that notes the time does so in the middle of a call."""
     model = make_model("llama", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     backend = native(model, isa="portable", threads=1)
-    backend.prefill(0, [1])
+    fill(backend, 0, [1])
     wide = Nodes((1,) * 256, (-1, *([0] * 255)))
     ticks: list[float] = []
     done = threading.Event()
@@ -938,13 +949,13 @@ def test_a_slot_that_is_not_there_is_a_usage_error(call: str, slot: int) -> None
 def test_a_token_of_more_than_32_bits_is_outside_the_vocabulary(token: int) -> None:
     backend = native(shared_model("llama"))
     with pytest.raises(UsageError) as error:
-        backend.prefill(0, [1, token])
+        fill(backend, 0, [1, token])
     assert_one_sentence(error)
 
 
 def test_a_feature_layer_named_twice_is_delivered_twice() -> None:
     backend = native(shared_model("llama"), feature_layers=(1, 1))
-    first, second, _ = backend.prefill(0, [1, 2, 3])[1].split(backend.hidden_size)
+    first, second, _ = fill(backend, 0, [1, 2, 3])[1].split(backend.hidden_size)
     assert torch.equal(first, second)
 
 
@@ -977,13 +988,14 @@ def test_float32_weights_past_the_range_of_the_format_are_an_error() -> None:
 def test_a_prompt_that_is_refused_leaves_its_slot_empty() -> None:
     backend = native(make_model("llama", max_position_embeddings=1024))
     with pytest.raises(UsageError, match="vocabulary"):
-        backend.prefill(0, [1] * 300 + [999])
+        fill(backend, 0, [1] * 300 + [999])
     assert backend.length(0) == 0
 
 
 HEAD = """
 import sys; sys.path.insert(0, sys.argv[1])
 import resource, threading, torch
+from helpers import fill
 from test_native_backend import native
 from test_transformers_backend import Nodes
 from tiny_models import make_model
@@ -991,13 +1003,13 @@ def wide(n): return Nodes((1,) * n, (-1, *([0] * (n - 1))))
 """
 OLD_VIEW = """
 backend = native(make_model("llama", vocab_size=40000))
-old, _ = backend.prefill(0, [1, 2, 3])
+old, _ = fill(backend, 0, [1, 2, 3])
 backend.verify([0], [wide(200)])
 old.sum()
 """
 TWO_THREADS = """
 backend = native(make_model("llama", vocab_size=4000), num_slots=2)
-for slot in range(2): backend.prefill(slot, [1, 2, 3])
+for slot in range(2): fill(backend, slot, [1, 2, 3])
 def work(slot):
     for n in range(1, 250):
         try: backend.verify([slot], [wide(n)])[0].sum()
@@ -1008,7 +1020,7 @@ for t in threads: t.join()
 """
 NO_MEMORY = """
 backend = native(make_model("llama", hidden_size=512, intermediate_size=4096, num_attention_heads=8), threads=1)
-backend.prefill(0, [1, 2, 3])
+fill(backend, 0, [1, 2, 3])
 used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize")) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))
 try: backend.verify([0], [wide(256)])

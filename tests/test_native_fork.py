@@ -20,6 +20,7 @@ import pytest
 
 from medusa.engines.native import NativeBackend
 from medusa.engines.native_config import native_config
+from helpers import fill
 from medusa.errors import UsageError
 from test_transformers_backend import Nodes
 from tiny_models import make_model, shared_model
@@ -40,7 +41,7 @@ def native(threads: int = 3) -> NativeBackend:
 
 def passes(backend: NativeBackend) -> bytes:
     """The bits of a prompt and of a tree after it."""
-    prompt = backend.prefill(0, list(range(20)))[0].numpy().tobytes()  # copied, as the next pass writes there
+    prompt = fill(backend, 0, list(range(20)))[0].numpy().tobytes()  # copied, as the next pass writes there
     return prompt + backend.verify([0], [TREE])[0].numpy().tobytes()
 
 
@@ -85,7 +86,7 @@ def test_a_child_forked_before_the_first_pass_and_the_child_of_a_child_have_the_
 def test_a_child_goes_on_with_the_slots_of_its_parent() -> None:
     backend, alone = native(), native()
     for one in (backend, alone):
-        one.prefill(0, list(range(20)))
+        fill(one, 0, list(range(20)))
         one.verify([0], [TREE])
 
     def goes_on() -> bytes:
@@ -167,7 +168,7 @@ def test_a_child_forked_while_another_thread_is_in_a_pass_refuses_the_engine_but
     model = make_model("llama", hidden_size=256, intermediate_size=512, num_attention_heads=4)
     config, weights = native_config(model.config), model.state_dict()
     busy = NativeBackend(config, weights, dtype="float32", threads=2, isa="portable")
-    busy.prefill(0, [1])
+    fill(busy, 0, [1])
     wide = Nodes((1,) * 256, (-1, *([0] * 255)))
     inside, stop = threading.Event(), threading.Event()
 
@@ -181,7 +182,7 @@ def test_a_child_forked_while_another_thread_is_in_a_pass_refuses_the_engine_but
             busy.verify([0], [wide])
         except UsageError as error:
             fresh = NativeBackend(config, weights, dtype="float32", threads=2, isa="portable")
-            fresh.prefill(0, [1])
+            fill(fresh, 0, [1])
             fresh.verify([0], [wide])
             return str(error).encode()
         return b""

@@ -20,6 +20,9 @@ from torch import Tensor
 from helpers import path_nodes, tree_parents
 from medusa.engines.native import PRECISIONS, NativeBackend
 from medusa.engines.native_config import NativeConfig, native_config
+from helpers import fill, path_nodes, tree_parents
+from medusa.models.native_backend import PRECISIONS, NativeBackend
+from medusa.models.native_config import NativeConfig, native_config
 from test_transformers_backend import Nodes
 from tiny_models import VOCAB, WINDOW, make_model, plain_logits, shared_model
 
@@ -68,7 +71,7 @@ def bits(results: tuple[Tensor, Tensor]) -> Tensor:
 
 def plainly(backend: NativeBackend, text: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """Bits [T, ...] of `tokens` decoded one at a time after `text`."""
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     rows = []
     for token in tokens:
         rows.append(bits(backend.verify([0], [Nodes((token,), (-1,))]))[0, 0])
@@ -100,7 +103,7 @@ def test_each_node_of_any_tree_has_the_bits_of_plain_decoding(
     isa: str, precision: str, model: str, text: list[int], tree: Nodes
 ) -> None:
     backend, plain = backend_of(model, isa, precision), backend_of(model, isa, precision, rank=1)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     found = bits(backend.verify([0], [tree]))[0]
     for leaf in set(range(len(tree.tokens))) - set(tree.parents):
         path = path_nodes(tree.parents, leaf)
@@ -121,10 +124,10 @@ def test_each_row_of_any_ragged_batch_has_the_bits_it_has_alone(
     together, alone = backend_of(model, isa, precision), backend_of(model, isa, precision, rank=1)
     slots = slots[: len(rows)]
     for slot, (text, _) in zip(slots, rows, strict=True):
-        together.prefill(slot, text)
+        fill(together, slot, text)
     found = bits(together.verify(slots, [tree for _, tree in rows]))
     for b, (text, tree) in enumerate(rows):
-        alone.prefill(0, text)
+        fill(alone, 0, text)
         assert torch.equal(found[b, : len(tree.tokens)], bits(alone.verify([0], [tree]))[0])
 
 
@@ -139,7 +142,7 @@ def test_any_number_of_threads_gives_the_same_bits(
     for threads in (1, 2, 3):
         backend = backend_of(model, isa, precision, threads)
         assert backend.engine.threads == threads
-        prompts = [bits(backend.prefill(slot, text)) for slot, (text, _) in enumerate(rows)]
+        prompts = [bits(fill(backend, slot, text)) for slot, (text, _) in enumerate(rows)]
         found.append([*prompts, bits(backend.verify([0, 1], [tree for _, tree in rows]))])
     sizes = [len(tree.tokens) for _, tree in rows]
     for other in found[1:]:
@@ -156,10 +159,10 @@ def test_a_prompt_in_pieces_of_any_size_or_token_by_token_has_the_same_bits(
     isa: str, precision: str, model: str, text: list[int], chunk: int, probe: Nodes
 ) -> None:
     whole, pieces = backend_of(model, isa, precision), backend_of(model, isa, precision, rank=1)
-    last, after = bits(whole.prefill(0, text)), bits(whole.verify([0], [probe]))
+    last, after = bits(fill(whole, 0, text)), bits(whole.verify([0], [probe]))
     once, pieces._chunk = pieces._chunk, chunk
     try:
-        assert torch.equal(bits(pieces.prefill(0, text)), last)
+        assert torch.equal(bits(fill(pieces, 0, text)), last)
     finally:
         pieces._chunk = once
     assert torch.equal(bits(pieces.verify([0], [probe])), after)
@@ -189,7 +192,7 @@ def test_after_keeping_any_paths_each_slot_has_the_bits_of_a_fresh_prefill(
     held = [list(text) for text in starts]
     slots = [2, 0]
     for slot, text in zip(slots, held, strict=True):
-        used.prefill(slot, text)
+        fill(used, slot, text)
     for first, second, *chosen in rounds:
         used.verify(slots, [first, second])
         paths = [
@@ -202,7 +205,7 @@ def test_after_keeping_any_paths_each_slot_has_the_bits_of_a_fresh_prefill(
     assert [used.length(slot) for slot in slots] == [len(text) for text in held]
     found = bits(used.verify(slots, [probe, probe]))
     for b, text in enumerate(held):
-        fresh.prefill(0, text)
+        fill(fresh, 0, text)
         assert torch.equal(found[b], bits(fresh.verify([0], [probe]))[0])
 
 
@@ -214,7 +217,7 @@ def test_the_most_nodes_of_a_tree_have_the_bits_of_plain_decoding(isa: str, prec
     text = [rng.randrange(VOCAB) for _ in range(20)]
     parents = (-1, *(max(rng.randrange(i), i - 40) for i in range(1, backend.max_nodes)))
     tree = Nodes(tuple(rng.randrange(VOCAB) for _ in parents), parents)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     found = bits(backend.verify([0], [tree]))[0]
     for leaf in (255, 254, 100):
         path = path_nodes(parents, leaf)
@@ -229,7 +232,7 @@ def test_a_prompt_of_several_chunks_has_the_bits_of_token_by_token(isa: str, pre
     rng = random.Random(1)
     text = [rng.randrange(VOCAB) for _ in range(2 * medusa_native.CHUNK + 30)]
     expected = plainly(backend, text[:1], text[1:])[-1]
-    assert torch.equal(bits(backend.prefill(0, text)), expected)
+    assert torch.equal(bits(fill(backend, 0, text)), expected)
 
 
 # --- exact where it can be --------------------------------------------------------------------------------------------
@@ -347,7 +350,7 @@ def test_the_mlp_of_a_layer_is_exact_on_whole_numbers(isa: str, precision: str) 
         gated = 32 * (model.up @ model.normed(token))
         assert gated.abs().max() == 32 * 127
         expected = model.embedding[token] + model.down @ gated
-        _, features = model.backend.prefill(0, [token])
+        _, features = fill(model.backend, 0, [token])
         assert torch.equal(features[:WIDTH], expected.float())
 
 
@@ -363,7 +366,7 @@ def test_attention_to_one_two_and_four_equal_keys_is_exact_on_whole_numbers(isa:
         assert (total % len(seen) == 0).all()
         return (model.embedding[token] + model.o @ (total // len(seen))).float()
 
-    _, features = model.backend.prefill(0, [5])
+    _, features = fill(model.backend, 0, [5])
     assert torch.equal(features[:WIDTH], output(5, [5]))
     #        1         nodes 3 and 5 see four tokens; node 4 comes between, on no path but its own
     #      / | \
@@ -381,7 +384,7 @@ def test_attention_to_one_two_and_four_equal_keys_is_exact_on_whole_numbers(isa:
 def test_the_lm_head_is_exact_on_whole_numbers(isa: str, precision: str) -> None:
     model = Exact(precision, isa, "lm_head")
     for token in range(TOKENS):
-        logits, features = model.backend.prefill(0, [token])
+        logits, features = fill(model.backend, 0, [token])
         assert torch.equal(features, torch.cat([model.embedding[token], model.normed(token)]).float())
         assert torch.equal(logits, (model.lm_head @ model.normed(token)).float())
 
@@ -408,7 +411,7 @@ def packed(weights: Tensor, precision: str, isa: str) -> Tensor:
     tensors["model.layers.0.self_attn.v_proj.weight"] = one * torch.eye(size)
     tensors["model.layers.0.self_attn.o_proj.weight"] = weights
     backend = NativeBackend(config, tensors, dtype=precision, isa=isa, feature_layers=(1,), threads=1)
-    columns = [backend.prefill(0, [token])[1][:size] for token in range(size)]
+    columns = [fill(backend, 0, [token])[1][:size] for token in range(size)]
     return (torch.stack(columns, dim=1) - 8 * torch.eye(size)) / (8 * one)
 
 
@@ -459,7 +462,7 @@ def logits_of(family: str, precision: str, isa: str) -> Tensor:
     """Logits [40, V] of a text from its second token on: the tree is a chain."""
     model, text = shared_model(family), text_of(family)
     backend = NativeBackend(native_config(model.config), model.state_dict(), dtype=precision, isa=isa, threads=1)
-    backend.prefill(0, text[:1])
+    fill(backend, 0, text[:1])
     return backend.verify([0], [Nodes(text[1:], tuple(range(-1, len(text) - 2)))])[0][0].clone()
 
 
@@ -512,5 +515,5 @@ def test_gates_of_any_size_are_those_of_the_model(isa: str, activation: str) -> 
     text = list(range(20, 40))
     expected = plain_logits(model, text)[-1]
     backend = NativeBackend(native_config(model.config), model.state_dict(), dtype="float32", isa=isa, threads=1)
-    found, _ = backend.prefill(0, text)
+    found, _ = fill(backend, 0, text)
     assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())

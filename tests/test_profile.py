@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from helpers import ToyBackend, ToyModel
+from helpers import ToyBackend, ToyModel, fill
 from medusa import cli
 from medusa.api import measured_times
 from medusa.engines import times as profile_module
@@ -51,7 +51,7 @@ def test_a_slot_in_use_or_a_short_context_is_refused() -> None:
     backend = TransformersBackend(shared_model())
     with pytest.raises(UsageError, match="positions"):
         profile(backend, context=backend.max_length)
-    backend.prefill(0, [1, 2, 3])
+    fill(backend, 0, [1, 2, 3])
     with pytest.raises(UsageError, match="in use"):
         profile(backend, context=20)
     assert backend.length(0) == 3
@@ -172,7 +172,7 @@ def test_a_profile_without_the_draft_is_measured_anew_where_that_is_wanted(measu
 def test_where_nothing_can_be_measured_there_is_no_profile() -> None:
     assert measured_profile(TransformersBackend(shared_model(), max_length=6), FACTS) is None
     backend = TransformersBackend(shared_model())
-    backend.prefill(0, [1])
+    fill(backend, 0, [1])
     assert measured_profile(backend, FACTS) is None
 
 
@@ -217,10 +217,10 @@ class ClockedBackend(ToyBackend):
         self.disturbed: Callable[[int], float] = lambda turn: 1.0
         self.prompts: list[int] = []
 
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> Any:
+    def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> Any:
         self.prompts.append(len(token_ids))
         self.now += self.reading * len(token_ids)
-        return super().prefill(slot, token_ids)
+        return super().extend(slot, token_ids, every)
 
     def verify(self, slots: Sequence[int], drafts: Sequence[Any]) -> Any:
         nodes, text = len(drafts[0].tokens), self.length(slots[0])
@@ -362,7 +362,7 @@ def test_kept_times_that_a_pass_now_refutes_are_measured_anew(
 def test_kept_times_are_taken_as_they_are_while_the_slot_is_in_use(clocked: Clocked) -> None:
     backend = clocked(linear)
     kept = one(backend=backend)
-    backend.prefill(0, [1, 2])
+    fill(backend, 0, [1, 2])
     assert one(backend=backend) == kept
     assert backend.length(0) == 2
 

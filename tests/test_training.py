@@ -81,7 +81,7 @@ def test_rows_hold_the_features_before_each_root_and_the_tokens_after_it() -> No
     features, roots, left = read_rows(backend(), example)
     assert roots.tolist() == [13, 14, 15, 17]
     assert left.tolist() == [3, 2, 1, 1]
-    whole = backend().read(0, list(example.token_ids))
+    whole = backend().extend(0, example.token_ids, every=True)[1]
     assert torch.equal(features, whole[[2, 3, 4, 6]].bfloat16())
     batch = joined([(features, roots, left)]).take(torch.arange(4), K, 32, finals=True)
     assert batch.tokens.tolist() == [
@@ -98,7 +98,7 @@ def test_rows_hold_the_features_before_each_root_and_the_tokens_after_it() -> No
 
 def test_final_features_are_the_input_of_the_models_lm_head() -> None:
     ids = list(range(20, 50))
-    found = backend().read(0, ids)[:, -32:]
+    found = backend().extend(0, ids, every=True)[1][:, -32:]
     model = make_model()
     with torch.no_grad():
         logits = F.linear(found, model.get_output_embeddings().weight)
@@ -107,9 +107,9 @@ def test_final_features_are_the_input_of_the_models_lm_head() -> None:
 
 def test_reading_equals_prefilling_every_prefix() -> None:
     ids = [5, 9, 100, 40, 7, 7, 3]
-    found = backend().read(0, ids)
+    found = backend().extend(0, ids, every=True)[1]
     for end in range(1, len(ids) + 1):
-        _, features = backend().prefill(0, ids[:end])
+        _, features = backend().extend(0, ids[:end])
         assert torch.allclose(found[end - 1], features, atol=1e-5)
 
 
@@ -158,11 +158,11 @@ def test_a_cache_goes_on_where_it_was_killed_and_notices_other_text(
     read: list[int] = []
 
     class Counting(TransformersBackend):
-        def read(self, slot: int, token_ids: Sequence[int]) -> torch.Tensor:
+        def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
             read.append(len(token_ids))
             if len(read) == 7:
                 raise KeyboardInterrupt
-            return super().read(slot, token_ids)
+            return super().extend(slot, token_ids, every)
 
     runner = Counting(make_model(), feature_layers=(1,))
     with pytest.raises(KeyboardInterrupt):

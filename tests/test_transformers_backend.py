@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from helpers import path_nodes, tree_parents
+from helpers import fill, path_nodes, tree_parents
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.loop import Decoder, decode
 from medusa.engines import kv_cache
@@ -98,7 +98,7 @@ def test_tree_logits_equal_each_path_run_alone_over_several_rounds(family: str, 
     assert model.config._attn_implementation == attention
     backend = TransformersBackend(model)
     text = random_text(rng, 2 * WINDOW + 3)
-    logits, _ = backend.prefill(0, text)
+    logits, _ = fill(backend, 0, text)
     torch.testing.assert_close(logits, plain_logits(model, text)[-1], **TOLERANCE)
     for size in (9, 1, 12, 6):
         draft = random_nodes(rng, size)
@@ -115,13 +115,13 @@ def test_after_keep_the_cache_equals_a_fresh_prefill(family: str, attention: str
     model, rng = shared_model(family, attention), random.Random(2)
     used, fresh = TransformersBackend(model), TransformersBackend(model)
     text = random_text(rng, WINDOW + 5)
-    used.prefill(0, text)
+    fill(used, 0, text)
     for path in ([0, 2, 5], [0], [0, 1, 4], [0, 2]):
         draft = Nodes(tuple(random_text(rng, 6)), (-1, 0, 0, 1, 1, 2))
         used.verify([0], [draft])
         used.keep([0], [path])
         text.extend(draft.tokens[i] for i in path)
-        fresh.prefill(0, text)
+        fill(fresh, 0, text)
         for a, b in zip(cache_rows(used, 0), cache_rows(fresh, 0), strict=True):
             torch.testing.assert_close(a, b, **TOLERANCE)
         probe = random_nodes(rng, 5)
@@ -132,10 +132,10 @@ def test_after_keep_the_cache_equals_a_fresh_prefill(family: str, attention: str
 def test_chunked_prefill_equals_one_shot(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = shared_model(family), random_text(random.Random(3), 23)
     whole = TransformersBackend(model, feature_layers=[1])
-    logits, features = whole.prefill(0, text)
+    logits, features = fill(whole, 0, text)
     monkeypatch.setattr(transformers_backend, "PREFILL_CHUNK", 5)
     chunked = TransformersBackend(model, feature_layers=[1])
-    chunk_logits, chunk_features = chunked.prefill(0, text)
+    chunk_logits, chunk_features = fill(chunked, 0, text)
     assert chunked.length(0) == len(text)
     torch.testing.assert_close(chunk_logits, logits, **TOLERANCE)
     torch.testing.assert_close(chunk_features, features, **TOLERANCE)
@@ -176,14 +176,14 @@ def test_a_ragged_batch_equals_each_row_alone(
     together, alone = _backends[family]
     slots = [row[0] for row in rows]
     for slot, text, _, _ in rows:
-        together.prefill(slot, text)
+        fill(together, slot, text)
     rounds = [[draft for _, _, draft, _ in rows], [Nodes(tuple(range(len(p))), p) for p in again[: len(rows)]]]
     paths = [[path_nodes(draft.parents, node) for _, _, draft, node in rows], [[0]] * len(rows)]
     texts = [list(text) for _, text, _, _ in rows]
     for drafts, kept in zip(rounds, paths, strict=True):
         logits, features = together.verify(slots, drafts)
         for b, draft in enumerate(drafts):
-            alone.prefill(0, texts[b])
+            fill(alone, 0, texts[b])
             one, one_features = alone.verify([0], [draft])
             n = len(draft.tokens)
             torch.testing.assert_close(logits[b, :n], one[0], **TOLERANCE)
@@ -201,7 +201,7 @@ def test_a_batch_of_two_rows_equals_the_plain_model(family: str, attention: str)
     backend = TransformersBackend(model, num_slots=4)
     texts = {3: random_text(rng, 21), 1: random_text(rng, 2)}
     for slot, text in texts.items():
-        backend.prefill(slot, text)
+        fill(backend, slot, text)
     drafts = [random_nodes(rng, 4), random_nodes(rng, 9)]
     logits, _ = backend.verify([3, 1], drafts)
     for b, slot in enumerate([3, 1]):
@@ -212,12 +212,12 @@ def test_a_released_slot_is_empty_and_can_be_used_again_beside_a_running_one() -
     model, rng = shared_model("mistral"), random.Random(5)
     backend = TransformersBackend(model, num_slots=2)
     running = random_text(rng, 12)
-    backend.prefill(0, random_text(rng, 30))
-    backend.prefill(1, running)
+    fill(backend, 0, random_text(rng, 30))
+    fill(backend, 1, running)
     backend.release(0)
     assert (backend.length(0), backend.length(1)) == (0, 12)
     short = random_text(rng, 3)  # what the longer text left behind must not show
-    backend.prefill(0, short)
+    fill(backend, 0, short)
     draft = random_nodes(rng, 7)
     logits, _ = backend.verify([0, 1], [draft, draft])
     assert_tree_is_plain(model, short, draft, logits[0])
@@ -309,7 +309,7 @@ def test_features_are_the_input_of_the_lm_head_and_the_layers_asked_for(family: 
         out = model(input_ids=torch.tensor([[*text, *draft.tokens]]), output_hidden_states=True, use_cache=False)
     hook.remove()
     expected = torch.cat([out.hidden_states[1][0], out.hidden_states[2][0], seen[0][0]], dim=-1)
-    _, last = backend.prefill(0, text)
+    _, last = fill(backend, 0, text)
     torch.testing.assert_close(last, expected[len(text) - 1], **TOLERANCE)
     _, features = backend.verify([0], [draft])
     assert features.shape == (1, 3, 3 * backend.hidden_size)
@@ -330,10 +330,10 @@ def test_the_cache_grows_by_doubling_and_keeps_every_slot(monkeypatch: pytest.Mo
 
     assert capacities() == {16}, "a short text takes the first capacity only"
     other = random_text(rng, 9)
-    backend.prefill(1, other)
+    fill(backend, 1, other)
     assert capacities() == {16}
     text = random_text(rng, 12)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     for _ in range(12):
         draft = Nodes(tuple(random_text(rng, 8)), (-1, 0, 1, 2, 0, 4, 5, 0))
         logits, _ = backend.verify([0], [draft])
@@ -352,7 +352,7 @@ def test_the_cache_grows_by_doubling_and_keeps_every_slot(monkeypatch: pytest.Mo
 def test_a_long_context_costs_no_memory_before_it_is_used() -> None:
     backend = TransformersBackend(make_model("llama", max_position_embeddings=32768))
     assert backend.max_length == 32768
-    backend.prefill(0, list(range(20)))
+    fill(backend, 0, list(range(20)))
     assert all(
         rows is not None and rows.shape[2] == kv_cache.FIRST_CAPACITY
         for layer in backend._cache.slot_layers
@@ -364,7 +364,7 @@ def test_a_text_past_the_first_thousand_places_equals_the_plain_model() -> None:
     model = make_model("mistral", max_position_embeddings=2048)
     text = random_text(random.Random(12), kv_cache.FIRST_CAPACITY - 4)
     backend = TransformersBackend(model)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     draft = random_nodes(random.Random(13), 10)
     logits, _ = backend.verify([0], [draft])
     assert_tree_is_plain(model, text, draft, logits[0])
@@ -483,13 +483,13 @@ def test_the_self_check_leaves_the_slot_empty_and_can_be_left_out() -> None:
 def test_a_prompt_that_is_empty_or_too_long_is_an_error_that_changes_nothing() -> None:
     backend = TransformersBackend(shared_model("llama"), max_length=20)
     with pytest.raises(UsageError, match="empty") as error:
-        backend.prefill(0, [])
+        fill(backend, 0, [])
     assert_one_sentence(error)
     with pytest.raises(UsageError, match=r"21 tokens.*20") as error:
-        backend.prefill(0, [1] * 21)
+        fill(backend, 0, [1] * 21)
     assert_one_sentence(error)
     assert backend.length(0) == 0
-    backend.prefill(0, [1] * 20)
+    fill(backend, 0, [1] * 20)
     assert backend.length(0) == 20
 
 
@@ -497,7 +497,7 @@ def test_a_draft_may_fill_the_context_and_not_reach_past_it() -> None:
     model = shared_model("llama")
     backend = TransformersBackend(model, max_length=20)
     text = random_text(random.Random(14), 18)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     fits = Nodes((3, 4, 5, 6), (-1, 0, 0, 0))  # four nodes, but two levels: positions 18 and 19
     logits, _ = backend.verify([0], [fits])
     assert_tree_is_plain(model, text, fits, logits[0])
@@ -511,7 +511,7 @@ def test_the_most_nodes_work_at_the_end_of_the_context_and_one_more_is_an_error(
     model = shared_model("llama")
     backend = TransformersBackend(model)
     text = random_text(random.Random(15), backend.max_length - 2)
-    backend.prefill(0, text)
+    fill(backend, 0, text)
     most = transformers_backend.SLACK
     wide = Nodes(tuple(i % VOCAB for i in range(most)), (-1, *([0] * (most - 1))))
     logits, _ = backend.verify([0], [wide])
@@ -535,7 +535,7 @@ def test_a_short_max_length_works(length: int) -> None:
     backend = TransformersBackend(model, max_length=length)
     assert backend.max_length == length
     text = random_text(random.Random(16), length)
-    torch.testing.assert_close(backend.prefill(0, text)[0], plain_logits(model, text)[-1], **TOLERANCE)
+    torch.testing.assert_close(fill(backend, 0, text)[0], plain_logits(model, text)[-1], **TOLERANCE)
 
 
 def test_long_context_rope_is_decoded_within_its_original_context_only() -> None:
@@ -568,7 +568,7 @@ def test_no_slots_are_an_error() -> None:
 def test_bfloat16_passes_the_self_check_and_decodes(family: str, attention: str) -> None:
     model = make_model(family, attention=attention, dtype=torch.bfloat16)
     backend = TransformersBackend(model, num_slots=2)
-    logits, features = backend.prefill(1, list(range(15)))
+    logits, features = fill(backend, 1, list(range(15)))
     assert logits.dtype == features.dtype == torch.bfloat16
     draft = random_nodes(random.Random(17), 8)
     logits, _ = backend.verify([1], [draft])
@@ -594,7 +594,7 @@ def test_int8_logits_are_near_those_of_the_float_model(family: str, dtype: torch
     assert float((found - expected).abs().mean() / expected.std()) < (0.05 if dtype == torch.float32 else 0.12)
     backend = TransformersBackend(model)  # with its self-check
     torch.testing.assert_close(
-        backend.prefill(0, ids)[0].float(), found[-1], atol=2e-3 if dtype == torch.float32 else 0.5, rtol=1e-2
+        fill(backend, 0, ids)[0].float(), found[-1], atol=2e-3 if dtype == torch.float32 else 0.5, rtol=1e-2
     )
 
 

@@ -83,8 +83,9 @@ nb::ndarray<nb::numpy, T> made(std::unique_ptr<T[]> data, std::vector<std::size_
 }
 
 // A view of one table of the results, which keeps the memory, whatever becomes of the engine.
-Floats view(const std::shared_ptr<medusa::Buffer>& buffer, const medusa::Results& results, int columns, int stride) {
-  const std::size_t nodes = results.nodes, trees = nodes ? results.rows / nodes : 0;
+Floats view(const std::shared_ptr<medusa::Buffer>& buffer, const medusa::Results& results, int skipped, int columns,
+            int stride) {
+  const std::size_t nodes = results.nodes - skipped, trees = results.nodes ? results.rows / results.nodes : 0;
   nb::capsule owner(new std::shared_ptr<medusa::Buffer>(buffer),
                     [](void* p) noexcept { delete static_cast<std::shared_ptr<medusa::Buffer>*>(p); });
   return Floats(buffer->as<float>(), {trees, nodes, std::size_t(columns)}, owner,
@@ -92,8 +93,9 @@ Floats view(const std::shared_ptr<medusa::Buffer>& buffer, const medusa::Results
 }
 
 nb::tuple arrays(const medusa::Engine& engine, const medusa::Results& results) {
-  return nb::make_tuple(view(results.logits, results, engine.config().vocab_size, engine.logits_stride()),
-                        view(results.features, results, engine.feature_size(), engine.feature_size()));
+  const int vocab = engine.config().vocab_size, size = engine.feature_size();
+  return nb::make_tuple(view(results.logits, results, results.skipped, vocab, engine.logits_stride()),
+                        view(results.features, results, 0, size, size));
 }
 
 nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const FloatsIn& nodes, const IdsIn& parents,
@@ -127,6 +129,7 @@ NB_MODULE(_engine, m) {
   m.doc() = "The CPU engine of Medusa.";
   m.attr("MAX_NODES") = medusa::kMaxNodes;
   m.attr("CHUNK") = medusa::kChunk;
+  m.attr("KEPT") = medusa::kKept;
   m.attr("SPAN") = medusa::kSpan;
   m.def("usable_isas", &medusa::usable_isas, "Instruction sets that this build and this machine have, best first.");
   m.def("read_bandwidth", &medusa::read_bandwidth, "threads"_a, Without(), "Bytes per second read from memory.");
@@ -176,26 +179,16 @@ NB_MODULE(_engine, m) {
           "embedding"_a, "final_norm"_a, "lm_head"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>())
       .def(
           "extend",
-          [](medusa::Engine& engine, int slot, const std::vector<std::int32_t>& tokens, bool last) {
+          [](medusa::Engine& engine, int slot, const std::vector<std::int32_t>& tokens, bool last, bool every) {
             medusa::Results results;
             {
               nb::gil_scoped_release release;
-              results = engine.extend(slot, tokens, last);
+              results = engine.extend(slot, tokens, last, every);
             }
             return arrays(engine, results);
           },
-          "slot"_a, "tokens"_a, "last"_a, "See verify; without `last` there are no rows.")
-      .def(
-          "read",
-          [](medusa::Engine& engine, int slot, const std::vector<std::int32_t>& tokens) {
-            medusa::Results results;
-            {
-              nb::gil_scoped_release release;
-              results = engine.read(slot, tokens);
-            }
-            return view(results.features, results, engine.feature_size(), engine.feature_size());
-          },
-          "slot"_a, "tokens"_a, "Extends a slot; features [1, tokens, size], a view that the next call overwrites.")
+          "slot"_a, "tokens"_a, "last"_a, "every"_a = false,
+          "As verify: with `last` logits and features of the last token, with `every` the features of all of them.")
       .def(
           "verify",
           [](medusa::Engine& engine, const std::vector<int>& slots, const std::vector<int>& sizes,
@@ -210,6 +203,7 @@ NB_MODULE(_engine, m) {
           "slots"_a, "sizes"_a, "tokens"_a, "parents"_a,
           "Logits [trees, nodes, vocabulary] and features [trees, nodes, size]: views that the next call overwrites.")
       .def("keep", &medusa::Engine::keep, "slots"_a, "paths"_a, Without())
+      .def("copy", &medusa::Engine::copy, "source"_a, "target"_a, "length"_a, Without())
       .def("release", &medusa::Engine::release, "slot"_a, Without())
       .def("length", &medusa::Engine::length, "slot"_a)
       .def_prop_ro("isa", [](const medusa::Engine& engine) { return std::string(engine.kernels().name); })

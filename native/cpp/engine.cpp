@@ -205,22 +205,30 @@ void Engine::release(int index) {
   Slot& slot = slot_at(index);
   slot.length = 0;
   slot.parents.clear();
-  slot.cache.forget(block_bytes_ * (1024 / kLanes));  // what a short text needs stays at hand
+  slot.cache.forget(block_bytes_ * (kKept / kLanes));  // what a short text needs stays at hand
 }
 
-Results Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last) {
-  return append(index, ids, last ? Wanted::last : Wanted::nothing);
+void Engine::copy(int source, int target, int length) {
+  std::lock_guard lock(mutex_);
+  const Slot& from = slot_at(source);
+  Slot& to = slot_at(target);
+  require(length >= 0 && length <= from.length, "slot " + std::to_string(source) + " holds " +
+                                                    std::to_string(from.length) + " tokens: " + std::to_string(length) +
+                                                    " of them cannot be copied");
+  // Whole blocks: what lies in the last one past the length is written over, or never looked at.
+  if (&from != &to)
+    std::memcpy(to.cache.data(), from.cache.data(), std::size_t(round_up(length, kLanes) / kLanes) * block_bytes_);
+  to.length = length;
+  to.parents.clear();
 }
 
-Results Engine::read(int index, const std::vector<std::int32_t>& ids) { return append(index, ids, Wanted::features); }
-
-Results Engine::append(int index, const std::vector<std::int32_t>& ids, Wanted wanted) {
+Results Engine::extend(int index, const std::vector<std::int32_t>& ids, bool last, bool every) {
   std::lock_guard lock(mutex_);
   Slot& slot = slot_at(index);
   need_weights();
   require(!ids.empty(), "there must be a token");
   require(int(ids.size()) <= kChunk, "a chunk has at most " + std::to_string(kChunk) + " tokens");
-  require(slot.length + int(ids.size()) <= config_.max_length, "the prompt is longer than the context");
+  require(slot.length + int(ids.size()) <= config_.max_length, "the text is longer than the context");
   for (std::int32_t id : ids) check_token(id);
   slot.parents.clear();
   tokens_.clear();
@@ -230,9 +238,10 @@ Results Engine::append(int index, const std::vector<std::int32_t>& ids, Wanted w
     const int at = slot.length + i;
     tokens_.push_back({ids[i], index, at, at, at + 1, 0, 0});
   }
-  if (wanted == Wanted::last) output_.back() = 0;
-  if (wanted == Wanted::features) std::iota(output_.begin(), output_.end(), 0);
-  pass(wanted == Wanted::features ? int(ids.size()) : wanted == Wanted::last, wanted != Wanted::features);
+  if (every) std::iota(output_.begin(), output_.end(), 0);
+  else if (last) output_.back() = 0;
+  const int outputs = every ? int(ids.size()) : last;
+  pass(outputs, outputs - last);
   results_.nodes = results_.rows;
   slot.length += int(ids.size());
   return results_;
@@ -252,7 +261,7 @@ Results Engine::verify(const std::vector<int>& slots, const std::vector<int>& si
   }
   require(ids.size() == total && parents.size() == total, "each node needs a token and a parent");
   for (std::size_t b = 0; b < slots.size(); b++) {
-    require(slot_at(slots[b]).length > 0, "slot " + std::to_string(slots[b]) + " is empty: prefill it first");
+    require(slot_at(slots[b]).length > 0, "slot " + std::to_string(slots[b]) + " is empty: extend it first");
     for (std::size_t other = 0; other < b; other++) require(slots[other] != slots[b], "a slot is named twice");
   }
   tokens_.clear();
@@ -279,7 +288,7 @@ Results Engine::verify(const std::vector<int>& slots, const std::vector<int>& si
     }
   }
   for (int slot : slots) slots_[slot].parents.clear();
-  pass(widest * int(slots.size()), true);
+  pass(widest * int(slots.size()), 0);
   results_.nodes = widest;
   at = 0;
   for (std::size_t b = 0; b < slots.size(); b++) {

@@ -16,6 +16,7 @@
 namespace medusa {
 
 inline constexpr int kChunk = 256;  // tokens of a prompt in one pass
+inline constexpr int kKept = 1024;  // positions whose memory a released slot keeps at hand
 
 struct LayerConfig {
   bool rotary = true;
@@ -53,8 +54,9 @@ struct LayerWeights {
 
 // What a pass made. The memory stays while somebody holds it, but the engine's next pass may write to it.
 struct Results {
-  std::shared_ptr<Buffer> logits, features;  // [rows, logits_stride], [rows, feature_size] of float
+  std::shared_ptr<Buffer> logits, features;  // [rows - skipped, logits_stride], [rows, feature_size] of float
   int rows = 0, nodes = 0;
+  int skipped = 0;  // rows at the front that have features and no logits
 };
 
 class Engine {
@@ -67,10 +69,9 @@ class Engine {
   // The embeddings are read at each step, so their memory must outlive the engine.
   void load_ends(const Source& embedding, const Source& final_norm, const Source& lm_head);
 
-  // Adds tokens to an unfinished prompt in `slot`. With `last` the logits and features of the last token are made.
-  Results extend(int slot, const std::vector<std::int32_t>& tokens, bool last);
-  // The same, but the results are the features of every token, and no logits.
-  Results read(int slot, const std::vector<std::int32_t>& tokens);
+  // Adds tokens to the text of a slot. With `last` the logits and features of the last one are made, with `every` the
+  // features of all of them.
+  Results extend(int slot, const std::vector<std::int32_t>& tokens, bool last, bool every = false);
 
   // Verifies one tree for each slot; tokens and parents of all trees one after the other. Row b * nodes() + i of the
   // results belongs to node i of tree b.
@@ -79,15 +80,17 @@ class Engine {
 
   // The nodes of each path, root first, join the text of the slot that was verified last.
   void keep(const std::vector<int>& slots, const std::vector<std::vector<int>>& paths);
+  // The first `length` tokens of a slot become the text of another; in place, a text is cut short.
+  void copy(int source, int target, int length);
+  // Empties a slot. Of its memory that of kKept positions stays, up to the end of a huge page.
   void release(int slot);
   int length(int slot) const;
 
-  // What the last `extend`, `read` or `verify` made.
+  // What the last `extend` or `verify` made.
   int rows() const { return results_.rows; }
   int nodes() const { return results_.nodes; }
-  const float* logits() const {  // [rows][logits_stride], or null after `read`
-    return with_logits_ ? results_.logits->as<float>() : nullptr;
-  }
+  int skipped() const { return results_.skipped; }
+  const float* logits() const { return results_.logits->as<float>(); }  // [rows - skipped][logits_stride]
   int logits_stride() const { return lm_head_.outputs(); }
   const float* features() const { return results_.features->as<float>(); }  // [rows][feature_size]
   int feature_size() const { return config_.hidden_size * (1 + int(config_.feature_layers.size())); }
@@ -145,9 +148,8 @@ class Engine {
   const Slot& slot_at(int slot) const { return const_cast<Engine*>(this)->slot_at(slot); }
   void need_weights() const;
   void check_token(std::int32_t token) const;
-  enum class Wanted { nothing, last, features };
-  Results append(int slot, const std::vector<std::int32_t>& tokens, Wanted wanted);
-  void pass(int outputs, bool with_logits);  // over tokens_; those with output_ >= 0 get features and, if wanted, logits
+  // Over tokens_: those with output_ >= 0 get features and, but for the first `skipped` rows, logits.
+  void pass(int outputs, int skipped);
   void run(int thread);
   void embed(int token);
   void divide();
@@ -185,13 +187,12 @@ class Engine {
 
   // one pass
   std::vector<Token> tokens_;
-  bool with_logits_ = true;
   std::vector<int> output_;  // [tokens] row of the results, or -1
   std::vector<std::int32_t> extras_;
   std::vector<Tile> tiles_;
   std::vector<Division> divisions_;
   std::vector<int> division_of_;  // layer -> index
-  std::vector<int> lm_tokens_;  // row of the LM head's input -> token
+  std::vector<int> wanted_;  // tokens with an output; the LM head reads those after the first skipped()
   std::vector<Phase> phases_;
   int capacity_ = 0;  // tokens for which there is room
   Buffer hidden_, qkv_, attended_, gated_, rotary_, panel_, scores_, normed_, parts_;

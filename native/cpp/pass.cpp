@@ -1,4 +1,4 @@
-// One pass of the engine: what `extend`, `read` and `verify` run over their tokens.
+// One pass of the engine: what `extend` and `verify` run over their tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,11 +12,10 @@ constexpr int kTilesEach = 4;  // tiles for each thread that make the work of at
 
 }  // namespace
 
-void Engine::pass(int outputs, bool with_logits) {
+void Engine::pass(int outputs, int skipped) {
   const int count = int(tokens_.size());
-  with_logits_ = with_logits;
   const Config& c = config_;
-  results_.rows = results_.nodes = 0;
+  results_.rows = results_.nodes = results_.skipped = 0;
   if (count > capacity_) {
     const int capacity = round_up(count, 16);
     const std::size_t room = sizeof(float) * capacity;
@@ -31,7 +30,7 @@ void Engine::pass(int outputs, bool with_logits) {
     attention_out_.fit(capacity);
     mlp_.fit(capacity);
     lm_input_.fit(capacity);
-    lm_tokens_.reserve(capacity);
+    wanted_.reserve(capacity);
     capacity_ = capacity;  // only now: any of these may find no memory
   }
   divide();
@@ -39,11 +38,12 @@ void Engine::pass(int outputs, bool with_logits) {
   const auto grow = [](std::shared_ptr<Buffer>& buffer, std::size_t bytes) {
     if (!buffer || buffer->size() < bytes) buffer = std::make_shared<Buffer>(bytes);
   };
-  grow(results_.logits, std::size_t(with_logits ? outputs : 0) * lm_head_.outputs() * sizeof(float));
+  grow(results_.logits, std::size_t(outputs - skipped) * lm_head_.outputs() * sizeof(float));
   grow(results_.features, std::size_t(outputs) * feature_size() * sizeof(float));
-  lm_tokens_.clear();
+  wanted_.clear();
   for (int t = 0; t < count; t++)
-    if (output_[t] >= 0) lm_tokens_.push_back(t);
+    if (output_[t] >= 0) wanted_.push_back(t);
+  results_.skipped = skipped;
 
   for (Phase& phase : phases_) phase.reset();
   pool_.run([this](int thread) { run(thread); });
@@ -114,7 +114,7 @@ float* Engine::part_at(int row, int index) const {
 template <typename Epilogue>
 void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, int thread, Phase& phase,
                      const Linear* next, Epilogue epilogue) {
-  const int count = int(&x == &lm_input_ ? lm_tokens_.size() : tokens_.size());
+  const int count = int(&x == &lm_input_ ? wanted_.size() - skipped() : tokens_.size());
   float* panel = panel_.as<float>() + std::size_t(capacity_) * kMaxPanel * kLanes * thread;
   // The gates' blocks come in pairs; where that moves the start of a range by one block, no harm is done.
   const std::byte* then = next ? next->block(phase.first(thread, next->blocks, 1)) : nullptr;
@@ -123,7 +123,7 @@ void Engine::product(const Linear& linear, const ActivationBuffer& x, int unit, 
 
 void Engine::run(int thread) {
   const Config& c = config_;
-  const int count = int(tokens_.size()), size = c.hidden_size, outputs = int(lm_tokens_.size());
+  const int count = int(tokens_.size()), size = c.hidden_size, outputs = int(wanted_.size());
   const int wide = dim_ * (c.heads + 2 * c.kv_heads), inner = round_up(c.intermediate_size, kLanes);
   float* hidden = hidden_.as<float>();
   float* normed = normed_.as<float>();
@@ -171,15 +171,16 @@ void Engine::run(int thread) {
   }
   if (outputs == 0) return;
   (phase++)->run(thread, outputs, 1, 1, [&](int i, int) {
-    const int t = lm_tokens_[i];
+    const int t = wanted_[i];
     float* final = features + std::size_t(output_[t] + 1) * feature_size() - size;
     kernels_.rms_norm(hidden + std::size_t(t) * size, final_norm_.data(), c.epsilon, size, final);
-    lm_input_.set(kernels_, i, final, size);
+    if (i >= skipped()) lm_input_.set(kernels_, i - skipped(), final, size);
   });
-  if (!with_logits_) return;
+  if (outputs == skipped()) return;
   float* logits = results_.logits->as<float>();
   product(lm_head_, lm_input_, 1, thread, *phase++, &layers_[0].qkv, [=](int i, int first, int n, const float* y) {
-    std::memcpy(logits + std::size_t(output_[lm_tokens_[i]]) * lm_head_.outputs() + first, y, n * sizeof(float));
+    const int row = output_[wanted_[skipped() + i]] - skipped();
+    std::memcpy(logits + std::size_t(row) * lm_head_.outputs() + first, y, n * sizeof(float));
   });
 }
 

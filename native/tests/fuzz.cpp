@@ -83,7 +83,7 @@ struct {
 } where;
 
 struct {
-  long long sequences = 0, accepted = 0, refused = 0, compared = 0, across = 0;
+  long long sequences = 0, accepted = 0, refused = 0, copied = 0, compared = 0, across = 0;
 } counts;
 
 void say_where() {
@@ -316,23 +316,25 @@ void append(std::string& bytes, const T* values, std::size_t count) {
   bytes.append(reinterpret_cast<const char*>(values), count * sizeof(T));
 }
 
-// The bits of one row of the results: logits, if there are any, then features.
+// The bits of one row of the results: logits, if it has any, then features.
 std::string row_of(const Engine& engine, int row) {
   std::string bytes;
-  if (engine.logits())
-    append(bytes, engine.logits() + std::size_t(row) * engine.logits_stride(), engine.config().vocab_size);
+  if (row >= engine.skipped())
+    append(bytes, engine.logits() + std::size_t(row - engine.skipped()) * engine.logits_stride(),
+           engine.config().vocab_size);
   append(bytes, engine.features() + std::size_t(row) * engine.feature_size(), engine.feature_size());
   return bytes;
 }
 
 std::string results_of(const Engine& engine) {
-  std::string bytes = std::to_string(engine.rows()) + " " + std::to_string(engine.nodes());
+  std::string bytes;
+  for (int number : {engine.rows(), engine.nodes(), engine.skipped()}) bytes += std::to_string(number) + " ";
   for (int i = 0; i < engine.rows(); i++) bytes += row_of(engine, i);
   return bytes;
 }
 
 void check_row(const Engine& engine, int row) {
-  const float* logits = engine.logits() + std::size_t(row) * engine.logits_stride();
+  const float* logits = engine.logits() + std::size_t(row - engine.skipped()) * engine.logits_stride();
   const float* features = engine.features() + std::size_t(row) * engine.feature_size();
   const int vocab = engine.config().vocab_size;
   check(std::all_of(logits, logits + vocab, [](float v) { return std::isfinite(v); }), "a logit is not finite");
@@ -371,6 +373,10 @@ struct Shadow {
 
   bool can_extend(int slot, const Ids& tokens) const {
     return has(slot) && !tokens.empty() && tokens.size() <= kChunk && int(tokens.size()) <= room(slot) && known(tokens);
+  }
+
+  bool can_copy(int source, int target, int length) const {
+    return has(source) && has(target) && length >= 0 && length <= int(slots[source].tokens.size());
   }
 
   bool can_verify(const Draft& d) const {
@@ -481,7 +487,8 @@ class Case {
     if (draw <= 22) extend();
     else if (draw <= 64) verify();
     else if (draw <= 70) keep_any();
-    else if (draw <= 78) release();
+    else if (draw <= 77) release();
+    else if (draw <= 83) copy();
     else if (draw <= 95) draft();
     else if (draw <= 98) bad_load();
     else refuse("length", [&] { engine_.length(bad_slot()); });
@@ -527,24 +534,23 @@ class Case {
     Ids tokens = some_tokens(count);
     if (random_.chance(3)) slot = bad_slot();
     if (random_.chance(3) && count > 0) tokens[random_.between(0, count - 1)] = bad_token();
-    const bool last = random_.chance(60), reads = !last && random_.chance(40);
-    const auto call = [&] {
-      if (reads) engine_.read(slot, tokens);
-      else engine_.extend(slot, tokens, last);
-    };
+    const bool last = random_.chance(60), every = random_.chance(30);
+    const auto call = [&] { engine_.extend(slot, tokens, last, every); };
     if (!shadow_.can_extend(slot, tokens)) return quietly("extend", false, call);
-    accept(reads ? "read" : "extend", call);
+    accept("extend", call);
     Text& text = shadow_.slots[slot];
     text.tokens.insert(text.tokens.end(), tokens.begin(), tokens.end());
     text.tree.clear();
     text.parents.clear();
-    const int rows = reads ? count : int(last);
-    check(engine_.rows() == rows && engine_.nodes() == rows, "extend makes a wrong number of rows");
-    for (int i = 0; reads && i < rows * engine_.feature_size(); i++)
+    const int rows = every ? count : int(last);
+    check(engine_.rows() == rows && engine_.nodes() == rows && engine_.skipped() == rows - last,
+          "extend makes a wrong number of rows");
+    for (int i = 0; every && i < rows * engine_.feature_size(); i++)
       check(std::isfinite(engine_.features()[i]), "a feature is not a number");
-    if (!last) return;
-    check_row(engine_, 0);
-    if (random_.chance(30)) compare_plainly(text.tokens, row_of(engine_, 0));
+    if (last) check_row(engine_, rows - 1);
+    if (rows == 0 || random_.chance(70)) return;
+    const int row = random_.chance(50) ? rows - 1 : random_.between(0, rows - 1);
+    compare_plainly(Ids(text.tokens.begin(), text.tokens.end() - (rows - 1 - row)), row_of(engine_, row));
   }
 
   void verify() {
@@ -689,6 +695,24 @@ class Case {
     keep(which, paths);
   }
 
+  // A text, or its beginning, goes to another slot, or is cut short where it is.
+  void copy() {
+    int source = some_slot(), target = some_slot();
+    for (int i = 0; i < 8 && (shadow_.slots[source].tokens.empty() || source == target); i++)
+      source = some_slot(), target = some_slot();
+    const int held = int(shadow_.slots[source].tokens.size());
+    int length = random_.pick({held, random_.between(0, held), random_.between(0, held)});
+    if (random_.chance(5)) source = bad_slot();
+    if (random_.chance(5)) target = bad_slot();
+    if (random_.chance(5)) length = random_.pick({-1, INT_MIN, held + 1, INT_MAX});
+    const bool valid = shadow_.can_copy(source, target, length);
+    quietly("copy", valid, [&] { engine_.copy(source, target, length); });
+    if (!valid) return;
+    const Ids& tokens = shadow_.slots[source].tokens;
+    shadow_.slots[target] = {Ids(tokens.begin(), tokens.begin() + length), {}, {}};
+    counts.copied += length > 0 && source != target;
+  }
+
   void release() {
     if (random_.chance(15)) return quietly("release", false, [&] { engine_.release(bad_slot()); });
     const int slot = some_slot();
@@ -724,10 +748,12 @@ class Case {
   void expect(Road road, int row, const std::string& bits) {
     counts.compared++;
     counts.across += road.engine.length(road.slot) >= kSpan;
-    const std::string others = row_of(road.engine, row);
+    std::string others = row_of(road.engine, row);
+    const bool whole = others.size() == bits.size();  // else `bits` are features alone
+    others.erase(0, others.size() - bits.size());
     if (others == bits) return;
     const std::size_t at = std::mismatch(bits.begin(), bits.end(), others.begin()).first - bits.begin();
-    fail(std::string(at < sizeof(float) * config_.vocab_size ? "logits differ" : "features differ") +
+    fail(std::string(whole && at < sizeof(float) * config_.vocab_size ? "logits differ" : "features differ") +
          (&road.engine == &twin_ ? " from the twin's" : " from another slot's"));
   }
 
@@ -1065,7 +1091,8 @@ int main(int argc, char** argv) {
   }
   watch_for_crashes();
   run(sequences, where.seed, first_case, where.isa);
-  std::printf("%lld sequences: %lld calls accepted, %lld refused, %lld rows compared bit for bit, %lld of them over "
-              "several spans\n", counts.sequences, counts.accepted, counts.refused, counts.compared, counts.across);
+  std::printf("%lld sequences: %lld calls accepted, %lld refused, %lld texts copied, %lld rows compared bit for bit, "
+              "%lld of them over several spans\n",
+              counts.sequences, counts.accepted, counts.refused, counts.copied, counts.compared, counts.across);
   return 0;
 }

@@ -17,6 +17,7 @@ from medusa.decoding.draft import MODEL, Draft, Drafter, Row
 from medusa.decoding.sampling import Sampling
 from medusa.engines.protocol import Backend, read_on
 from medusa.errors import ContextFullError, UsageError
+from medusa.models.backend import Backend
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ class Decoder:
             raise UsageError(f"slot {slot} is in use: finish or close what is being decoded there first")
         sampling = sampling.seeded()
         try:
-            logits, features = self.backend.prefill(slot, prompt)
+            logits, features = self.backend.extend(slot, prompt)
         except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
             self.backend.release(slot)
             raise
@@ -155,23 +156,14 @@ class Decoder:
         max_new_tokens: int,
         eos_token_ids: Iterable[int] = (),
     ) -> tuple[Row, Step]:
-        """Goes on with the text of a finished row after `tokens` more, in its slot: what is in the cache stays there.
+        """Continues from the text of a finished row after `tokens` more, in its slot: what is in the cache stays there.
         The new row's prompt is all of the text so far. Arguments and errors as for `start`; the old row is used up."""
         prompt = [*row.tokens, *tokens]
         self.check(prompt, max_new_tokens)
         sampling = sampling.seeded()
         unread = prompt[self.backend.length(row.slot) :]  # the last token of a row is not in the cache yet
-        for logits, features in read_on(self.backend, row.slot, unread):  # noqa: B007  # the last ones are wanted
-            pass
-        return self._begin(
-            row.slot,
-            prompt,
-            sampling,
-            max_new_tokens,
-            eos_token_ids,
-            logits[-1],
-            features[-1],
-        )
+        logits, features = self.backend.extend(row.slot, unread)
+        return self._begin(row.slot, prompt, sampling, max_new_tokens, eos_token_ids, logits, features)
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         """A tree for each row, without what the row has no room for."""

@@ -64,6 +64,12 @@ class SlotLayer(CacheLayerMixin):
             if rows is not None:
                 rows[slot, :, target : target + len(source)] = rows[slot, :, source.to(rows.device)]
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` rows of a slot become those of another."""
+        for rows in (self.keys, self.values):
+            if rows is not None:
+                rows[target, :, :length] = rows[source, :, :length]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.cursor.used, 0
 
@@ -203,3 +209,8 @@ class SlotCache(Cache):
             source = torch.tensor(path[stay:]) + start
             for layer in self.slot_layers:
                 layer.move(slot, source, start + stay)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` rows of a slot become those of another."""
+        for layer in self.slot_layers:
+            layer.copy(source, target, length)

@@ -22,6 +22,9 @@ from medusa.engines.native_config import NativeConfig, UnsupportedError
 from medusa.engines.protocol import TokenTree, check_feature_layers, check_max_length, check_prompt, check_slots
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.module import BaseWeights
+from medusa.models.backend import TokenTree, check_feature_layers, check_max_length, check_room, check_slots
+from medusa.models.heads import BaseWeights
+from medusa.models.native_config import NativeConfig, UnsupportedError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -129,27 +132,24 @@ class NativeBackend:
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        *_, (logits, features) = self._fill(slot, token_ids, self.engine.extend)
-        return torch.from_numpy(logits)[0, 0], torch.from_numpy(features.copy())[0, 0]
-
-    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        chunks = self._fill(slot, token_ids, lambda slot, chunk, _: self.engine.read(slot, chunk)[0].copy())
-        return torch.from_numpy(np.concatenate(chunks))
-
-    def _fill(self, slot: int, token_ids: Sequence[int], call: Callable[[int, list[int], bool], Any]) -> list[Any]:
-        """What `call` (slot, chunk, whether it is the last) gives for each piece of a text, in an emptied slot."""
-        check_prompt(token_ids, self.max_length)
+    def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[Tensor, Tensor]:
+        held = self.length(slot)
+        check_room(token_ids, held, self.max_length)
+        rows = []
         with _explained():
-            self.engine.release(slot)
             try:
-                return [
-                    call(slot, list(token_ids[start : start + self._chunk]), start + self._chunk >= len(token_ids))
-                    for start in range(0, len(token_ids), self._chunk)
-                ]
-            except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
-                self.engine.release(slot)
+                for start in range(0, len(token_ids), self._chunk):
+                    chunk = list(token_ids[start : start + self._chunk])
+                    last = start + len(chunk) == len(token_ids)
+                    logits, features = self.engine.extend(slot, chunk, last, every)
+                    if every or last:
+                        rows.append(features[0].copy())
+            except BaseException:  # also Ctrl-C in a long text: a part of it must not stay
+                if self.engine.length(slot) > held:  # else nothing has changed, and what was verified can be kept
+                    self.engine.copy(slot, slot, held)
                 raise
+        found = torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(logits)[0, 0], found if every else found[0]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
         with _explained():
@@ -165,7 +165,13 @@ class NativeBackend:
         with _explained():
             self.engine.keep(list(slots), [list(path) for path in paths])
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        with _explained():
+            self.engine.copy(source, target, length)
+
     def release(self, slot: int) -> None:
+        """Empties a slot. It keeps the memory of its first 1,024 positions (`medusa_native.KEPT`), up to the end of a
+        page of 2 MiB, and gives the rest back."""
         with _explained():
             self.engine.release(slot)
 
@@ -186,7 +192,7 @@ def _explained() -> Iterator[None]:
         message = str(error)
         raise (MedusaError if "finite" in message or "expected" in message else UsageError)(message) from None
     except TypeError as error:  # from the bindings, with a page of signatures
-        raise UsageError("a slot, token, parent or node is not a whole number of 32 bits") from error
+        raise UsageError("a slot, token, parent, node or length is not a whole number of 32 bits") from error
     except MemoryError:
         raise MedusaError("there is not enough memory: take a smaller dtype, model, max_length or num_slots") from None
 

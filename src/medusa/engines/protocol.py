@@ -1,11 +1,12 @@
 """The protocol between decoding and what runs the model.
 
 A backend has numbered slots, each with a KV cache and a length of its own, so one text, a batch and a server all use
-the same four calls:
+the same calls:
 
-    logits, features = backend.prefill(slot, prompt)        # the prompt enters the cache
+    logits, features = backend.extend(slot, prompt)         # the prompt enters the cache, after what is there
     logits, features = backend.verify([slot], [draft])      # one pass over the tree; the cache holds N rows more
     backend.keep([slot], [path])                            # the accepted rows stay, the others are dropped
+    backend.copy(slot, other, length)                       # the beginning of a text becomes that of another slot
     backend.release(slot)
 
 Tensors come back on the device that computed them; logits may be a view that the backend's next call overwrites. V is
@@ -15,7 +16,7 @@ layers).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from medusa.errors import UsageError
@@ -61,16 +62,13 @@ class Backend(Protocol):
     padding: int  # 0: a pass computes the nodes of its trees; else each row as many as the largest tree, or the next
     # multiple of this (the root alone is never padded): what `budget.py` prices
 
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Fills an empty slot. Returns logits [V] and features [F*H] of the last token.
+    def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[Tensor, Tensor]:
+        """Adds T tokens to the text of a slot, whatever it holds. Returns logits [V] and features [F*H] of the last
+        token; with `every` the features [T, F*H] of all of them, from which heads learn, and those logits.
 
-        Raises UsageError when the prompt is empty or longer than `max_length`.
+        Raises UsageError when there is no token or no room. Whatever is raised, Ctrl-C too, the slot holds the text
+        that it held.
         """
-        ...
-
-    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        """Fills an empty slot as `prefill` does, and returns the features [T, F*H] of every token: what heads learn
-        from."""
         ...
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
@@ -83,8 +81,16 @@ class Backend(Protocol):
         """After `verify` of the same slots: the nodes of each path (from the root on) join the text of the slot."""
         ...
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of a slot become the text of another: what follows has the bits that it would have
+        after them in `source`, whose text stays. Where both are one slot, its text is cut short.
+
+        Raises UsageError when there is no such slot, or it holds fewer tokens.
+        """
+        ...
+
     def release(self, slot: int) -> None:
-        """Empties a slot."""
+        """Empties a slot. Some of its memory stays at hand for the next text: how much, each backend says."""
         ...
 
     def length(self, slot: int) -> int:
@@ -94,19 +100,6 @@ class Backend(Protocol):
     def base_weights(self) -> BaseWeights:
         """The embeddings and LM head that heads borrow."""
         ...
-
-
-CHAIN_CHUNK = 32  # tokens in a pass: each costs a row of logits
-
-
-def read_on(backend: Backend, slot: int, token_ids: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Adds tokens to the text of a slot, some in each pass: logits [n, V] and features [n, F*H] of these. Where it is
-    not followed to its end, what was read last is not kept."""
-    for start in range(0, len(token_ids), CHAIN_CHUNK):
-        chunk = tuple(token_ids[start : start + CHAIN_CHUNK])
-        logits, features = backend.verify([slot], [PlainTree(chunk, tuple(range(-1, len(chunk) - 1)))])
-        yield logits[0], features[0]
-        backend.keep([slot], [range(len(chunk))])
 
 
 def check_max_length(max_length: int | None, context: int) -> int:
@@ -128,9 +121,9 @@ def check_feature_layers(feature_layers: Sequence[int], num_layers: int) -> None
         raise UsageError(f"feature_layers must be from 1 to {num_layers - 1}")
 
 
-def check_prompt(token_ids: Sequence[int], max_length: int) -> None:
-    """Raises UsageError for a prompt that is empty or does not fit."""
+def check_room(token_ids: Sequence[int], held: int, max_length: int) -> None:
+    """Raises UsageError for no tokens, or for more than fit after the `held` tokens of a slot."""
     if not token_ids:
-        raise UsageError("the prompt is empty: it needs at least one token")
-    if len(token_ids) > max_length:
-        raise UsageError(f"the prompt has {len(token_ids)} tokens, but the context holds {max_length}: shorten it")
+        raise UsageError("the text is empty: it needs at least one token")
+    if (length := held + len(token_ids)) > max_length:
+        raise UsageError(f"the text has {length} tokens, but the context holds {max_length}: shorten it")

@@ -111,7 +111,7 @@ def profile(
     native = backend if isinstance(backend, NativeBackend) else None
     end = time.perf_counter() + seconds
     try:
-        _, features = backend.prefill(slot, [(7 * i + 3) % backend.vocab_size for i in range(context)])
+        _, features = backend.extend(slot, [(7 * i + 3) % backend.vocab_size for i in range(context)])
         for size in sizes:  # warm-up
             if len(times) >= 4 and time.perf_counter() > end:
                 break

@@ -30,7 +30,7 @@ from medusa.engines.protocol import (
     TokenTree,
     check_feature_layers,
     check_max_length,
-    check_prompt,
+    check_room,
     check_slots,
 )
 from medusa.engines.topology import topology
@@ -109,7 +109,6 @@ class TransformersBackend:
         self._device = self._embedding.device
         self._cache = SlotCache(self.num_layers, num_slots, self.max_length + SLACK)
         self._lengths = [0] * num_slots
-        self._keep_logits = accepts_logits_to_keep(model)
         if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):
             try:  # flash and flex attention take no custom mask
                 model.set_attn_implementation("sdpa")
@@ -127,27 +126,23 @@ class TransformersBackend:
     # --- the protocol -------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def prefill(self, slot: int, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        *_, (logits, features) = self._fill(slot, token_ids)
-        return logits[0, -1], features[0, -1]
-
-    @torch.inference_mode()
-    def read(self, slot: int, token_ids: Sequence[int]) -> Tensor:
-        return torch.cat([features[0] for _, features in self._fill(slot, token_ids, every=True)])
-
-    def _fill(self, slot: int, token_ids: Sequence[int], every: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Puts a text into an emptied slot, piece by piece; logits and features of each piece's last token, or all."""
-        check_prompt(token_ids, self.max_length)
-        self._lengths[slot] = 0
-        for start in range(0, len(token_ids), PREFILL_CHUNK):
-            chunk = token_ids[start : start + PREFILL_CHUNK]
-            count = len(chunk)
-            tokens = torch.tensor([chunk])
-            depths = np.arange(count)[None]
-            visible = np.tril(np.ones((1, count, count), dtype=np.bool_))
-            out = self._forward([slot], tokens, depths, visible, prefill=True, last_only=not every)
-            self._lengths[slot] += count
-            yield out
+    def extend(self, slot: int, token_ids: Sequence[int], every: bool = False) -> tuple[Tensor, Tensor]:
+        held = self._lengths[slot]
+        check_room(token_ids, held, self.max_length)
+        rows = []
+        try:
+            for start in range(0, len(token_ids), PREFILL_CHUNK):
+                chunk = token_ids[start : start + PREFILL_CHUNK]
+                count = len(chunk)
+                depths = np.arange(count)[None]
+                visible = np.tril(np.ones((1, count, count), dtype=np.bool_))
+                logits, features = self._forward([slot], torch.tensor([chunk]), depths, visible, extends=True)
+                self._lengths[slot] += count
+                rows.append(features[0] if every else features[0, -1])
+        except BaseException:  # also Ctrl-C in a long text: a part of it must not stay
+            self._lengths[slot] = held
+            raise
+        return logits[0, -1], torch.cat(rows) if every else rows[-1].clone()
 
     @torch.inference_mode()
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
@@ -174,7 +169,21 @@ class TransformersBackend:
             self._cache.keep(slot, self._lengths[slot], path)
             self._lengths[slot] += len(path)
 
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        for slot in (source, target):
+            if not 0 <= slot < self.num_slots:
+                raise UsageError(f"there is no slot {slot}")
+        held = self._lengths[source]
+        if not 0 <= length <= held:
+            raise UsageError(f"slot {source} holds {held} tokens: {length} of them cannot be copied")
+        if source != target:
+            self._cache.copy(source, target, length)
+        self._lengths[target] = length
+
     def release(self, slot: int) -> None:
+        """Empties a slot. All slots lie in one buffer, which stays: `capacity` positions for each, which are 1,024 or
+        less than twice the longest text so far, at most `max_length` and a tree. `resize` gives it back."""
         self._lengths[slot] = 0
 
     def length(self, slot: int) -> int:
@@ -246,7 +255,7 @@ class TransformersBackend:
     def read_texts(self, tokens: Tensor) -> list[Tensor]:
         """The parts of the features of whole texts [B, T], filled up on the right with any token: hidden states
         [B, T, H], one of each feature layer and the LM head's input last. Without a cache, as the model itself does."""
-        with capture_input(self._lm_head, read=1) as captured:
+        with capture_input(self._lm_head, slice(1)) as captured:
             out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
         return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
 
@@ -268,27 +277,26 @@ class TransformersBackend:
         depths: np.ndarray,  # [B, N]
         visible: np.ndarray,  # [B, N, N]
         *,
-        prefill: bool = False,
-        last_only: bool = False,
+        extends: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Logits and features [B, N, ...] of N new tokens per row, or of the last one only."""
+        """Logits and features [B, N, ...] of N new tokens per row; where it `extends`, logits of the last one only."""
         lengths = [self._lengths[slot] for slot in slots]
         count = tokens.shape[1]
         needed = max(lengths) + count
         self._cache.reserve(needed)
-        static = self._compiled and not prefill
+        static = self._compiled and not extends
         bucket = 1 << max(8, (needed - 1).bit_length()) if static else -(-needed // BUCKET) * BUCKET
         used = min(bucket, self._cache.capacity)
         self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
-        options: dict[str, Any] = {"logits_to_keep": 1} if last_only and self._keep_logits else {}
         masks = self._masks.make(lengths, depths, visible, used, self._device)
-        return self._call(tokens.to(self._device), positions.to(self._device), masks, **options)
+        logits = slice(-1, None) if extends else None
+        return self._call(tokens.to(self._device), positions.to(self._device), masks, logits)
 
     def _call(
-        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], **options: Any
+        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], logits: slice | None = None
     ) -> tuple[Tensor, Tensor]:
-        with capture_input(self._lm_head) as captured:
+        with capture_input(self._lm_head, logits) as captured:
             out = self.model(
                 input_ids=tokens,
                 attention_mask=masks,
@@ -296,7 +304,6 @@ class TransformersBackend:
                 past_key_values=self._cache,
                 use_cache=True,
                 output_hidden_states=bool(self.feature_layers),
-                **options,
             )
         return out.logits, self._features(out, captured[0])
 
@@ -304,8 +311,7 @@ class TransformersBackend:
         """Features [B, N, F*H] of a pass: the hidden states that heads read, in front of the LM head's input."""
         if not self.feature_layers:
             return final
-        rows = final.shape[1]
-        middle = [out.hidden_states[i][:, -rows:].to(final.device) for i in self.feature_layers]
+        middle = [out.hidden_states[i].to(final.device) for i in self.feature_layers]
         return torch.cat([*middle, final], dim=-1)
 
 
@@ -315,15 +321,15 @@ def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def capture_input(module: nn.Module, read: int | None = None) -> Iterator[list[Tensor]]:
-    """The input of `module` during a forward pass: the hidden state that the LM head reads, in any architecture. With
-    `read` the module itself is given no more than the first so many positions [B, read, H], where logits are in the
-    way."""
+def capture_input(module: nn.Module, given: slice | None = None) -> Iterator[list[Tensor]]:
+    """The input [B, N, H] of `module` during a forward pass: the hidden state that the LM head reads, in any
+    architecture. With `given` the module itself gets those of the N positions alone, where nobody wants the logits of
+    the others."""
     captured: list[Tensor] = []
 
     def hook_in(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         captured.append(args[0])
-        return None if read is None else (args[0][:, :read], *args[1:])
+        return None if given is None else (args[0][:, given], *args[1:])
 
     hook = module.register_forward_pre_hook(hook_in)
     try:
@@ -393,7 +399,8 @@ def _compare_paths(backend: TransformersBackend) -> None:
     worst = 0.0
     with _narrow_window(backend):
         try:
-            backend.prefill(0, prompt)
+            backend.release(0)
+            backend.extend(0, prompt)
             logits, _ = backend.verify([0], [draft])
         finally:
             backend.max_length = limit

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from medusa.engines.protocol import read_on
 from medusa.errors import MedusaError
 from medusa.evaluation.methods import first_prompt
+from medusa.models.backend import PlainTree
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from torch import Tensor
 
     from medusa.api import LanguageModel
     from medusa.engines.protocol import Backend
@@ -24,17 +26,30 @@ JUDGE = (
 )
 
 
+CHUNK = 32  # tokens in a pass: each costs a row of logits
+
+
+def every_logits(backend: Backend, slot: int, token_ids: Sequence[int]) -> Iterator[Tensor]:
+    """Logits [n, V] of each token, some in a pass, as they join the text of a slot that is not empty. `verify` makes
+    them, of a tree that is a chain: `extend` makes none but the last. The next pass may overwrite them."""
+    for start in range(0, len(token_ids), CHUNK):
+        chunk = tuple(token_ids[start : start + CHUNK])
+        logits, _ = backend.verify([slot], [PlainTree(chunk, tuple(range(-1, len(chunk) - 1)))])
+        yield logits[0]
+        backend.keep([slot], [range(len(chunk))])
+
+
 def nats(backend: Backend, prompt: Sequence[int], answer: Sequence[int], slot: int = 0) -> float:
     """Minus the log-probability of `answer` after `prompt` under the model, at temperature 1, in nats."""
     import torch
 
     if not answer:
         return 0.0
-    logits, _ = backend.prefill(slot, prompt)
-    total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
-    done = 1
     try:
-        for rows, _ in read_on(backend, slot, answer[:-1]):
+        logits, _ = backend.extend(slot, prompt)
+        total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
+        done = 1
+        for rows in every_logits(backend, slot, answer[:-1]):
             said = torch.tensor(answer[done : done + len(rows)], device=rows.device)
             total -= float(torch.log_softmax(rows.float(), dim=-1).gather(1, said[:, None]).sum())
             done += len(rows)

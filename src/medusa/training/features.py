@@ -98,7 +98,8 @@ def read_rows(backend: Backend, example: Example, slot: int = 0) -> tuple[Tensor
     if not len(positions):
         return torch.empty(0, 0, dtype=torch.bfloat16), roots, left
     try:
-        features = backend.read(slot, list(example.token_ids[: int(positions[-1]) + 1])).to("cpu", torch.bfloat16)
+        _, every = backend.extend(slot, example.token_ids[: int(positions[-1]) + 1], every=True)
+        features = every.to("cpu", torch.bfloat16)
     finally:
         backend.release(slot)
     return features[positions], roots, left

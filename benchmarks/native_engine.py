@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 import medusa
-from medusa.decoding.draft import Draft
 from medusa.engines.times import profile
 from medusa.evaluation.quality import every_logits
 from medusa.models import zoo

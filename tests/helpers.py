@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medusa.decoding.draft import MODEL, Draft, Row
 from medusa.decoding.sampling import Sampling, sample
-from medusa.models.backend import Backend
+from medusa.engines.protocol import Backend
 
 # --- random trees -----------------------------------------------------------------------------------------------------
 

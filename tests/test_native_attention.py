@@ -13,12 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import path_nodes
+from helpers import fill, path_nodes
 from medusa.engines.native import NativeBackend
 from medusa.engines.native_config import native_config
-from helpers import fill, path_nodes
-from medusa.models.native_backend import NativeBackend
-from medusa.models.native_config import native_config
 from test_transformers_backend import Nodes
 from tiny_models import VOCAB, make_model, plain_logits
 

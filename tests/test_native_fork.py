@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from helpers import fill
 from medusa.engines.native import NativeBackend
 from medusa.engines.native_config import native_config
-from helpers import fill
 from medusa.errors import UsageError
 from test_transformers_backend import Nodes
 from tiny_models import make_model, shared_model

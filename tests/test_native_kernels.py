@@ -17,12 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from helpers import path_nodes, tree_parents
+from helpers import fill, path_nodes, tree_parents
 from medusa.engines.native import PRECISIONS, NativeBackend
 from medusa.engines.native_config import NativeConfig, native_config
-from helpers import fill, path_nodes, tree_parents
-from medusa.models.native_backend import PRECISIONS, NativeBackend
-from medusa.models.native_config import NativeConfig, native_config
 from test_transformers_backend import Nodes
 from tiny_models import VOCAB, WINDOW, make_model, plain_logits, shared_model
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import fill, path_nodes
-from medusa.models.native_backend import NativeBackend
-from medusa.models.native_config import native_config
+from medusa.engines.native import NativeBackend
+from medusa.engines.native_config import native_config
 from test_native_kernels import backend_of, bits, every_isa, every_precision, models, texts, trees
 from test_transformers_backend import Nodes
 from tiny_models import make_model

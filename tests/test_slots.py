@@ -20,10 +20,10 @@ from helpers import ToyBackend, ToyModel, fill
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.engines import transformers as transformers_backend
+from medusa.engines.kv_cache import FIRST_CAPACITY
+from medusa.engines.transformers import SLACK, TransformersBackend
 from medusa.errors import UsageError
-from medusa.models import transformers_backend
-from medusa.models.kv_cache import FIRST_CAPACITY
-from medusa.models.transformers_backend import SLACK, TransformersBackend
 from test_transformers_backend import TOLERANCE, Nodes, assert_one_sentence, cache_rows
 from tiny_models import VOCAB, make_model, shared_model
 

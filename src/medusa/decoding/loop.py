@@ -15,9 +15,8 @@ from medusa.decoding.accept import accept, first_token
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter, Row
 from medusa.decoding.sampling import Sampling
-from medusa.engines.protocol import Backend, read_on
+from medusa.engines.protocol import Backend
 from medusa.errors import ContextFullError, UsageError
-from medusa.models.backend import Backend
 
 if TYPE_CHECKING:
     from torch import Tensor

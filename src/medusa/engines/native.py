@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from medusa.engines.native_config import NativeConfig, UnsupportedError
-from medusa.engines.protocol import TokenTree, check_feature_layers, check_max_length, check_prompt, check_slots
+from medusa.engines.protocol import (
+    TokenTree,
+    check_feature_layers,
+    check_max_length,
+    check_room,
+    check_slots,
+)
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.module import BaseWeights
-from medusa.models.backend import TokenTree, check_feature_layers, check_max_length, check_room, check_slots
-from medusa.models.heads import BaseWeights
-from medusa.models.native_config import NativeConfig, UnsupportedError
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -7,10 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from medusa.engines.protocol import read_on
+from medusa.engines.protocol import PlainTree
 from medusa.errors import MedusaError
 from medusa.evaluation.methods import first_prompt
-from medusa.models.backend import PlainTree
 
 if TYPE_CHECKING:
     from openai import OpenAI

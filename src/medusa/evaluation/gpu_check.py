@@ -74,9 +74,20 @@ def _function(name: str) -> Callable[[Part, Options], None]:
         from medusa.evaluation.gpu_training import training_part
 
         return training_part
-    from medusa.evaluation.gpu_shapes import compiled_part, times_part
+    if name == "compiled":
+        return compiled_part
+    from medusa.evaluation.gpu_shapes import times_part
 
-    return times_part if name == "times" else compiled_part
+    return times_part
+
+
+def compiled_part(part: Part, options: Options) -> None:
+    """With compiled layers: the real model, then steps of random ones."""
+    from medusa.evaluation.gpu_model import compiled_texts
+    from medusa.evaluation.gpu_shapes import compiled_times
+
+    part.attempt("model", lambda: compiled_texts(part, options), needs=20.0)
+    compiled_times(part, options)
 
 
 def run_process(name: str, command: Sequence[str], path: Path, seconds: float, env: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ from medusa.evaluation.gpu_shapes import (
     shipped_tree,
     trained_config,
 )
-from medusa.evaluation.gpu_timing import free_memory
+from medusa.evaluation.gpu_timing import exact_float32, free_memory
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
@@ -39,13 +39,6 @@ RANDOM = Shape(4, 128, 8, 2, 256, 128)  # few tokens, so that it soon says one a
 TINY_RANDOM = Shape(3, 64, 4, 2, 96, 64)
 TEXTS = 8
 NODES = 32
-
-
-def exact_float32() -> None:
-    """float32 is float32: no TF32 in products."""
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def correctness_part(part: Part, options: Options) -> None:

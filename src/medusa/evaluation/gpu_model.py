@@ -17,7 +17,7 @@ from medusa.evaluation.baselines import TransformersMethod
 from medusa.evaluation.batch import Load, compare_loads
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_shapes import capture_facts
-from medusa.evaluation.gpu_timing import free_memory
+from medusa.evaluation.gpu_timing import exact_float32, free_memory
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
@@ -123,8 +123,6 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: 
 
 
 def model_part(part: Part, options: Options) -> None:
-    from medusa.evaluation.gpu_correct import exact_float32
-
     exact_float32()
     if default_model(options) is None:
         part.note("no model at hand: give --model or --pieces")
@@ -134,8 +132,6 @@ def model_part(part: Part, options: Options) -> None:
 
 def batches_part(part: Part, options: Options) -> None:
     """Many texts at once, and a few in float32."""
-    from medusa.evaluation.gpu_correct import exact_float32
-
     exact_float32()
     if default_model(options) is None:
         part.note("no model at hand: give --model or --pieces")

@@ -279,11 +279,8 @@ def times_part(part: Part, options: Options) -> None:
     _record_speedups(part)
 
 
-def compiled_part(part: Part, options: Options) -> None:
+def compiled_times(part: Part, options: Options) -> None:
     """Steps with compiled layers, for few sizes, since each takes a while to compile."""
-    from medusa.evaluation.gpu_model import compiled_texts
-
-    part.attempt("model", lambda: compiled_texts(part, options), needs=20.0)
     for name in list(TINY) if options.tiny else ["7B", "1B"]:
         part.measure(name, lambda name=name: _compiled_times(part, options, name), needs=20.0)  # type: ignore[misc]
         free_memory(options.device)

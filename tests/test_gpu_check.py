@@ -315,8 +315,8 @@ def test_a_check_that_is_told_to_stop_takes_its_part_with_it(tmp_path: Path) -> 
     path, log = tmp_path / "report.json", tmp_path / "report.log"
     script = (
         "import os, sys; from pathlib import Path; from medusa.evaluation import gpu_check\n"
-        "gpu_check.stop_with_children()\n"
-        "gpu_check.run_process('times', [sys.executable, '-c', sys.argv[2]], Path(sys.argv[1]), 60.0, os.environ)\n"
+        "with gpu_check.stopping_with_children():\n"
+        " gpu_check.run_process('times', [sys.executable, '-c', sys.argv[2]], Path(sys.argv[1]), 60.0, os.environ)\n"
     )
     check = subprocess.Popen([sys.executable, "-c", script, str(path), PARENT])
     while not log.is_file() or not log.read_text().split()[-1].isdigit():
@@ -357,7 +357,13 @@ def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         main(command[command.index("--only") :])
 
     monkeypatch.setattr(gpu_check, "run_process", run)
-    monkeypatch.setattr(gpu_check, "stop_with_children", lambda: None)
+
+
+def test_a_check_leaves_signals_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _in_this_process(monkeypatch)
+    before = signal.getsignal(signal.SIGTERM)
+    main(["--tiny", "--parts", "training", "--model", "x", "--total", "1", "--out", str(tmp_path / "report.json")])
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_no_part_is_begun_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,14 @@ def run_process(name: str, command: Sequence[str], path: Path, seconds: float, e
     report.save()
 
 
-def stop_with_children() -> None:
-    """SIGTERM ends this process as Ctrl-C does, so that a part does not run on alone."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+@contextlib.contextmanager
+def stopping_with_children() -> Iterator[None]:
+    """Inside, SIGTERM ends this process as Ctrl-C does, so that a part does not run on alone."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check(
@@ -174,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.only is not None:
             options = Options(asked.out, asked.device, asked.tiny, asked.model, asked.heads)
             return run_one(asked.only, options, asked.seconds)
-        stop_with_children()
-        with tempfile.TemporaryDirectory(prefix="medusa-gpu-check-") as scratch:
+        with stopping_with_children(), tempfile.TemporaryDirectory(prefix="medusa-gpu-check-") as scratch:
             parts, limits, env = _parts(asked), _limits(asked), _environment(asked.tiny, Path(scratch))
             report = check(_options(asked, Path(scratch)), parts, limits, asked.total, env)
     except UsageError as error:

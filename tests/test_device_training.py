@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from medusa.decoders import on_one_gpu
 from medusa.engines.protocol import MAX_NODES
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
@@ -23,7 +24,7 @@ from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.compare import compare
 from medusa.training.config import OptimiserConfig, TrainConfig
 from medusa.training.data import Example
-from medusa.training.device_features import DeviceFeatures, batched, on_one_gpu, read_table
+from medusa.training.device_features import DeviceFeatures, batched, read_table
 from medusa.training.distill import write_in_order
 from medusa.training.features import FeatureCache, Rows, count_rows, joined, read_rows
 from medusa.training.resume import check_resumed

@@ -29,7 +29,7 @@ def which_tree(tree: str, heads: HeadsRunner | None, backend: Backend) -> str:
     if tree != "auto":
         return tree
     fixed = heads is not None and bool(heads.config.tree)
-    return "static" if fixed and _on_gpu(backend) is not None else "dynamic"
+    return "static" if fixed and on_one_gpu(backend) is not None else "dynamic"
 
 
 def make_decoder(backend: Backend, drafter: Drafter, nodes: Nodes, times: MachineTimes) -> Decoder:
@@ -39,7 +39,7 @@ def make_decoder(backend: Backend, drafter: Drafter, nodes: Nodes, times: Machin
         UsageError: see `check_nodes`.
     """
     check_nodes(nodes)
-    gpu = _on_gpu(backend)
+    gpu = on_one_gpu(backend)
     if gpu is not None:
         from medusa.device.decoder import DeviceDecoder, parts
 
@@ -52,7 +52,7 @@ def make_decoder(backend: Backend, drafter: Drafter, nodes: Nodes, times: Machin
     return Decoder(backend, drafter, choose_nodes(nodes, drafter, times, backend))
 
 
-def _on_gpu(backend: Backend) -> TransformersBackend | None:
+def on_one_gpu(backend: Backend) -> TransformersBackend | None:
     """The backend, if all of its model is on one GPU."""
     if backend.name != "transformers":
         return None

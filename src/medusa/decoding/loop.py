@@ -54,6 +54,20 @@ class Step:
     path: tuple[int, ...] = ()  # the nodes of it that were accepted, from the root on
     phases: Phases = NO_TIME  # of the whole pass, which the rows of a batch share
 
+    @classmethod
+    def of(
+        cls,
+        draft: Draft,
+        path: tuple[int, ...],
+        tokens: tuple[int, ...],
+        finish_reason: FinishReason | None,
+        phases: Phases,
+    ) -> Step:
+        """Of a verified draft: `tokens` are those of its accepted path and the model's next one, or the first of them
+        where one ended the text."""
+        sources = (*(draft.sources[node] for node in path[1:]), MODEL)[: len(tokens)]
+        return cls(tokens, sources, finish_reason, draft, path, phases)
+
     @property
     def drafted(self) -> int:
         """How many nodes were verified, the root included."""
@@ -142,8 +156,7 @@ class Decoder:
         phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
         steps = []
         for draft, choice, (tokens, reason) in zip(drafts, accepted, said, strict=True):
-            sources = (*(draft.sources[node] for node in choice.path[1:]), MODEL)[: len(tokens)]
-            steps.append(Step(tokens, sources, reason, draft, choice.path, phases))
+            steps.append(Step.of(draft, choice.path, tokens, reason, phases))
         return steps
 
     def resume(

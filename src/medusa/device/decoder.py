@@ -91,8 +91,7 @@ class DeviceDecoder(Decoder):
             self.backend.set_length(row.slot, len(row.tokens) - 1)
             gained += len(path) - 1
             draft = self._drafted(shape, tokens, chains[row.slot])
-            sources = (*(draft.sources[node] for node in path[1:]), MODEL)[: len(said)]
-            steps.append(Step(said, sources, reason, draft, path, phases))
+            steps.append(Step.of(draft, path, said, reason, phases))
         if self._budget is not None:
             self._budget.learn(nodes, gained / len(rows))
         return steps

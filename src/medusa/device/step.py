@@ -70,7 +70,6 @@ def medusa_step(
     noise = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
     chosen = accept.choose(logits, scores, shape, slots, needs, noise)  # [B, N]
     right = chosen[:, shape.above] == drafted  # this token is what plain decoding has here
-    right[:, 0] = True
     best = depths.double()  # the deepest accepted node is kept
     if needs.typical:
         assert scores is not None
@@ -78,7 +77,7 @@ def medusa_step(
         typical = slots.typical[:batch, None]
         right = torch.where(typical, likely & (drafted >= 0), right)
         best = torch.where(typical, best + log_p.clamp_min(-1e6) * 1e-9, best)  # among equals the likeliest
-        right[:, 0] = True
+    right[:, 0] = True
     right = right & (depths <= room[:, None])
     accepted = ~(~right[:, None, :] & shape.ancestors).any(-1)  # all of its path is right
     last = torch.where(accepted, best, -torch.inf).argmax(-1)  # [B]

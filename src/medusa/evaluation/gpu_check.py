@@ -270,7 +270,7 @@ def _options(asked: Any, scratch: Path) -> Options:
         from medusa.evaluation.gpu_tiny import write_tiny
 
         model, heads = map(str, write_tiny(scratch))
-    return Options(asked.out, device, asked.tiny, model, heads, asked.compile)
+    return Options(asked.out, device, asked.tiny, model, heads)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
+from medusa.device.decoder import DeviceDecoder
 from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
 from medusa.evaluation.gpu_model import PROMPTS, default_model, load, with_steps
@@ -22,7 +23,6 @@ from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_shapes import (
     Shape,
     capture_facts,
-    make_decoder,
     random_heads,
     random_model,
     shipped_tree,
@@ -112,12 +112,12 @@ def _random_texts(options: Options, dtype: torch.dtype) -> dict[str, Any]:
     )
     heads = random_heads(config, backend, options.device, dtype)
     drafter = HeadsDrafter(heads, shipped_tree(NODES))
-    plain = make_decoder(backend, NoDrafter(), 1)
+    plain = DeviceDecoder(backend, NoDrafter(), 1)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, shape.vocab, (9 + i,), generator=generator).tolist() for i in range(TEXTS)]
     decoders = {
-        "heads": make_decoder(backend, drafter, NODES),
-        "union": make_decoder(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
+        "heads": DeviceDecoder(backend, drafter, NODES),
+        "union": DeviceDecoder(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
     }
     expected = [_text(plain, prompt, new_tokens)[0] for prompt in prompts]
     found: dict[str, Any] = {}

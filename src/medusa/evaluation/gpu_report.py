@@ -29,14 +29,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is to be checked. `device` is where; `tiny` takes shapes of seconds on a CPU; `compile` adds a part."""
+    """What is to be checked. `device` is where; `tiny` takes shapes of seconds on a CPU."""
 
     out: Path
     device: str = "cuda"
     tiny: bool = False
     model: str | None = None  # a GGUF file or a directory; None: the default model, where its file is installed
     heads: str = "auto"
-    compile: bool = False
 
     @property
     def cuda(self) -> bool:

@@ -7,7 +7,6 @@ how many guesses come true: for that `expected_speedups` takes published figures
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
 from medusa.heads.config import HeadsConfig
+from medusa.heads.file import read_config
 from medusa.heads.module import Heads
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NODES = (1, 8, 16, 32, 64)
 CONTEXT = 512  # tokens before the step
 PROMPT, ANSWER = 128, 64  # of transformers' generate
-TREE_FILE = Path(__file__).parent.parent / "heads" / "smollm2-135m" / "config.json"
+SHIPPED = Path(__file__).parent.parent / "heads" / "smollm2-135m"
 DRAFT_VOCAB = 8192
 
 
@@ -164,9 +164,7 @@ def random_heads(config: HeadsConfig, backend: TransformersBackend, device: str,
 
 def shipped_tree(nodes: int) -> Tree:
     """The `nodes` best nodes of the fixed tree that the default model's heads come with."""
-    paths = json.loads(TREE_FILE.read_text(encoding="utf-8"))["tree"]
-    best = sorted(paths, key=lambda item: -item[1])[: nodes - 1]
-    return Tree.from_paths({tuple(path): probability for path, probability in best})
+    return Tree.from_paths(dict(read_config(SHIPPED).tree)).best(nodes)
 
 
 def weights_read(model: PreTrainedModel, heads: Heads | None, depth: int) -> int:
@@ -208,10 +206,6 @@ def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, lis
             for tokens, source in PUBLISHED
         ]
     return found
-
-
-def make_decoder(backend: TransformersBackend, drafter: Drafter, nodes: int) -> DeviceDecoder:
-    return DeviceDecoder(backend, drafter, nodes)
 
 
 def capture_facts(decoder: Decoder) -> dict[str, Any]:
@@ -331,7 +325,7 @@ def _steps(
     trained = key.endswith("/trained")
 
     def measure(nodes: int, drafter: Drafter, tree: Tree | None) -> dict[str, Any]:
-        decoder = make_decoder(backend, drafter, nodes)
+        decoder = DeviceDecoder(backend, drafter, nodes)
         ms = spread(step_seconds(decoder, nodes, context, repeats, rounds))
         captured = capture_facts(decoder)
         part.expect(not captured["refused"], f"{key}, {nodes} nodes: not captured: {captured['refused']}")
@@ -362,7 +356,7 @@ def _steps(
     part.measure(f"{key}/with_ngrams/9", lambda: measure(9, NgramDrafter(), None), needs=1.0)  # its longest chain
     part.measure(f"{key}/host_loop_ms/1", lambda: on_the_host(1, NoDrafter()), needs=3.0)
     drafter = HeadsDrafter(heads, shipped_tree(64))
-    whole = make_decoder(backend, drafter, 64)
+    whole = DeviceDecoder(backend, drafter, 64)
     part.measure(f"{key}/step_in_text_ms/64", lambda: spread(loop_seconds(whole, context, repeats // 2, 2)), needs=2.0)
     part.measure(f"{key}/host_loop_ms/64", lambda: on_the_host(64, drafter), needs=3.0)
 
@@ -386,7 +380,7 @@ def _compiled_times(part: Part, options: Options, name: str) -> None:
 
         def measure(nodes: int = nodes, drafter: Drafter = drafter) -> dict[str, Any]:
             begun = time.perf_counter()
-            decoder = make_decoder(backend, drafter, nodes)
+            decoder = DeviceDecoder(backend, drafter, nodes)
             step_seconds(decoder, nodes, context, 1, 1)
             warm = time.perf_counter() - begun
             return {

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from medusa.engines.transformers import TransformersBackend
-from medusa.evaluation.gpu_shapes import Shape, random_heads, random_model, stir
+from medusa.evaluation.gpu_shapes import SHIPPED, Shape, random_heads, random_model, stir
 from medusa.heads.config import HeadsConfig
-from medusa.heads.file import save_heads
+from medusa.heads.file import read_config, save_heads
 
 SPECIAL = ("<|pad|>", "<|start|>", "<|end|>")
 TEMPLATE = (
@@ -22,9 +22,6 @@ TEMPLATE = (
 
 def write_tiny(directory: Path) -> tuple[Path, Path]:
     """Writes a model and heads; returns their directories."""
-    from medusa.evaluation.gpu_shapes import TREE_FILE
-    from medusa.heads.file import read_config
-
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -53,7 +50,7 @@ def write_tiny(directory: Path) -> tuple[Path, Path]:
         draft_vocab=128,
         mlp_width=2 * shape.hidden,
         feature_layers=(1, 2),
-        tree=read_config(TREE_FILE.parent).tree[:63],
+        tree=read_config(SHIPPED).tree[:63],
     )
     heads = random_heads(config, backend, "cpu", torch.float32)
     stir(heads, 0.1)

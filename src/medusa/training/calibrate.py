@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import medusa
+from medusa.decoders import on_one_gpu
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import Backend
@@ -29,7 +30,7 @@ from medusa.plots import draw_accuracy, draw_tree
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example
-from medusa.training.device_features import DeviceFeatures, on_one_gpu
+from medusa.training.device_features import DeviceFeatures
 from medusa.training.features import joined, longest_answer, read_rows
 from medusa.training.text import Reporter, read_text, room, write_text
 

@@ -9,18 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from medusa.engines.protocol import Backend
 from medusa.engines.transformers import TransformersBackend
 from medusa.training.data import Example
 from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled
 
 BATCH_TOKENS = 65_536  # of texts that are read at once, filled up to the longest
 SHARE = 0.6  # of the free memory, that rows may take
-
-
-def on_one_gpu(backend: Backend) -> TransformersBackend | None:
-    """The backend, where it runs a model on one GPU; else None."""
-    return backend if isinstance(backend, TransformersBackend) and backend.on_gpu else None
 
 
 class DeviceFeatures(LiveFeatures):

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medusa.decoders import on_one_gpu
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
@@ -31,7 +32,6 @@ from medusa.engines.kv_cache import DeviceCursor
 from medusa.engines.protocol import Backend
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
-from medusa.training.device_features import on_one_gpu
 from medusa.training.talk import LoopWatch, Said, Talk, Talked, Turn
 
 STEPS = 8  # between two looks

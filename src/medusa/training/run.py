@@ -31,6 +31,7 @@ from torch import Tensor
 
 import medusa
 from medusa.api import LanguageModel
+from medusa.decoders import on_one_gpu
 from medusa.errors import MedusaError, UsageError
 from medusa.files import write_whole
 from medusa.heads.config import HeadsConfig, vocabulary_hash
@@ -41,7 +42,7 @@ from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.calibrate import speed_report
 from medusa.training.config import HeadsOptions, TrainConfig, load_config
 from medusa.training.data import Example
-from medusa.training.device_features import DeviceFeatures, on_one_gpu
+from medusa.training.device_features import DeviceFeatures
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
 from medusa.training.features import FeatureCache, LiveFeatures, longest_answer
 from medusa.training.lora import (

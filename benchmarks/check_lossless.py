@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     args = parser.parse_args()
     union = medusa.load(args.model, heads=args.heads, backend=args.backend, dtype=args.dtype)
-    plain = union.with_drafter("none")
+    plain = union.make_stepper("none")
     network = zoo.load_model(zoo.resolve(args.model), dtype=torch.float32)
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
 
@@ -75,7 +75,7 @@ def main() -> None:
     for prompt in prompts:
         ids = union.encode(prompt)
         ours = union.generate(prompt, max_new_tokens=args.max_new_tokens)
-        alone = plain.generate(prompt, max_new_tokens=args.max_new_tokens)
+        alone = union.generate(prompt, max_new_tokens=args.max_new_tokens, stepper=plain)
         first = list(ours.token_ids)
         same = compare(network, "union and plain", ids, first, list(alone.token_ids))
         if args.dtype == "float32":
@@ -91,7 +91,7 @@ def main() -> None:
     for seed in range(args.seeds):
         options = {"temperature": 0.8, "top_p": 0.95, "seed": seed, "max_new_tokens": args.max_new_tokens}
         prompt = prompts[seed % len(prompts)]
-        a, b = union.generate(prompt, **options), plain.generate(prompt, **options)
+        a, b = union.generate(prompt, **options), union.generate(prompt, **options, stepper=plain)
         sampled += a.token_ids == b.token_ids
     print(f"sampling: {sampled}/{args.seeds} seeds equal", flush=True)
 

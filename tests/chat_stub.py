@@ -10,7 +10,7 @@ import pytest
 
 from medusa.api import Chunk, Stats
 from medusa.chat.session import Chat
-from medusa.decoding.loop import Step
+from medusa.decoding.stepper import Step
 
 
 class StubModel:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from medusa.decoding.draft import MODEL, Draft, Row
+from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.sampling import Sampling, sample
+from medusa.decoding.stepper import Row
 from medusa.engines.protocol import Backend
 
 # --- random trees -----------------------------------------------------------------------------------------------------

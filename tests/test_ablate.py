@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 from helpers import ToyBackend, ToyModel, always_agrees, slow_probabilities
 from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
-from medusa.decoding.sampling import Sampling
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.sampling import GREEDY, Sampling
+from medusa.decoding.slots import Slots
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation import ablate
 from medusa.evaluation.baselines import BaselineOptions, Baselines, ServerMethod, TransformersMethod
@@ -53,7 +54,7 @@ def test_a_random_tree_is_a_tree_of_that_size(nodes: int, levels: int, seed: int
 
 def test_trees_of_every_kind_are_verified_whole() -> None:
     lm = with_tree()
-    variants = ablate.tree_variants(lm, {})
+    variants = ablate.tree_variants(lm, GREEDY)
     names = [variant.method.name for variant in variants]
     assert len(set(names)) == len(names) == 1 + 3 * len(ablate.TREE_SIZES) + len(ablate.CARTESIAN)
     assert max(variant.facts["nodes"] for variant in variants) == 256
@@ -66,14 +67,14 @@ def test_trees_of_every_kind_are_verified_whole() -> None:
 
 
 def test_the_searched_tree_is_the_one_that_calibration_expects_most_of() -> None:
-    variants = ablate.tree_variants(with_tree(), {})
+    variants = ablate.tree_variants(with_tree(), GREEDY)
     for size in ablate.TREE_SIZES:
         some = [v.facts for v in variants if v.facts["nodes"] == size and v.facts.get("expected") is not None]
         assert max(some, key=lambda facts: facts["expected"])["kind"] == "searched"
 
 
 def test_heads_are_added_one_by_one() -> None:
-    variants = ablate.heads_variants(with_tree(), {})
+    variants = ablate.heads_variants(with_tree(), GREEDY)
     chains = [v.facts["nodes"] for v in variants if v.facts["kind"] == "chain of best guesses"]
     trees = [v.facts["nodes"] for v in variants if v.facts["kind"] == "searched tree"]
     assert chains == [2, 3, 4, 5]
@@ -82,27 +83,27 @@ def test_heads_are_added_one_by_one() -> None:
 
 
 def test_nodes_are_counted_as_asked_for() -> None:
-    variants = ablate.nodes_variants(make(heads=True), {})
+    variants = ablate.nodes_variants(make(heads=True), GREEDY)
     for variant in variants[1:]:
-        decoder = variant.method.lm.decoder  # type: ignore[attr-defined]
-        assert decoder.nodes == variant.facts["nodes"] or variant.facts["nodes"] == "auto"
+        stepper = variant.method.stepper  # type: ignore[attr-defined]
+        assert stepper.nodes == variant.facts["nodes"] or variant.facts["nodes"] == "auto"
     assert variants[-1].facts == {"kind": "auto", "nodes": "auto"}
 
 
 @pytest.mark.parametrize("heads", [False, True])
 def test_every_drafter_has_its_turn(heads: bool) -> None:
     lm = with_tree() if heads else make()
-    names = {variant.facts["drafter"] for variant in ablate.drafters_variants(lm, {})[1:]}
+    names = {variant.facts["drafter"] for variant in ablate.drafters_variants(lm, GREEDY)[1:]}
     assert names == ({"ngram", "heads", "heads-static", "union", "rubbish"} if heads else {"ngram"})
 
 
 def test_thresholds_vary_and_delta_follows() -> None:
     lm = make(heads=True)
-    variants = ablate.threshold_variants(lm, {"temperature": 0.7, "seed": 3})
+    variants = ablate.threshold_variants(lm, Sampling(temperature=0.7, seed=3))
     typical = {v.facts["epsilon"]: v.method.sampling for v in variants if v.facts["kind"] == "typical"}  # type: ignore[attr-defined]
     assert tuple(typical) == ablate.EPSILONS
     for epsilon, sampling in typical.items():
-        assert (sampling["acceptance"], sampling["delta"]) == ("typical", math.sqrt(epsilon))
+        assert (sampling.acceptance, sampling.delta) == ("typical", math.sqrt(epsilon))
     exact = next(v for v in variants if v.facts["kind"] == "exact")
     assert exact.method.answer(ASKED, 24).token_ids == variants[0].method.answer(ASKED, 24).token_ids
 
@@ -110,9 +111,9 @@ def test_thresholds_vary_and_delta_follows() -> None:
 @pytest.mark.parametrize("make_variants", [ablate.tree_variants, ablate.heads_variants])
 def test_an_ablation_of_heads_needs_heads_with_a_tree(make_variants: Any) -> None:
     with pytest.raises(UsageError, match="give --heads"):
-        make_variants(make(), {})
+        make_variants(make(), GREEDY)
     with pytest.raises(UsageError, match="medusa calibrate"):
-        make_variants(make(heads=True), {})
+        make_variants(make(heads=True), GREEDY)
 
 
 # --- tables and pictures ----------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_a_table_becomes_a_csv_file_and_a_picture(kind: str, tmp_path: Path) -> 
         "tree": ablate.tree_variants,
         "heads": ablate.heads_variants,
         "nodes": ablate.nodes_variants,
-        "threshold": lambda lm, how: ablate.threshold_variants(lm, {"temperature": 0.7, "seed": 0}),
+        "threshold": lambda lm, how: ablate.threshold_variants(lm, Sampling(temperature=0.7, seed=0)),
     }
     rows = measured(kind, makers[kind](with_tree(), {}))
     assert rows[0]["speedup"] == pytest.approx(1.0)
@@ -169,11 +170,8 @@ def test_where_batches_stop_paying_shows(tmp_path: Path) -> None:
 
 
 def toy_lm(model: ToyModel, slots: int) -> tuple[Any, ToyBackend]:
-    @dataclass
-    class Toy:
-        eos_token_ids: tuple[int, ...] = ()
-
-    return Toy(), ToyBackend(model, num_slots=slots)
+    backend = ToyBackend(model, num_slots=slots)
+    return SimpleNamespace(eos_token_ids=(), slots=Slots(backend)), backend
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -182,13 +180,15 @@ def test_a_load_counts_the_tokens_of_all_its_texts(rows: int) -> None:
     lm, backend = toy_lm(model, rows)
     load = Load(rows)
     prompts = endless([[1, 2], [3], [4, 5, 6]])
-    run_load(lm, Decoder(backend, NoDrafter(), 1), prompts, load, steps=9, max_new_tokens=5, sampling=Sampling())
+    run_load(
+        lm, ReferenceStepper(backend, NoDrafter(), 1), prompts, load, steps=9, max_new_tokens=5, sampling=Sampling()
+    )
     assert (load.steps, load.tokens, load.nodes) == (9, 9 * rows, 9 * rows)
     assert backend.text == {}, "every slot is free again"
     assert load.seconds == pytest.approx(sum(load.step_seconds))
     assert load.tokens_per_step == 1.0
     drafted = Load(rows)
-    decoder = Decoder(backend, always_agrees(model, 3), 4)
+    decoder = ReferenceStepper(backend, always_agrees(model, 3), 4)
     run_load(lm, decoder, prompts, drafted, steps=4, max_new_tokens=9, sampling=Sampling())
     assert drafted.tokens == 4 * 4 * rows, "three right guesses and one of the model's own"
 
@@ -196,10 +196,13 @@ def test_a_load_counts_the_tokens_of_all_its_texts(rows: int) -> None:
 def test_loads_of_all_sizes_take_turns() -> None:
     model = ToyModel()
     lm, backend = toy_lm(model, 4)
-    decoders = {"plain": Decoder(backend, NoDrafter(), 1), "medusa": Decoder(backend, always_agrees(model, 2), 3)}
+    decoders = {
+        "plain": ReferenceStepper(backend, NoDrafter(), 1),
+        "medusa": ReferenceStepper(backend, always_agrees(model, 2), 3),
+    }
     told: list[tuple[int, int]] = []
     loads = compare_loads(
-        lm, decoders, [[1], [2, 3]], (1, 4), steps=3, max_new_tokens=30, sampling={}, rounds=2,
+        lm, decoders, [[1], [2, 3]], (1, 4), steps=3, max_new_tokens=30, sampling=GREEDY, rounds=2,
         tell=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(i, 8) for i in range(1, 9)]
@@ -244,7 +247,7 @@ def test_variety_and_repetition() -> None:
 
 def test_answers_are_measured_by_method() -> None:
     lm = make()
-    good = medusa_method("plain", lm, {}).answer(ASKED, 12).as_json()
+    good = medusa_method("plain", lm, GREEDY).answer(ASKED, 12).as_json()
     bad = {**good, "token_ids": list(reversed(good["token_ids"]))}
     rows = [{"question_id": "1", "category": "all", "turns": [{"plain": good, "bad": bad}]}]
     found = measure(lm, rows, {"1": Question("1", "all", ("Why?",))})
@@ -267,7 +270,7 @@ class Judge:
 
 def test_a_judge_reads_request_and_answer_and_its_marks_are_averaged() -> None:
     lm = make()
-    answer = medusa_method("plain", lm, {}).answer(ASKED, 12).as_json()
+    answer = medusa_method("plain", lm, GREEDY).answer(ASKED, 12).as_json()
     rows = [{"question_id": "1", "category": "all", "turns": [{"a": answer, "b": answer, "c": answer}]}] * 2
     client: Any = Judge("8", "I say 7.5.", "none", "9/10", "11", "none")
     found = measure(lm, rows, {"1": Question("1", "all", ("Why?",))}, client, "big")
@@ -288,8 +291,8 @@ def test_transformers_says_what_we_say_and_its_passes_are_counted(options: dict[
     lm = make()
     if "assistant_model" in options:
         options = {"assistant_model": copy.deepcopy(writer())}  # another object, whose passes are not counted
-    plain = medusa_method("plain", lm, {}).answer(ASKED, 40)
-    found = TransformersMethod("t", writer(), lm, {}, options).answer(ASKED, 40)
+    plain = medusa_method("plain", lm, GREEDY).answer(ASKED, 40)
+    found = TransformersMethod("t", writer(), lm, GREEDY, options).answer(ASKED, 40)
     assert found.token_ids == plain.token_ids
     assert found.text == plain.text
     assert found.new_tokens == plain.new_tokens
@@ -304,26 +307,26 @@ def test_transformers_says_what_we_say_and_its_passes_are_counted(options: dict[
 
 def test_only_tokens_up_to_the_end_are_counted() -> None:
     lm = make()
-    said = TransformersMethod("t", writer(), lm, {}).answer(ASKED, 40).token_ids
+    said = TransformersMethod("t", writer(), lm, GREEDY).answer(ASKED, 40).token_ids
     assert said is not None
     ending = make(eos_token_ids=[said[5]])
     first = said.index(said[5])
-    for method in (TransformersMethod("t", writer(), ending, {}), medusa_method("union", ending, {})):
+    for method in (TransformersMethod("t", writer(), ending, GREEDY), medusa_method("union", ending, GREEDY)):
         found = method.answer(ASKED, 40)
         assert found.token_ids == said[: first + 1]
         assert found.new_tokens == first + 1
 
 
 def test_transformers_samples_with_the_seed() -> None:
-    method = TransformersMethod("t", writer(), make(), {"temperature": 1.0, "seed": 3})
-    other = TransformersMethod("t", writer(), make(), {"temperature": 1.0, "seed": 4})
+    method = TransformersMethod("t", writer(), make(), Sampling(temperature=1.0, seed=3))
+    other = TransformersMethod("t", writer(), make(), Sampling(temperature=1.0, seed=4))
     assert method.answer(ASKED, 30).token_ids == method.answer(ASKED, 30).token_ids
     assert method.answer(ASKED, 30).token_ids != other.answer(ASKED, 30).token_ids
 
 
 def test_baselines_that_lack_an_option_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
     with ExitStack() as stack:
-        baselines = Baselines(make(), BaselineOptions("m", "float32", "cpu"), {}, stack)
+        baselines = Baselines(make(), BaselineOptions("m", "float32", "cpu"), GREEDY, stack)
         with pytest.raises(UsageError, match="needs --baseline-url"):
             baselines.method("server")
         with pytest.raises(UsageError, match="needs --draft-model"):
@@ -333,7 +336,7 @@ def test_baselines_that_lack_an_option_say_which(monkeypatch: pytest.MonkeyPatch
             lambda source, **_: writer() if "big" in str(source) else shared_model("llama"),
         )
         monkeypatch.setattr("medusa.models.zoo.resolve", lambda name: name)
-        strange = Baselines(make(), BaselineOptions("big", "float32", "cpu", draft_model="small"), {}, stack)
+        strange = Baselines(make(), BaselineOptions("big", "float32", "cpu", draft_model="small"), GREEDY, stack)
         with pytest.raises(MedusaError, match="small has another vocabulary than big"):
             strange.method("assisted")
 
@@ -388,7 +391,7 @@ def test_a_server_is_asked_as_we_are(chat: tuple[Chat, str], usage: bool) -> Non
     state.usage = usage
     lm = make()
     with openai_client(url) as client:
-        found = ServerMethod("server", client, "big", lm, {"temperature": 0.7, "seed": 5}).answer(ASKED, 33)
+        found = ServerMethod("server", client, "big", lm, Sampling(temperature=0.7, seed=5)).answer(ASKED, 33)
     assert found.text == "Because."
     assert found.token_ids is None
     counted = len(lm.tokenizer("Because.", add_special_tokens=False)["input_ids"])

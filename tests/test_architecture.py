@@ -21,9 +21,10 @@ ROOMS = (
     "heads",  # the heads: configuration, module, files
     "engines",  # what runs a model
     "decoding",  # draft, verify, accept
+    "completion",  # steps -> chunks of characters
     "plots",
     "device",  # the same as one step on a GPU
-    "decoders",  # who drafts, by name
+    "steppers",  # who drafts, by name
     "models",  # names and files -> models that run
     "api",  # medusa.load
     "hf",  # inside transformers' generate

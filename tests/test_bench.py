@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medusa.decoding.draft import MODEL, Draft
-from medusa.decoding.loop import Step
+from medusa.decoding.sampling import GREEDY, Sampling
+from medusa.decoding.stepper import Step
 from medusa.errors import UsageError
 from medusa.evaluation.bench import BenchSettings, open_run, read_rows, run_bench
 from medusa.evaluation.methods import MEDUSA_METHODS, PHASES, Measured, PeakMemory, counts, medusa_method
@@ -104,8 +105,8 @@ def test_acceptance_is_counted_by_depth_and_by_drafter() -> None:
 @pytest.mark.parametrize("name", [name for name in MEDUSA_METHODS if name not in ("heads-static", "typical")])
 def test_every_method_says_what_plain_decoding_says_and_counts_it(name: str) -> None:
     lm = make(heads=True)
-    plain = medusa_method("plain", lm, {}).answer([{"role": "user", "content": "Why?"}], 40)
-    found = medusa_method(name, lm, {}).answer([{"role": "user", "content": "Why?"}], 40)
+    plain = medusa_method("plain", lm, GREEDY).answer([{"role": "user", "content": "Why?"}], 40)
+    found = medusa_method(name, lm, GREEDY).answer([{"role": "user", "content": "Why?"}], 40)
     assert found.token_ids == plain.token_ids
     assert (found.text, found.new_tokens) == (plain.text, plain.new_tokens)
     assert found.decoded_tokens == found.new_tokens - 1
@@ -121,8 +122,8 @@ def test_every_method_says_what_plain_decoding_says_and_counts_it(name: str) -> 
 
 def test_misled_heads_are_never_right() -> None:
     lm = make(heads=True, nodes=16)
-    found = medusa_method("rubbish", lm, {}).answer([{"role": "user", "content": "Why?"}], 40)
-    honest = medusa_method("union", lm, {}).answer([{"role": "user", "content": "Why?"}], 40)
+    found = medusa_method("rubbish", lm, GREEDY).answer([{"role": "user", "content": "Why?"}], 40)
+    honest = medusa_method("union", lm, GREEDY).answer([{"role": "user", "content": "Why?"}], 40)
     nodes, right = found.drafters["heads"]
     assert nodes > 100
     assert right == 0
@@ -133,10 +134,10 @@ def test_misled_heads_are_never_right() -> None:
 
 def test_methods_that_cannot_be_had_say_what_is_missing() -> None:
     with pytest.raises(UsageError, match="add --temperature"):
-        medusa_method("typical", make(), {"temperature": 0.0})
+        medusa_method("typical", make(), Sampling(temperature=0.0))
     with pytest.raises(UsageError, match="this model has none: give --heads"):
-        medusa_method("rubbish", make(), {})
-    assert medusa_method("typical", make(), {"temperature": 0.7}).sampling["acceptance"] == "typical"
+        medusa_method("rubbish", make(), GREEDY)
+    assert medusa_method("typical", make(), Sampling(temperature=0.7)).sampling.acceptance == "typical"
 
 
 def test_peak_memory_is_that_since_it_was_made() -> None:

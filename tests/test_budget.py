@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from helpers import ChainDrafter, ToyBackend, ToyModel, always_agrees, drafts, make_row, never_agrees
 from medusa.decoding.budget import Asking, MachineTimes, NodeBudget, PassTimes, places
-from medusa.decoding.draft import Draft, NgramDrafter, Row, UnionDrafter
+from medusa.decoding.draft import Draft, NgramDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request, Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
 from medusa.heads.config import HeadsConfig
@@ -320,8 +321,8 @@ class Run:
         self.backend = ToyBackend(heads.model, max_length=4000)
         self.times = INT8
         drafter = UnionDrafter(HeadsDrafter(heads), *others) if others else HeadsDrafter(heads)  # type: ignore[arg-type]
-        self.decoder = Decoder(self.backend, drafter, budget or NodeBudget(INT8))
-        self.row, _ = self.decoder.start(0, [1], Sampling(), max_new_tokens=3900)
+        self.decoder = ReferenceStepper(self.backend, drafter, budget or NodeBudget(INT8))
+        self.row, _ = self.decoder.start(0, Request([1], Sampling(), max_new_tokens=3900))
         self.seconds = 0.0
 
     def steps(self, count: int) -> list[int]:
@@ -440,8 +441,8 @@ def test_drafts_that_cost_no_time_are_asked_for_once_at_every_step() -> None:
             return super().propose(rows, nodes)
 
     drafter = Counting()
-    decoder = Decoder(ToyBackend(ToyModel(order=1)), drafter, NodeBudget(FREE))
-    row, _ = decoder.start(0, [1], Sampling(), max_new_tokens=30)
+    decoder = ReferenceStepper(ToyBackend(ToyModel(order=1)), drafter, NodeBudget(FREE))
+    row, _ = decoder.start(0, Request([1], Sampling(), max_new_tokens=30))
     steps = 0
     while row.finish_reason is None:
         decoder.step([row])
@@ -450,8 +451,8 @@ def test_drafts_that_cost_no_time_are_asked_for_once_at_every_step() -> None:
 
 
 def test_text_that_does_not_repeat_itself_takes_ngrams_hardly_longer_than_plain_decoding() -> None:
-    decoder = Decoder(ToyBackend(ToyModel(vocab=50, seed=4), max_length=600), NgramDrafter(), NodeBudget(FREE))
-    row, _ = decoder.start(0, [1, 1], Sampling(), max_new_tokens=500)
+    decoder = ReferenceStepper(ToyBackend(ToyModel(vocab=50, seed=4), max_length=600), NgramDrafter(), NodeBudget(FREE))
+    row, _ = decoder.start(0, Request([1, 1], Sampling(), max_new_tokens=500))
     assert sum(FREE(decoder.step([row])[0].drafted) for _ in range(400)) < 1.03 * 400 * FREE(1)
 
 
@@ -481,8 +482,8 @@ def test_rows_of_a_batch_are_asked_for_one_by_one() -> None:
                 for b, row in enumerate(rows)
             ]
 
-    decoder = Decoder(backend, Half(StubHeads(model, 0.9)), NodeBudget(INT8))
-    rows = [decoder.start(slot, [1], Sampling(), max_new_tokens=1900)[0] for slot in range(2)]
+    decoder = ReferenceStepper(backend, Half(StubHeads(model, 0.9)), NodeBudget(INT8))
+    rows = [decoder.start(slot, Request([1], Sampling(), max_new_tokens=1900))[0] for slot in range(2)]
     for _ in range(100):
         decoder.step(rows)
     Half.asked.clear()

@@ -13,7 +13,7 @@ from chat_stub import StubModel, Terminal, no_colour_settings, roles, run  # noq
 from medusa.api import Chunk, Stats
 from medusa.chat.history import Message, load_history, save_history
 from medusa.chat.session import Chat
-from medusa.decoding.loop import Step
+from medusa.decoding.stepper import Step
 from medusa.errors import MedusaError, UsageError
 from medusa.terminal import Printer, collect, stats_line
 

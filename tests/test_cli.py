@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import medusa
 from medusa.api import Chunk, Stats
 from medusa.cli import main
-from medusa.decoding.loop import Step
+from medusa.decoding.stepper import Step
 from medusa.errors import MedusaError, UsageError
 
 
@@ -24,8 +25,10 @@ class StubModel:
 
     name = "stub"
 
-    def __init__(self, drafter: str = "union") -> None:
-        self.drafter = drafter
+    stepper = "union"
+    slots = backend = SimpleNamespace(max_length=100)
+
+    def __init__(self) -> None:
         self.loads: list[dict[str, Any]] = []
         self.streams: list[tuple[Any, dict[str, Any]]] = []
         self.script: list[Any] = ["Hello", " world"]
@@ -38,20 +41,19 @@ class StubModel:
             raise self.load_error
         return self
 
-    def with_drafter(self, drafter: str) -> StubModel:
-        other = StubModel(drafter)
-        other.streams = self.streams
-        other.script = self.plain_script or self.script
-        return other
+    def make_stepper(self, drafter: str) -> str:
+        return drafter
 
     def stream(self, prompt: Any, **settings: Any) -> Iterator[Chunk]:
+        plain = settings.pop("stepper", self.stepper) == "none"
         self.streams.append((prompt, settings))
-        seconds = 0.2 if self.drafter == "none" else 0.1
-        for number, item in enumerate(self.script, 1):
+        seconds = 0.2 if plain else 0.1
+        script = (plain and self.plain_script) or self.script
+        for number, item in enumerate(script, 1):
             if not isinstance(item, str):
                 raise item
             source = ("model", "heads", "ngram")[(number - 1) % 3]
-            reason = "stop" if number == len(self.script) else None
+            reason = "stop" if number == len(script) else None
             stats = Stats(5, 2 * number + 1, number, 0.25, seconds * number)
             step = Step((len(item), number), (source, source), reason)
             yield Chunk(item, ((item, source),), step.tokens, stats, reason, step)
@@ -158,13 +160,14 @@ def test_the_options_have_the_defaults_of_the_library(run: Run, model: StubModel
     import inspect
 
     from medusa import api as generation
+    from medusa.decoding.sampling import Sampling
 
     run("generate", "hi")
-    for given, function in (
-        (model.loads[0], generation.load),
-        (model.streams[0][1], generation.LanguageModel.stream),
+    stream = {**inspect.signature(generation.LanguageModel.stream).parameters, **inspect.signature(Sampling).parameters}
+    for given, known in (
+        (model.loads[0], inspect.signature(generation.load).parameters),
+        (model.streams[0][1], stream),
     ):
-        known = inspect.signature(function).parameters
         for name, value in given.items():
             assert name in known
             if name not in ("progress", "stop") and known[name].default is not inspect.Parameter.empty:

@@ -14,7 +14,7 @@ import medusa
 from medusa.cli import main
 from medusa.cli.bench import KINDS
 from medusa.decoding.budget import NodeBudget, PassTimes
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.engines.transformers import TransformersBackend
 from tiny_lm import make, with_tree, writer
 
@@ -95,14 +95,14 @@ def test_every_method_decodes_by_times_that_were_measured_anew(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
     used: list[PassTimes] = []
-    step = Decoder.step
+    step = ReferenceStepper.step
 
-    def watched(self: Decoder, rows: Any) -> Any:
+    def watched(self: ReferenceStepper, rows: Any) -> Any:
         if isinstance(self.nodes, NodeBudget):
             used.append(self.nodes.times)
         return step(self, rows)
 
-    monkeypatch.setattr(Decoder, "step", watched)
+    monkeypatch.setattr(ReferenceStepper, "step", watched)
     assert run(*command, *SMALL, "--json")[0] == 0
     assert used
     # A budget of n-grams alone may hold them without the time of a draft.

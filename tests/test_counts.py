@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import medusa
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.scheduler import decode
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("real")]
 pytest.importorskip("medusa_native")
@@ -57,17 +58,18 @@ class Counting:
 
 @pytest.mark.parametrize("drafter", RECORDED)
 def test_tokens_per_step_are_those_recorded(union: medusa.LanguageModel, drafter: str) -> None:
-    lm = union.with_drafter(drafter)
-    stats = [lm.generate(prompt, max_new_tokens=TOKENS).stats for prompt in PROMPTS]
+    stepper = union.make_stepper(drafter)
+    stats = [union.generate(prompt, max_new_tokens=TOKENS, stepper=stepper).stats for prompt in PROMPTS]
     found = sum(one.decoded_tokens for one in stats) / sum(one.steps for one in stats)
     assert found == pytest.approx(RECORDED[drafter], rel=0.02)
 
 
 def test_a_step_is_one_pass_and_a_draft_one_look_at_each_level(union: medusa.LanguageModel) -> None:
-    lm = union.with_drafter("heads")
-    backend, heads = Counting(lm.backend), Counting(lm.heads)
-    lm.drafter.heads = heads  # type: ignore[attr-defined]
-    steps = list(decode(Decoder(backend, lm.drafter, NODES), lm.encode(PROMPTS[0]), max_new_tokens=TOKENS))  # type: ignore[arg-type]
+    backend, heads = Counting(union.backend), Counting(union.heads)
+    drafter = union.make_stepper("heads").drafter
+    drafter.heads = heads  # type: ignore[attr-defined]
+    stepper = ReferenceStepper(backend, drafter, NODES)  # type: ignore[arg-type]
+    steps = list(decode(stepper, union.encode(PROMPTS[0]), max_new_tokens=TOKENS))
     passes = len(steps) - 1
     assert backend.calls["extend"] == backend.calls["release"] == 1
     assert backend.calls["verify"] == backend.calls["keep"] == passes

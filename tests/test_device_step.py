@@ -17,16 +17,18 @@ from torch import Tensor
 from helpers import fill, make_row, tree_parents
 from medusa.decoding.draft import Draft, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling, candidates
 from medusa.decoding.sampling import gumbel_noise as reference_noise
+from medusa.decoding.scheduler import decode
+from medusa.decoding.stepper import Request
 from medusa.decoding.tree import Tree
 from medusa.device import accept, step
 from medusa.device.capture import Captured
-from medusa.device.decoder import DeviceDecoder, bucket
 from medusa.device.nodes import NodesByTime
 from medusa.device.noise import compiled_gumbel_noise, gumbel_noise, random_words, signed
 from medusa.device.slots import Needs, Slots
+from medusa.device.stepper import DeviceStepper, bucket
 from medusa.engines.kv_cache import DeviceCursor
 from medusa.engines.protocol import PlainTree
 from medusa.engines.topology import topology
@@ -112,7 +114,7 @@ any_sampling = st.one_of(
 prompts = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
 
 
-def text_of(decoder: Decoder, prompt: Sequence[int], sampling: Sampling) -> tuple[list[int], int]:
+def text_of(decoder: ReferenceStepper, prompt: Sequence[int], sampling: Sampling) -> tuple[list[int], int]:
     """The text, and in how many steps."""
     steps = list(decode(decoder, prompt, sampling, max_new_tokens=NEW_TOKENS))
     return [token for step in steps for token in step.tokens], len(steps) - 1
@@ -184,8 +186,8 @@ def test_a_step_accepts_what_the_reference_accepts(
 ) -> None:
     backend = backend_of(family)
     drafter = data.draw(fixed_drafters(backend))
-    expected = text_of(Decoder(backend, drafter, nodes), prompt, sampling)
-    assert text_of(DeviceDecoder(backend, drafter, nodes), prompt, sampling) == expected
+    expected = text_of(ReferenceStepper(backend, drafter, nodes), prompt, sampling)
+    assert text_of(DeviceStepper(backend, drafter, nodes), prompt, sampling) == expected
 
 
 @settings(max_examples=2 * EXAMPLES)
@@ -203,19 +205,19 @@ def test_any_heads_chain_and_batch_give_the_text_of_plain_decoding(
     heads = data.draw(fixed_drafters(backend))
     drafter = data.draw(st.sampled_from([heads, NgramDrafter(), UnionDrafter(heads, NgramDrafter())]))
     samplings = [data.draw(lossless) for _ in texts]
-    decoder = DeviceDecoder(backend, drafter, nodes)
+    decoder = DeviceStepper(backend, drafter, nodes)
     rows = []
     for i, (text, sampling) in enumerate(zip(texts, samplings, strict=True)):
         if i == len(texts) - 1:
             for _ in range(begin):
                 if running := [row for row in rows if row.finish_reason is None]:
                     decoder.step(running)
-        rows.append(decoder.start(SLOTS - 1 - i, text, sampling, max_new_tokens=NEW_TOKENS)[0])
+        rows.append(decoder.start(SLOTS - 1 - i, Request(text, sampling, max_new_tokens=NEW_TOKENS))[0])
     while running := [row for row in rows if row.finish_reason is None]:
         decoder.step(running)
     for row in rows:
         decoder.finish(row)
-    plain = Decoder(backend, NoDrafter(), 1)
+    plain = ReferenceStepper(backend, NoDrafter(), 1)
     for row, text, sampling in zip(rows, texts, samplings, strict=True):
         found = row.tokens[len(text) :]
         expected, _ = text_of(plain, text, sampling)
@@ -232,7 +234,7 @@ def test_drafts_are_accepted_in_these_tests() -> None:
         HeadsConfig(hidden_size=backend.hidden_size, vocab_size=VOCAB, feature_layers=(1,)), backend.base_weights()
     )
     drafter = UnionDrafter(HeadsDrafter(heads.to(DEVICE), TREES[0]), NgramDrafter())
-    text, steps = text_of(DeviceDecoder(backend, drafter, 14), [3, 1, 4, 1, 5, 9, 2, 6], Sampling())
+    text, steps = text_of(DeviceStepper(backend, drafter, 14), [3, 1, 4, 1, 5, 9, 2, 6], Sampling())
     assert len(text) == NEW_TOKENS
     assert steps < NEW_TOKENS - 1
 
@@ -240,19 +242,19 @@ def test_drafts_are_accepted_in_these_tests() -> None:
 def test_a_wrong_noise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control of exact sampling."""
     backend, prompt, sampling = backend_of(), [3, 1, 4, 1, 5], Sampling(temperature=1.0, seed=3)
-    expected = text_of(Decoder(backend, NoDrafter(), 1), prompt, sampling)
+    expected = text_of(ReferenceStepper(backend, NoDrafter(), 1), prompt, sampling)
     monkeypatch.setattr(step, "gumbel_noise", lambda seeds, positions, size: gumbel_noise(seeds, positions + 1, size))
-    assert text_of(DeviceDecoder(backend, NoDrafter(), 1), prompt, sampling) != expected
+    assert text_of(DeviceStepper(backend, NoDrafter(), 1), prompt, sampling) != expected
 
 
 def test_a_step_tells_what_was_drafted_and_by_whom() -> None:
     backend = backend_of()
     heads = heads_of(backend, "recurrent", True, 0, 1)
-    decoder = DeviceDecoder(backend, UnionDrafter(HeadsDrafter(heads, TREES[1]), NgramDrafter()), 16)
-    reference = Decoder(backend, HeadsDrafter(heads, TREES[1]), 16)
+    decoder = DeviceStepper(backend, UnionDrafter(HeadsDrafter(heads, TREES[1]), NgramDrafter()), 16)
+    reference = ReferenceStepper(backend, HeadsDrafter(heads, TREES[1]), 16)
     prompt = [5, 6, 7, 8, 5, 6, 7, 8, 5, 6]
-    row, _ = decoder.start(0, prompt, Sampling(), max_new_tokens=9)
-    other, _ = reference.start(1, prompt, Sampling(), max_new_tokens=9)
+    row, _ = decoder.start(0, Request(prompt, Sampling(), max_new_tokens=9))
+    other, _ = reference.start(1, Request(prompt, Sampling(), max_new_tokens=9))
     (step,), (expected,) = decoder.step([row]), reference.step([other])
     assert step.draft is not None
     assert expected.draft is not None
@@ -271,12 +273,12 @@ def test_a_text_ends_at_its_limit_and_at_its_end_token(limit: int) -> None:
     heads = heads_of(backend, "residual", True, 0, 0)
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     for drafter in (NoDrafter(), NgramDrafter(), HeadsDrafter(heads, TREES[0])):
-        steps = list(decode(Decoder(backend, drafter, 9), prompt, max_new_tokens=limit))
-        found = list(decode(DeviceDecoder(backend, drafter, 9), prompt, max_new_tokens=limit))
+        steps = list(decode(ReferenceStepper(backend, drafter, 9), prompt, max_new_tokens=limit))
+        found = list(decode(DeviceStepper(backend, drafter, 9), prompt, max_new_tokens=limit))
         assert [step.tokens for step in found] == [step.tokens for step in steps]
         assert found[-1].finish_reason == "length"
-    text, _ = text_of(Decoder(backend, NoDrafter(), 1), prompt, Sampling())
-    ends = list(decode(DeviceDecoder(backend, NgramDrafter(), 9), prompt, max_new_tokens=24, eos_token_ids=[text[7]]))
+    text, _ = text_of(ReferenceStepper(backend, NoDrafter(), 1), prompt, Sampling())
+    ends = list(decode(DeviceStepper(backend, NgramDrafter(), 9), prompt, max_new_tokens=24, eos_token_ids=[text[7]]))
     assert ends[-1].finish_reason == "stop"
     assert [token for step in ends for token in step.tokens] == text[: text.index(text[7]) + 1]
 
@@ -285,11 +287,12 @@ def test_a_row_goes_on_after_its_end_and_after_more_text() -> None:
     backend = backend_of()
     drafter = HeadsDrafter(heads_of(backend, "recurrent", True, 0, 2), TREES[0])
     texts = []
-    for decoder in (Decoder(backend, NoDrafter(), 1), DeviceDecoder(backend, drafter, 7)):
-        row, _ = decoder.start(1, [3, 1, 4], Sampling(), max_new_tokens=10)
+    for decoder in (ReferenceStepper(backend, NoDrafter(), 1), DeviceStepper(backend, drafter, 7)):
+        row, _ = decoder.start(1, Request([3, 1, 4], Sampling(), max_new_tokens=10))
         while row.finish_reason is None:
             decoder.step([row])
-        row, _ = decoder.resume(row, [9, 9, 2], Sampling(temperature=0.8, seed=4), max_new_tokens=10)
+        more = Request([*row.tokens, 9, 9, 2], Sampling(temperature=0.8, seed=4), max_new_tokens=10)
+        row, _ = decoder.start(1, more, backend.length(1))
         while row.finish_reason is None:
             decoder.step([row])
         decoder.finish(row)
@@ -302,26 +305,26 @@ def test_the_context_may_be_filled_to_its_end() -> None:
     backend = backend_of("gpt2")
     prompt = [i % VOCAB for i in range(250)]
     heads = heads_of(backend, "residual", True, 0, 0)
-    decoder = DeviceDecoder(backend, UnionDrafter(HeadsDrafter(heads, TREES[0]), NgramDrafter()), 16)
+    decoder = DeviceStepper(backend, UnionDrafter(HeadsDrafter(heads, TREES[0]), NgramDrafter()), 16)
     text, _ = text_of(decoder, prompt, Sampling())
-    assert text == text_of(Decoder(backend, NoDrafter(), 1), prompt, Sampling())[0]
+    assert text == text_of(ReferenceStepper(backend, NoDrafter(), 1), prompt, Sampling())[0]
     assert len(prompt) + len(text) == 256
 
 
 def test_a_cache_that_another_decoder_moved_is_found_again() -> None:
     model = make_model(max_position_embeddings=4096, vocab_size=VOCAB).to(DEVICE)  # type: ignore[arg-type]
     backend = TransformersBackend(model, num_slots=2, feature_layers=(1,))
-    decoder, other = DeviceDecoder(backend, NgramDrafter(), 6), DeviceDecoder(backend, NoDrafter(), 1)
-    row, _ = decoder.start(0, [1, 2, 3, 1, 2], Sampling(), max_new_tokens=30)
+    decoder, other = DeviceStepper(backend, NgramDrafter(), 6), DeviceStepper(backend, NoDrafter(), 1)
+    row, _ = decoder.start(0, Request([1, 2, 3, 1, 2], Sampling(), max_new_tokens=30))
     decoder.step([row])
     before = backend.capacity
-    long, _ = other.start(1, [i % VOCAB for i in range(1500)], Sampling(), max_new_tokens=4)
+    long, _ = other.start(1, Request([i % VOCAB for i in range(1500)], Sampling(), max_new_tokens=4))
     assert backend.capacity > before
     while row.finish_reason is None:
         decoder.step([row])
     other.finish(long)
     decoder.finish(row)
-    expected = decode(Decoder(backend, NoDrafter(), 1), [1, 2, 3, 1, 2], max_new_tokens=30)
+    expected = decode(ReferenceStepper(backend, NoDrafter(), 1), [1, 2, 3, 1, 2], max_new_tokens=30)
     assert row.tokens[5:] == [token for step in expected for token in step.tokens]
 
 
@@ -381,11 +384,11 @@ def test_a_drafter_that_the_step_does_not_know_is_refused() -> None:
 
     backend = backend_of()
     with pytest.raises(UsageError, match="with heads and n-grams, not with own"):
-        DeviceDecoder(backend, Own(), 4)  # type: ignore[arg-type]
+        DeviceStepper(backend, Own(), 4)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--tree static"):
-        DeviceDecoder(backend, HeadsDrafter(heads_of(backend, "residual", True, 0, 0)), 4)
+        DeviceStepper(backend, HeadsDrafter(heads_of(backend, "residual", True, 0, 0)), 4)
     with pytest.raises(UsageError, match="at most 256"):
-        DeviceDecoder(backend, NgramDrafter(), 257)
+        DeviceStepper(backend, NgramDrafter(), 257)
 
 
 def test_nodes_follow_the_times_and_what_comes_true() -> None:
@@ -417,13 +420,13 @@ def test_auto_gives_the_text_of_plain_decoding() -> None:
     backend = backend_of()
     drafter = UnionDrafter(HeadsDrafter(heads_of(backend, "recurrent", True, 0, 0), TREES[1]), NgramDrafter())
     for sampling in (Sampling(), Sampling(temperature=0.9, seed=1)):
-        text, _ = text_of(DeviceDecoder(backend, drafter, "auto"), [3, 1, 4, 1, 5], sampling)
-        assert text == text_of(Decoder(backend, NoDrafter(), 1), [3, 1, 4, 1, 5], sampling)[0]
+        text, _ = text_of(DeviceStepper(backend, drafter, "auto"), [3, 1, 4, 1, 5], sampling)
+        assert text == text_of(ReferenceStepper(backend, NoDrafter(), 1), [3, 1, 4, 1, 5], sampling)[0]
 
 
 def test_timing_a_step_leaves_the_slots_free() -> None:
     backend = backend_of()
-    decoder = DeviceDecoder(backend, NgramDrafter(), 8)
+    decoder = DeviceStepper(backend, NgramDrafter(), 8)
     assert decoder.time_step(2, 8, 40, repeats=2) > 0
     assert [backend.length(slot) for slot in range(SLOTS)] == [0] * SLOTS
     with pytest.raises(UsageError, match="4 free slots"):

@@ -15,7 +15,7 @@ import torch
 
 from medusa.api import LanguageModel
 from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.engines import flash_attention
 from medusa.engines.transformers import TransformersBackend
@@ -67,7 +67,7 @@ def test_what_is_said_on_a_device_is_what_is_said_in_slots(family: str, slots: i
     found: dict[int, list[Said]] = {}
     count = 16 if family == "llama" else 6
     runner = backend(slots, family)
-    before = dict(talk_in_slots(Decoder(runner, NoDrafter(), 1), talks(count, expected)))
+    before = dict(talk_in_slots(ReferenceStepper(runner, NoDrafter(), 1), talks(count, expected)))
     after = dict(talk_on_device(runner, talks(count, found)))
     assert after == before
     assert found == expected
@@ -87,7 +87,7 @@ def test_texts_that_loop_are_cut_where_they_are_in_slots() -> None:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     runner = TransformersBackend(model, num_slots=3)
-    expected = dict(talk_in_slots(Decoder(runner, NoDrafter(), 1), ((n, looping(n)) for n in range(7))))
+    expected = dict(talk_in_slots(ReferenceStepper(runner, NoDrafter(), 1), ((n, looping(n)) for n in range(7))))
     assert dict(talk_on_device(runner, ((n, looping(n)) for n in range(7)))) == expected
     assert {talked.fault for talked in expected.values()} == {"loop"}
 
@@ -98,7 +98,7 @@ def test_a_text_ends_where_the_context_does() -> None:
         return Talked(0.0, token_ids=said.tokens, fault=said.finish_reason)
 
     runner = backend(2, max_length=96)
-    expected = dict(talk_in_slots(Decoder(runner, NoDrafter(), 1), ((n, filling(n)) for n in range(5))))
+    expected = dict(talk_in_slots(ReferenceStepper(runner, NoDrafter(), 1), ((n, filling(n)) for n in range(5))))
     assert dict(talk_on_device(runner, ((n, filling(n)) for n in range(5)))) == expected
     assert {len(talked.token_ids) for talked in expected.values()} == {36}
 
@@ -255,7 +255,7 @@ def test_on_a_gpu_steps_are_graphs_that_attend_as_far_as_rows_reach() -> None:
     device = torch.device("cuda")
     assert flash_attention.error(9, 3, 64, torch.bfloat16, device) < flash_attention.NEAR
     plain = TransformersBackend(make_model().to(device), num_slots=5)
-    expected = dict(talk_in_slots(Decoder(plain, NoDrafter(), 1), talks(16, {})))
+    expected = dict(talk_in_slots(ReferenceStepper(plain, NoDrafter(), 1), talks(16, {})))
     found = dict(talk_on_device(plain, talks(16, {})))
     same = [found[number] == talked for number, talked in expected.items()]
     assert sum(same) >= 14  # but for near-ties

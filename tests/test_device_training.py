@@ -12,12 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from medusa.decoders import on_one_gpu
 from medusa.engines.protocol import MAX_NODES
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.file import read_config, write_config
 from medusa.heads.module import Heads
+from medusa.steppers import on_one_gpu
 from medusa.training import text as training_text
 from medusa.training import trainer as training_trainer
 from medusa.training.accuracy import Accuracy, ranks

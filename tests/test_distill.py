@@ -15,8 +15,9 @@ import pytest
 from helpers import RandomTreeDrafter, ToyBackend, ToyModel
 from medusa.api import LanguageModel
 from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.text.turns import Turns
@@ -90,8 +91,10 @@ def test_a_turn_goes_on_from_the_text_before_it(whole: Path) -> None:
     for row in rows_of(whole):
         if row["temperature"] == 0 and len(row["labels"]) > 1:
             start, end = row["labels"][-1]
-            decoder = Decoder(lm.backend, NoDrafter(), 1)
-            decoded, _ = decoder.start(0, row["token_ids"][:start], Sampling(), max_new_tokens=24, eos_token_ids=ENDS)
+            decoder = ReferenceStepper(lm.backend, NoDrafter(), 1)
+            decoded, _ = decoder.start(
+                0, Request(row["token_ids"][:start], Sampling(), max_new_tokens=24, eos_token_ids=ENDS)
+            )
             while decoded.finish_reason is None:
                 decoder.step([decoded])
             assert decoded.tokens[: len(row["token_ids"])] == row["token_ids"]
@@ -237,17 +240,19 @@ def test_resuming_a_row_equals_starting_with_its_text() -> None:
     for seed in range(20):
         chance = random.Random(seed)
         backend = ToyBackend(toy, num_slots=1)
-        decoder = Decoder(backend, RandomTreeDrafter(toy, seed, right=0.7), 14)
-        row, _ = decoder.start(0, [1, 2], Sampling(seed=seed, temperature=1.0), max_new_tokens=chance.randrange(2, 9))
+        decoder = ReferenceStepper(backend, RandomTreeDrafter(toy, seed, right=0.7), 14)
+        row, _ = decoder.start(
+            0, Request([1, 2], Sampling(seed=seed, temperature=1.0), max_new_tokens=chance.randrange(2, 9))
+        )
         while row.finish_reason is None:
             decoder.step([row])
         more = [chance.randrange(toy.vocab) for _ in range(chance.randrange(1, 40))]
         text = [*row.tokens, *more]
-        row, _ = decoder.resume(row, more, Sampling(), max_new_tokens=6)
+        row, _ = decoder.start(0, Request(text, Sampling(), max_new_tokens=6), backend.length(0))
         while row.finish_reason is None:
             decoder.step([row])
-        fresh = Decoder(ToyBackend(toy, num_slots=1), NoDrafter(), 1)
-        expected, _ = fresh.start(0, text, Sampling(), max_new_tokens=6)
+        fresh = ReferenceStepper(ToyBackend(toy, num_slots=1), NoDrafter(), 1)
+        expected, _ = fresh.start(0, Request(text, Sampling(), max_new_tokens=6))
         while expected.finish_reason is None:
             fresh.step([expected])
         assert row.tokens == expected.tokens
@@ -273,8 +278,8 @@ def test_a_prompt_longer_than_the_context_is_dropped_and_the_run_goes_on(
     assert written.dropped == {"too long": 1}
 
 
-def slots_of_toy(slots: int = 2) -> Decoder:
-    return Decoder(ToyBackend(ToyModel(seed=3), num_slots=slots), NoDrafter(), 1)
+def slots_of_toy(slots: int = 2) -> ReferenceStepper:
+    return ReferenceStepper(ToyBackend(ToyModel(seed=3), num_slots=slots), NoDrafter(), 1)
 
 
 def test_a_turn_that_fails_leaves_no_slot_in_use() -> None:

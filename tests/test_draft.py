@@ -10,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import ChainDrafter, drafts, make_row, path_nodes, token_paths
-from medusa.decoding.draft import (
-    MODEL,
-    NGRAM_PRIOR,
-    Draft,
-    NgramDrafter,
-    NoDrafter,
-    Row,
-    UnionDrafter,
-    merge,
-)
+from medusa.decoding.draft import MODEL, NGRAM_PRIOR, Draft, NgramDrafter, NoDrafter, UnionDrafter, merge
+from medusa.decoding.stepper import Row
 from medusa.errors import UsageError
 
 #      5

@@ -20,6 +20,7 @@ import medusa
 from medusa.api import Chunk, LanguageModel
 from medusa.decoding.budget import NodeBudget, PassTimes
 from medusa.decoding.draft import Draft
+from medusa.decoding.sampling import Sampling
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.config import vocabulary_hash
@@ -100,7 +101,7 @@ def test_counts_and_times_run_along(model: LanguageModel) -> None:
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 31])
 @pytest.mark.parametrize("drafter", ["union", "none"])
 def test_max_new_tokens_is_exact(model: LanguageModel, limit: int, drafter: str) -> None:
-    done = model.with_drafter(drafter).generate(PROMPT, max_new_tokens=limit)
+    done = model.generate(PROMPT, max_new_tokens=limit, stepper=model.make_stepper(drafter))
     assert len(done.token_ids) == done.stats.new_tokens == limit
     assert done.finish_reason == "length"
 
@@ -122,7 +123,7 @@ def shared() -> LanguageModel:
 
 def plain(model: LanguageModel) -> tuple[str, list[int]]:
     """Text and tokens of plain decoding."""
-    done = model.with_drafter("none").generate(PROMPT, max_new_tokens=60)
+    done = model.generate(PROMPT, max_new_tokens=60, stepper=model.make_stepper("none"))
     return done.text, list(done.token_ids)
 
 
@@ -135,12 +136,14 @@ def shared_plain() -> tuple[str, list[int]]:
 @settings(max_examples=12)
 @given(data=st.data())
 def test_a_stop_string_anywhere_ends_text_and_tokens(drafter: str, data: st.DataObject) -> None:
-    model = shared().with_drafter(drafter)
+    model = shared()
     text, ids = shared_plain()
     start = data.draw(st.integers(0, len(text) - 1))
     stop = text[start : start + data.draw(st.integers(1, 8))]
     used = next(n for n in range(1, len(ids) + 1) if stop in decoded(model, ids[:n]))
-    done = model.generate(PROMPT, max_new_tokens=60, stop=["never said, surely", stop])
+    done = model.generate(
+        PROMPT, max_new_tokens=60, stop=["never said, surely", stop], stepper=model.make_stepper(drafter)
+    )
     assert done.text == text[: text.index(stop)]
     assert list(done.token_ids) == ids[:used], "the last token is the one that completed the stop string"
     assert done.finish_reason == "stop"
@@ -190,7 +193,7 @@ def test_the_end_token_ends_the_text_unless_ignored() -> None:
     assert at > 2
     network = ending_model(ids[at])
     for drafter in ("union", "none"):
-        model = make(backend=TransformersBackend(network)).with_drafter(drafter)
+        model = make(backend=TransformersBackend(network), drafter=drafter)
         done = model.generate(PROMPT, max_new_tokens=60)
         assert done.finish_reason == "stop"
         assert done.token_ids == (*ids[:at], END)
@@ -281,7 +284,10 @@ def test_a_seed_gives_the_same_text_again_and_with_any_drafter() -> None:
     options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0.7, "top_p": 0.95, "top_k": 40}
     first = model.generate(PROMPT, seed=3, **options)
     for drafter in ("union", "heads", "ngram", "none"):
-        assert model.with_drafter(drafter, nodes=7).generate(PROMPT, seed=3, **options).token_ids == first.token_ids
+        assert (
+            model.generate(PROMPT, seed=3, stepper=model.make_stepper(drafter, nodes=7), **options).token_ids
+            == first.token_ids
+        )
     assert model.generate(PROMPT, seed=4, **options).token_ids != first.token_ids
     assert (
         model.generate(PROMPT, temperature=2.0, max_new_tokens=30).token_ids
@@ -291,7 +297,7 @@ def test_a_seed_gives_the_same_text_again_and_with_any_drafter() -> None:
 
 def test_a_repetition_penalty_gives_the_same_text_with_any_drafter(model: LanguageModel) -> None:
     options: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": 1.3}
-    expected = model.with_drafter("none").generate(PROMPT, **options)
+    expected = model.generate(PROMPT, stepper=model.make_stepper("none"), **options)
     assert model.generate(PROMPT, **options).token_ids == expected.token_ids
     assert expected.token_ids != model.generate(PROMPT, max_new_tokens=40).token_ids
 
@@ -301,16 +307,16 @@ def test_typical_acceptance_runs_and_stops_exactly(model: LanguageModel) -> None
     assert len(done.token_ids) == 33
 
 
-# --- with_drafter -----------------------------------------------------------------------------------------------------
+# --- make_stepper -----------------------------------------------------------------------------------------------------
 
 
-def test_with_drafter_leaves_the_model_as_it_was() -> None:
+def test_another_stepper_leaves_the_model_as_it_was() -> None:
     model = make(heads=True, nodes=9)
-    other = model.with_drafter("none", nodes=3)
-    assert (model.drafter.name, model.nodes) == ("union", 9)
+    other = model.make_stepper("none", nodes=3)
+    assert (model.stepper.drafter.name, model.stepper.nodes) == ("union", 9)
     assert (other.drafter.name, other.nodes) == ("none", 3)
     assert other.backend is model.backend
-    assert model.with_drafter("ngram").nodes == 9
+    assert model.make_stepper("ngram").nodes == 9
 
 
 def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed() -> None:
@@ -321,21 +327,21 @@ def test_nodes_are_chosen_by_times_that_are_asked_for_only_where_they_are_needed
         asked.append(refresh)
         return next(found)  # at each measurement another
 
-    model = make(heads=True, nodes=5, times=times)
-    plain_model = model.with_drafter("none", nodes="auto")
-    assert (plain_model.describe()["nodes"], asked) == ("auto", [])
-    auto = model.with_drafter("union", nodes="auto")
+    auto = make(heads=True, drafter="none", times=times)
+    plain = auto.stepper
+    assert (auto.describe()["nodes"], asked) == ("auto", [])
+    auto.stepper = auto.make_stepper("union")
     assert auto.nodes == "auto"
     assert re.fullmatch(r"auto \(up to 16; \d+ expected\)", str(auto.describe()["nodes"]))
     assert asked == [False]
     assert auto.pass_times(refresh=True) == PassTimes.typical()
     assert asked == [False, True]
-    for other in (auto, model.with_drafter("union", nodes="auto"), auto.with_drafter("ngram")):  # made before and after
-        assert isinstance(other.decoder.nodes, NodeBudget)
-        assert other.decoder.nodes.times == other.pass_times() == PassTimes.typical()
+    for other in (auto.stepper, auto.make_stepper("union"), auto.make_stepper("ngram")):  # made before and after
+        assert isinstance(other.nodes, NodeBudget)
+        assert other.nodes.times == auto.pass_times() == PassTimes.typical()
     assert asked == [False, True], "one value for all"
     options: dict[str, Any] = {"max_new_tokens": 40}
-    assert auto.generate(PROMPT, **options).token_ids == plain_model.generate(PROMPT, **options).token_ids
+    assert auto.generate(PROMPT, **options).token_ids == auto.generate(PROMPT, stepper=plain, **options).token_ids
 
 
 @pytest.mark.parametrize("nodes", [0, -1, 1.5, "many", "7", True, None])
@@ -355,14 +361,14 @@ def test_more_nodes_than_the_backend_takes_are_refused_before_a_text_is_begun(dr
         make(heads=True, drafter=drafter, nodes=6, backend=small)
     model = make(heads=True, drafter=drafter, backend=small)
     with pytest.raises(UsageError, match="at most 5"):
-        model.with_drafter(drafter, nodes=6)
+        model.make_stepper(drafter, nodes=6)
     assert all(chunk.step.drafted <= 5 for chunk in model.stream(PROMPT, max_new_tokens=20))
 
 
 def test_a_budget_knows_how_the_backend_computes_a_batch() -> None:
     backend = TransformersBackend(writer())
     backend.padding = 4
-    budget = make(backend=backend).decoder.nodes
+    budget = make(backend=backend).stepper.nodes
     assert isinstance(budget, NodeBudget)
     chain = Draft((1,) * 5, (-1, 0, 1, 2, 3), (1.0, 0.9, 0.8, 0.7, 0.6), ("",) * 5)
     rows = [chain, Draft((1,))]
@@ -373,10 +379,10 @@ def test_a_budget_knows_how_the_backend_computes_a_batch() -> None:
 def test_an_impossible_drafter_is_an_error(model: LanguageModel) -> None:
     for wrong, message in (("medusa", "unknown drafter medusa"), ("heads", "needs heads")):
         with pytest.raises(UsageError, match=message):
-            model.with_drafter(wrong)
+            model.make_stepper(wrong)
     with pytest.raises(UsageError, match="nodes"):
-        model.with_drafter("none", nodes=0)
-    assert model.drafter.name == "ngram", "union without heads"
+        model.make_stepper("none", nodes=0)
+    assert model.stepper.drafter.name == "ngram", "union without heads"
 
 
 # --- encode -----------------------------------------------------------------------------------------------------------
@@ -503,7 +509,7 @@ def test_load_takes_a_directory_in_every_precision(saved: Path, dtype: str) -> N
     facts: Any = json.loads(json.dumps(model.describe()))
     assert facts["dtype"] == dtype
     assert facts["parameters"] == sum(p.numel() for p in writer().parameters())
-    assert model.with_drafter("none").generate(PROMPT, max_new_tokens=60).token_ids == done.token_ids
+    assert model.generate(PROMPT, max_new_tokens=60, stepper=model.make_stepper("none")).token_ids == done.token_ids
 
 
 def test_load_measures_the_machine_once_and_only_for_a_drafter(
@@ -534,9 +540,9 @@ def test_times_measured_anew_are_those_of_a_loaded_model(saved: Path, monkeypatc
     model = medusa.load(str(saved), heads="none", progress=False)
     assert model.pass_times()(1) == 1.0
     assert model.pass_times(refresh=True)(1) == 3.0
-    for other in (model, model.with_drafter("union")):
-        assert isinstance(other.decoder.nodes, NodeBudget)
-        assert other.decoder.nodes.times(1) == other.pass_times()(1) == 3.0
+    for other in (model.stepper, model.make_stepper("union")):
+        assert isinstance(other.nodes, NodeBudget)
+        assert other.nodes.times(1) == model.pass_times()(1) == 3.0
 
 
 def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Path, tmp_path: Path) -> None:
@@ -544,7 +550,7 @@ def test_load_takes_saved_heads_and_refuses_those_of_another_tokenizer(saved: Pa
     save_heads(random_heads(writer(), feature_layers=(1,), vocab_hash=digest), tmp_path / "heads")
     model = medusa.load(str(saved), heads=str(tmp_path / "heads"), dtype="float32", progress=False)
     assert model.heads is not None
-    assert model.drafter.name == "union"
+    assert model.stepper.drafter.name == "union"
     plain_model = medusa.load(str(saved), heads="none", drafter="none", dtype="float32", progress=False)
     options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     assert model.generate(PROMPT, **options).text == plain_model.generate(PROMPT, **options).text
@@ -618,3 +624,82 @@ def test_a_bad_argument_of_load_is_a_usage_error(saved: Path, options: dict[str,
     with pytest.raises(UsageError, match=message) as error:
         medusa.load(str(saved), **{"heads": "none", "progress": False, **options})
     assert "\n" not in str(error.value)
+
+
+# --- many prompts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_many_prompts_give_the_texts_of_each_alone_in_their_order(slots: int) -> None:
+    prompts = ["What is it?", "Tell me more.", "Why?", PROMPT, "And then?"]
+    each = [
+        {"max_new_tokens": 25},
+        {"temperature": 0.8, "seed": 5},
+        {"stop": "e"},
+        {"sampling": Sampling(repetition_penalty=1.4)},
+        {"raw": True, "max_new_tokens": 3},
+    ]
+    alone = make(heads=True)
+    expected = [alone.generate(p, **{"max_new_tokens": 12, **own}) for p, own in zip(prompts, each, strict=True)]
+    many = make(heads=True, backend=TransformersBackend(writer(), num_slots=slots))
+    found = many.generate_many(prompts, each=each, max_new_tokens=12)
+    for one, right in zip(found, expected, strict=True):
+        assert (one.text, one.token_ids, one.finish_reason) == (right.text, right.token_ids, right.finish_reason)
+        assert one.stats.steps == right.stats.steps
+    assert many.slots.free == slots
+    assert all(many.backend.length(slot) == 0 for slot in range(slots))
+
+
+def test_many_prompts_run_side_by_side() -> None:
+    many = make(backend=TransformersBackend(writer(), num_slots=2))
+    order = [
+        i for i, _ in many.stream_many(["one", "two", "three"], max_new_tokens=6, stepper=many.make_stepper("none"))
+    ]
+    assert order[:6] == [0, 1, 0, 1, 0, 1]
+    assert order.count(2) == 6
+
+
+def test_options_of_another_number_than_the_prompts_are_refused(model: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="each must hold as many sets of options as there are prompts, 2"):
+        model.generate_many(["a", "b"], each=[{}])
+    assert model.generate_many([]) == []
+
+
+def test_a_bad_prompt_among_many_is_refused_before_the_first_is_answered(model: LanguageModel) -> None:
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        model.stream_many(["good", ""])
+
+
+def test_a_bar_shows_how_many_have_been_answered(model: LanguageModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.generate_many(["one", "two"], max_new_tokens=2)
+    assert capsys.readouterr().err == ""
+    model.generate_many(["one", "two"], max_new_tokens=2, progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+# --- what a slot keeps ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["union", "none"])
+def test_a_conversation_continues_from_what_its_slot_holds(drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the text of one that is read anew at each turn."""
+    keeping, forgetting = (make(heads=True, drafter=drafter) for _ in range(2))
+    keeping.slots.kept = keeping.backend.max_length
+    read: list[list[int]] = [[], []]
+    for lengths, one in zip(read, (keeping, forgetting), strict=True):
+
+        def extend(slot: int, ids: Sequence[int], lengths: list[int] = lengths, then: Any = one.backend.extend) -> Any:
+            lengths.append(len(ids))
+            return then(slot, ids)
+
+        monkeypatch.setattr(one.backend, "extend", extend)
+    messages: list[dict[str, str]] = []
+    for question in ("What is it?", "Tell me more.", "And then?"):
+        messages.append({"role": "user", "content": question})
+        first, second = (one.generate(messages, max_new_tokens=12) for one in (keeping, forgetting))
+        assert first.token_ids == second.token_ids
+        messages.append({"role": "assistant", "content": first.text})
+    assert read[0][0] == read[1][0]
+    assert all(now < anew / 2 for now, anew in zip(read[0][1:], read[1][1:], strict=True))
+    keeping.generate([{"role": "user", "content": "Anew."}], max_new_tokens=12)
+    assert keeping.backend.length(0) < 60, "what no longer fits is cut off"

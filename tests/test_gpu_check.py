@@ -134,7 +134,7 @@ def test_a_model_is_measured_from_end_to_end(tmp_path: Path, tiny_model: tuple[s
     for kind in ("greedy", "sampled"):
         for name in ("plain", "heads", "ngram", "union", "auto"):
             assert part[kind][name]["tokens_per_second"] > 0
-            assert part[kind][name]["decoder"] == "DeviceDecoder"
+            assert part[kind][name]["decoder"] == "DeviceStepper"
     assert part["baselines"]["generate_tokens_per_second"] > 0
     assert part["baselines"]["host_loop_union_tokens_per_second"] > 0
     assert part["model"]["heads"]["kind"] == "recurrent"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from helpers import make_row, token_paths
-from medusa.decoding.draft import MODEL, Draft, Row
+from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
 from medusa.heads.config import HeadsConfig

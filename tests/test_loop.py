@@ -25,9 +25,11 @@ from helpers import (
 )
 from medusa.decoding.accept import Accepted
 from medusa.decoding.budget import NodeBudget, PassTimes
-from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
-from medusa.decoding.loop import NO_TIME, Decoder, Step, decode
+from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import decode
+from medusa.decoding.stepper import NO_TIME, Request, Row, Step
 from medusa.errors import UsageError
 
 
@@ -43,7 +45,7 @@ def run(
     max_length: int = 64,
 ) -> tuple[list[Step], ToyBackend]:
     backend = ToyBackend(model, max_length=max_length)
-    decoder = Decoder(backend, drafter, nodes)
+    decoder = ReferenceStepper(backend, drafter, nodes)
     steps = list(decode(decoder, prompt, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos))
     assert backend.text == {}, "the slot is free again"
     assert backend.largest <= (nodes.most if isinstance(nodes, NodeBudget) else nodes)
@@ -179,7 +181,7 @@ def test_plain_decoding_is_the_loop_without_a_drafter(data: st.DataObject, model
 
 
 def test_the_test_of_losslessness_notices_a_wrong_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa.decoding.loop.accept", first_child_always)
+    monkeypatch.setattr("medusa.decoding.reference.accept", first_child_always)
     model = ToyModel()
     text = Text((1,), Sampling(), 20, frozenset())
     with pytest.raises(AssertionError):
@@ -198,7 +200,7 @@ def test_rows_of_a_batch_are_decoded_as_if_alone(
     wanted = data.draw(st.lists(texts(model.vocab, any_sampling, longest=12), min_size=1, max_size=7))
     backend = ToyBackend(model, num_slots=num_slots, max_length=16)
     drafter = UnionDrafter(RandomTreeDrafter(model, seed=len(wanted), right=0.6), NgramDrafter())
-    decoder = Decoder(backend, drafter, nodes)
+    decoder = ReferenceStepper(backend, drafter, nodes)
     waiting, running, free = list(enumerate(wanted)), {}, list(range(num_slots))
     found: dict[int, tuple[list[int], str | None]] = {}
 
@@ -213,9 +215,7 @@ def test_rows_of_a_batch_are_decoded_as_if_alone(
         while waiting and free and (not running or data.draw(st.booleans())):
             i, text = waiting.pop(0)
             slot = free.pop(data.draw(st.integers(0, len(free) - 1)))
-            row, step = decoder.start(
-                slot, text.prompt, text.sampling, max_new_tokens=text.max_new_tokens, eos_token_ids=text.eos
-            )
+            row, step = decoder.start(slot, Request(text.prompt, text.sampling, text.max_new_tokens, text.eos))
             assert row.tokens == [*text.prompt, *step.tokens]
             running[i] = row
             settle(i, row)
@@ -259,7 +259,7 @@ def counted(sampling: Sampling, drafter: Drafter) -> tuple[list[int], list[float
     """Counts and probabilities of all texts, and the mean length of a step after the first."""
     expected = enumerated(sampling)
     counts: Counter[tuple[int, ...]] = Counter()
-    decoder = Decoder(ToyBackend(SMALL), drafter, nodes=8)
+    decoder = ReferenceStepper(ToyBackend(SMALL), drafter, nodes=8)
     steps = 0
     for seed in range(RUNS):
         made = list(decode(decoder, PROMPT, replace(sampling, seed=seed), max_new_tokens=LENGTH))
@@ -302,7 +302,7 @@ def accept_what_is_likely(logits: torch.Tensor, draft: Draft, row: Row) -> Accep
 def test_the_test_of_the_distribution_notices_a_wrong_acceptance(
     wrong: Callable[..., Accepted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa.decoding.loop.accept", wrong)
+    monkeypatch.setattr("medusa.decoding.reference.accept", wrong)
     counts, expected, _ = counted(
         Sampling(temperature=1.0), RandomTreeDrafter(SMALL, seed=0, right=0.5, max_nodes=8)
     )  # fmt: skip
@@ -455,11 +455,11 @@ def test_what_cannot_be_decoded_is_refused_and_leaves_the_slot_free(
     prompt: list[int], max_new_tokens: int, message: str
 ) -> None:
     backend = ToyBackend(ToyModel(), max_length=16)
-    decoder = Decoder(backend, NoDrafter(), 1)
+    decoder = ReferenceStepper(backend, NoDrafter(), 1)
     with pytest.raises(UsageError, match=message):
-        decoder.check(prompt, max_new_tokens)
+        Request(prompt, max_new_tokens=max_new_tokens).check(backend.max_length)
     with pytest.raises(UsageError, match=message):
-        decoder.start(0, prompt, Sampling(), max_new_tokens=max_new_tokens)
+        decoder.start(0, Request(prompt, Sampling(), max_new_tokens=max_new_tokens))
     with pytest.raises(UsageError, match=message):
         list(decode(decoder, prompt, max_new_tokens=max_new_tokens))
     assert backend.text == {}
@@ -467,15 +467,15 @@ def test_what_cannot_be_decoded_is_refused_and_leaves_the_slot_free(
 
 def test_a_decoder_needs_room_for_the_root() -> None:
     with pytest.raises(UsageError, match=r"nodes must be at least 1 \(the root\), not 0"):
-        Decoder(ToyBackend(ToyModel()), NoDrafter(), 0)
+        ReferenceStepper(ToyBackend(ToyModel()), NoDrafter(), 0)
 
 
 def test_the_slot_is_given_back_when_the_reader_goes_away() -> None:
     backend = ToyBackend(ToyModel(), num_slots=2)
-    steps = decode(Decoder(backend, NoDrafter(), 1), [1], max_new_tokens=50, slot=1)
+    steps = decode(ReferenceStepper(backend, NoDrafter(), 1), [1], max_new_tokens=50)
     next(steps)
     next(steps)
-    assert backend.length(1) == 2
+    assert backend.length(0) == 2
     steps.close()
     assert backend.text == {}
 
@@ -489,15 +489,15 @@ def test_the_slot_is_given_back_when_the_drafter_fails() -> None:
 
     backend = ToyBackend(ToyModel())
     with pytest.raises(RuntimeError, match="out of ideas"):
-        list(decode(Decoder(backend, Broken(), 8), [1], max_new_tokens=50))
+        list(decode(ReferenceStepper(backend, Broken(), 8), [1], max_new_tokens=50))
     assert backend.text == {}
 
 
 @pytest.mark.parametrize("nodes", [6, NodeBudget(PassTimes((1.0, 1.0)))])
 def test_a_decoder_refuses_trees_that_its_backend_does_not_take(nodes: int | NodeBudget) -> None:
     backend = ToyBackend(SMALL)
-    Decoder(backend, NoDrafter(), nodes)
+    ReferenceStepper(backend, NoDrafter(), nodes)
     backend.max_nodes = 5
     with pytest.raises(UsageError, match="nodes may be at most 5 on the toy backend, not"):
-        Decoder(backend, NoDrafter(), nodes)
-    Decoder(backend, NoDrafter(), 5)
+        ReferenceStepper(backend, NoDrafter(), nodes)
+    ReferenceStepper(backend, NoDrafter(), 5)

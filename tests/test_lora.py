@@ -505,7 +505,7 @@ def test_a_whole_run_leaves_a_model_and_heads_that_decode_losslessly(
     assert adapted.generation_config.eos_token_id == plain.generation_config.eos_token_id
     lm = medusa.load(str(out / "model"), heads=str(out), dtype="float32", backend="transformers", nodes=6)
     drafted = lm.generate("What is it?", max_new_tokens=40)
-    assert drafted.token_ids == lm.with_drafter("none").generate("What is it?", max_new_tokens=40).token_ids
+    assert drafted.token_ids == lm.generate("What is it?", max_new_tokens=40, stepper=lm.make_stepper("none")).token_ids
 
     # A finished run goes on, here on a machine without bfloat16; but not with what it is built on.
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)

@@ -10,17 +10,18 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
+import medusa.decoding.loop as loop
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import medusa.decoding.loop as loop
 from medusa.decoding.accept import Accepted
-from medusa.decoding.draft import Draft, Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
+from medusa.decoding.draft import Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request, Row
 from medusa.decoding.tree import Tree
 from medusa.engines.transformers import TransformersBackend
 from medusa.heads.config import HeadsConfig
@@ -62,7 +63,7 @@ def heads_drafters(draw: st.DrawFn, backend: TransformersBackend) -> HeadsDrafte
 
 
 def plain(backend: TransformersBackend, prompt: Sequence[int], sampling: Sampling) -> list[int]:
-    steps = loop.decode(Decoder(backend, NoDrafter(), 1), prompt, sampling, max_new_tokens=NEW_TOKENS)
+    steps = loop.decode(ReferenceStepper(backend, NoDrafter(), 1), prompt, sampling, max_new_tokens=NEW_TOKENS)
     return [token for step in steps for token in step.tokens]
 
 
@@ -70,9 +71,10 @@ def batch(
     backend: TransformersBackend, drafter: Drafter, nodes: int, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> tuple[list[list[int]], int]:
     """Decodes all prompts side by side, in slots from the last to the first; returns the texts and the steps."""
-    decoder = Decoder(backend, drafter, nodes)
+    decoder = ReferenceStepper(backend, drafter, nodes)
     rows = [
-        decoder.start(SLOTS - 1 - i, prompt, sampling, max_new_tokens=NEW_TOKENS)[0] for i, prompt in enumerate(prompts)
+        decoder.start(SLOTS - 1 - i, Request(prompt, sampling, max_new_tokens=NEW_TOKENS))[0]
+        for i, prompt in enumerate(prompts)
     ]
     steps = 0
     try:

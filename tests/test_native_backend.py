@@ -33,8 +33,9 @@ from transformers import PreTrainedModel
 from helpers import fill, path_nodes
 from medusa.decoding.draft import NgramDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import decode
 from medusa.engines.native import ISA_VARIABLE, PRECISIONS, Checkpoint, NativeBackend, native_module
 from medusa.engines.native_config import NativeConfig, UnsupportedError, native_config
 from medusa.engines.transformers import TransformersBackend
@@ -385,7 +386,7 @@ def test_greedy_text_in_float32_is_that_of_transformers(variant: str) -> None:
     backend = native(model)
     for _ in range(3):
         prompt = random_text(rng, rng.randint(1, 20))
-        steps = decode(Decoder(backend, NgramDrafter(), 8), prompt, max_new_tokens=30)
+        steps = decode(ReferenceStepper(backend, NgramDrafter(), 8), prompt, max_new_tokens=30)
         found = [token for step in steps for token in step.tokens]
         with torch.inference_mode():
             out = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
@@ -867,7 +868,7 @@ def test_two_engines_used_at_once_say_what_each_says_alone(threads: int) -> None
     prompt = list(range(40, 60))
 
     def text(backend: NativeBackend) -> list[int]:
-        steps = decode(Decoder(backend, NgramDrafter(), 6), prompt, max_new_tokens=40)
+        steps = decode(ReferenceStepper(backend, NgramDrafter(), 6), prompt, max_new_tokens=40)
         return [token for step in steps for token in step.tokens]
 
     alone = [text(backend) for backend in backends]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from medusa.decoding.draft import NgramDrafter
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.scheduler import decode
 from medusa.engines.native_config import FAMILIES
 from medusa.errors import MedusaError
 from medusa.models import loading, zoo
@@ -63,7 +64,7 @@ def loaded(directory: Path, backend: str) -> loading.LoadedModel:
 
 
 def written(model: loading.LoadedModel) -> list[int]:
-    decoder = Decoder(model.backend, NgramDrafter(), 6)
+    decoder = ReferenceStepper(model.backend, NgramDrafter(), 6)
     return [token for step in decode(decoder, PROMPT, max_new_tokens=NEW) for token in step.tokens]
 
 

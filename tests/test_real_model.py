@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import medusa
 from medusa.decoding.draft import NgramDrafter
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.scheduler import decode
 from medusa.engines.transformers import TransformersBackend
 from medusa.heads.config import HeadsConfig
 from medusa.heads.file import save_heads
@@ -57,14 +58,14 @@ def test_greedy_text_is_that_of_plain_decoding_and_of_transformers(
     union: medusa.LanguageModel, network: PreTrainedModel, prompt: str
 ) -> None:
     ours = union.generate(prompt, max_new_tokens=48)
-    assert ours.token_ids == union.with_drafter("none").generate(prompt, max_new_tokens=48).token_ids
+    assert ours.token_ids == union.generate(prompt, max_new_tokens=48, stepper=union.make_stepper("none")).token_ids
     assert list(ours.token_ids) == transformers_greedy(network, union, prompt, 48)
 
 
 @pytest.mark.parametrize("tree", ["static", "dynamic"])
 def test_heads_alone_give_the_same_text_in_fewer_steps(union: medusa.LanguageModel, tree: str) -> None:
-    heads = union.with_drafter("heads", tree=tree).generate(PROMPTS[1], max_new_tokens=48)
-    plain = union.with_drafter("none").generate(PROMPTS[1], max_new_tokens=48)
+    heads = union.generate(PROMPTS[1], max_new_tokens=48, stepper=union.make_stepper("heads", tree=tree))
+    plain = union.generate(PROMPTS[1], max_new_tokens=48, stepper=union.make_stepper("none"))
     assert heads.token_ids == plain.token_ids
     assert heads.stats.steps < 0.8 * plain.stats.steps
 
@@ -74,10 +75,10 @@ def test_the_native_engine_gives_the_text_of_plain_decoding_in_every_precision(d
     pytest.importorskip("medusa_native")
     union = medusa.load(dtype=dtype, nodes=8, progress=False)
     assert union.backend.name == "native", "auto takes it where it can"
-    plain = union.with_drafter("none")
+    plain = union.make_stepper("none")
     for options in ({}, {"temperature": 0.9, "seed": 7}):
         drafted = union.generate(PROMPTS[1], max_new_tokens=64, **options)
-        assert drafted.token_ids == plain.generate(PROMPTS[1], max_new_tokens=64, **options).token_ids
+        assert drafted.token_ids == union.generate(PROMPTS[1], max_new_tokens=64, stepper=plain, **options).token_ids
         assert drafted.stats.steps < 0.9 * len(drafted.token_ids)
 
 
@@ -85,7 +86,7 @@ def test_the_native_engine_gives_the_text_of_plain_decoding_in_every_precision(d
 def test_sampled_text_is_that_of_plain_sampling_with_the_same_seed(union: medusa.LanguageModel, seed: int) -> None:
     options = {"temperature": 0.9, "top_p": 0.95, "top_k": 100, "min_p": 0.01, "seed": seed, "max_new_tokens": 40}
     ours = union.generate(PROMPTS[0], **options)
-    assert ours.token_ids == union.with_drafter("none").generate(PROMPTS[0], **options).token_ids
+    assert ours.token_ids == union.generate(PROMPTS[0], stepper=union.make_stepper("none"), **options).token_ids
     assert ours.stats.steps < 39
 
 
@@ -118,6 +119,6 @@ def test_heads_of_another_model_are_refused_by_the_command(tmp_path: Path) -> No
 def test_compiled_layers_give_the_same_text(union: medusa.LanguageModel, network: PreTrainedModel) -> None:
     backend = TransformersBackend(copy.deepcopy(network), compile=True)
     prompt = union.encode(PROMPTS[0])
-    steps = decode(Decoder(backend, NgramDrafter(), 4), prompt, max_new_tokens=24)
+    steps = decode(ReferenceStepper(backend, NgramDrafter(), 4), prompt, max_new_tokens=24)
     expected = union.generate(PROMPTS[0], max_new_tokens=24).token_ids
     assert tuple(token for step in steps for token in step.tokens) == expected

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from helpers import ToyBackend, ToyModel, fill
 from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request
 from medusa.engines import transformers as transformers_backend
 from medusa.engines.kv_cache import FIRST_CAPACITY
 from medusa.engines.transformers import SLACK, TransformersBackend
@@ -100,13 +101,13 @@ def test_a_text_costs_one_row_of_logits_in_each_pass(every: bool, knows: bool, m
 
 def test_a_conversation_that_continues_makes_one_row_of_logits() -> None:
     backend = TransformersBackend(make_model("llama"))
-    decoder = Decoder(backend, NoDrafter(), 1)
-    row, _ = decoder.start(0, [1, 2, 3], Sampling(), max_new_tokens=4)
+    decoder = ReferenceStepper(backend, NoDrafter(), 1)
+    row, _ = decoder.start(0, Request([1, 2, 3], Sampling(), max_new_tokens=4))
     while row.finish_reason is None:
         decoder.step([row])
     held = backend.length(0)
     with rows_of_logits(backend) as rows:
-        decoder.resume(row, list(range(50)), Sampling(), max_new_tokens=4)
+        decoder.start(0, Request([*row.tokens, *range(50)], Sampling(), max_new_tokens=4), held)
     assert rows == [1]
     assert backend.length(0) == held + 1 + 50
 
@@ -120,9 +121,9 @@ def test_a_conversation_that_continues_reads_by_one_call_what_the_slot_does_not_
             return super().extend(slot, token_ids, every)
 
     backend = Listening(ToyModel(), max_length=200)
-    decoder = Decoder(backend, NoDrafter(), 1)
-    row, _ = decoder.start(0, [1, 2, 3], Sampling(), max_new_tokens=1)
-    decoder.resume(row, [1] * 100, Sampling(), max_new_tokens=4)
+    decoder = ReferenceStepper(backend, NoDrafter(), 1)
+    row, _ = decoder.start(0, Request([1, 2, 3], Sampling(), max_new_tokens=1))
+    decoder.start(0, Request([*row.tokens, *[1] * 100], Sampling(), max_new_tokens=4), 3)
     assert backend.forwards == 0  # of `verify`
     assert read == [3, 1 + 100]  # the last token of the answer was not there yet
     assert backend.length(0) == 104
@@ -243,7 +244,7 @@ def ends_early(call: Callable[[], object]) -> None:
 
 def test_a_start_that_is_interrupted_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = ToyBackend(ToyModel())
-    decoder = Decoder(backend, NoDrafter(), 1)
+    decoder = ReferenceStepper(backend, NoDrafter(), 1)
 
     def half(slot: int, tokens: list[int], every: bool = False) -> None:
         backend.text[slot] = tokens[:1]
@@ -251,6 +252,6 @@ def test_a_start_that_is_interrupted_gives_its_slot_back(monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patch:
         patch.setattr(backend, "extend", half)
-        ends_early(lambda: decoder.start(0, [1, 2], Sampling(), max_new_tokens=1))
+        ends_early(lambda: decoder.start(0, Request([1, 2], Sampling(), max_new_tokens=1)))
     assert backend.length(0) == 0
-    decoder.start(0, [1, 2], Sampling(), max_new_tokens=1)
+    decoder.start(0, Request([1, 2], Sampling(), max_new_tokens=1))

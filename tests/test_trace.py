@@ -18,7 +18,9 @@ from helpers import RandomTreeDrafter, ToyBackend, ToyModel
 from medusa.api import Chunk, Stats
 from medusa.cli import main
 from medusa.decoding.draft import MODEL, Draft
-from medusa.decoding.loop import Decoder, Phases, Step, decode
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.scheduler import decode
+from medusa.decoding.stepper import Phases, Step
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.trace import Trace, lines, token_texts, trace, visible
 from medusa.evaluation.trace_picture import _panel, check_picture, draw_trace, drawable
@@ -69,7 +71,7 @@ def found_fixture() -> Trace:
 
 def toy_trace(seed: int) -> tuple[Trace, list[Step]]:
     model = ToyModel(seed=seed)
-    decoder = Decoder(ToyBackend(model), RandomTreeDrafter(model, seed, right=0.7), 14)
+    decoder = ReferenceStepper(ToyBackend(model), RandomTreeDrafter(model, seed, right=0.7), 14)
     steps = list(decode(decoder, [1, 2, 3], max_new_tokens=30))
     return trace(chunks_of(steps), TOKENIZER), steps
 
@@ -395,7 +397,7 @@ def test_a_real_answer_with_and_without_drafts(tmp_path: Path) -> None:
     lm = medusa.load(progress=False, nodes=8)
     prompt, tokens = "List three fruits.", 16
     found = trace(lm.stream(prompt, max_new_tokens=tokens), lm.tokenizer)
-    plain = trace(lm.with_drafter("none").stream(prompt, max_new_tokens=tokens), lm.tokenizer)
+    plain = trace(lm.stream(prompt, max_new_tokens=tokens, stepper=lm.make_stepper("none")), lm.tokenizer)
     assert found.text == plain.text == lm.generate(prompt, max_new_tokens=tokens).text
     assert found.tokens_per_step > plain.tokens_per_step == 1.0
     assert all(len(step.nodes) == 1 for step in plain.steps)

@@ -91,9 +91,10 @@ def test_a_run_leaves_heads_that_decode_and_all_that_made_them(saved: Path, trai
     assert [entry["step"] for entry in log] == list(range(1, 9))
     assert "tokens_per_step" in log[-1]
     lm = medusa.load(str(saved), heads=str(heads), dtype="float32", backend="transformers", nodes=6, progress=False)
-    plain = lm.with_drafter("none")
+    plain = lm.make_stepper("none")
     for prompt in ("What is it?", "Tell me more."):
-        assert lm.generate(prompt, max_new_tokens=40).token_ids == plain.generate(prompt, max_new_tokens=40).token_ids
+        expected = lm.generate(prompt, max_new_tokens=40, stepper=plain)
+        assert lm.generate(prompt, max_new_tokens=40).token_ids == expected.token_ids
 
 
 def test_the_same_run_gives_the_same_heads(saved: Path, trained: Path, tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from helpers import fill, path_nodes, tree_parents
-from medusa.decoding.draft import MODEL, Draft, Row
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.draft import MODEL, Draft
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.scheduler import decode
+from medusa.decoding.stepper import Row
 from medusa.engines import kv_cache
 from medusa.engines import transformers as transformers_backend
 from medusa.engines.int8 import Int8Linear, quantise
@@ -266,7 +268,7 @@ def test_greedy_decoding_equals_generate_token_for_token(family: str, attention:
     expected = generate_greedily(model, prompt, 40)
     assert len(set(expected)) > 4, "a text of few tokens would hide mistakes"
     backend = TransformersBackend(model)
-    steps = list(decode(Decoder(backend, HalfRight(expected, 7), 10), prompt, max_new_tokens=40))
+    steps = list(decode(ReferenceStepper(backend, HalfRight(expected, 7), 10), prompt, max_new_tokens=40))
     assert agrees(model, prompt, [token for step in steps for token in step.tokens], expected)
     assert len(steps) < 30, "drafts were accepted"
     assert steps[-1].finish_reason == "length"
@@ -281,7 +283,7 @@ def test_greedy_decoding_stops_at_the_first_of_several_end_tokens_as_generate_do
     expected = generate_greedily(model, prompt, 40, eos_token_id=ends)
     assert 3 < len(expected) < 40
     for seed in range(5):
-        decoder = Decoder(TransformersBackend(model), HalfRight(free, seed), 10)
+        decoder = ReferenceStepper(TransformersBackend(model), HalfRight(free, seed), 10)
         steps = list(decode(decoder, prompt, max_new_tokens=40, eos_token_ids=ends))
         assert agrees(model, prompt, [token for step in steps for token in step.tokens], expected)
         assert steps[-1].finish_reason == "stop"
@@ -290,7 +292,7 @@ def test_greedy_decoding_stops_at_the_first_of_several_end_tokens_as_generate_do
 def test_decoding_ends_where_the_context_ends() -> None:
     model, prompt = shared_model("llama"), random_text(random.Random(9), 20)
     expected = generate_greedily(model, prompt, 30)
-    decoder = Decoder(TransformersBackend(model, max_length=35), HalfRight(expected, 0), 12)
+    decoder = ReferenceStepper(TransformersBackend(model, max_length=35), HalfRight(expected, 0), 12)
     tokens = [t for step in decode(decoder, prompt, max_new_tokens=500) for t in step.tokens]
     assert tokens == expected[:15]
 
@@ -578,7 +580,7 @@ def test_bfloat16_passes_the_self_check_and_decodes(family: str, attention: str)
     # Eight bits of mantissa over three layers of a random model.
     assert float((logits[0, path].float() - expected).abs().mean() / expected.std()) < 0.1
     backend.release(1)
-    decoder = Decoder(backend, HalfRight([], 0), 8)
+    decoder = ReferenceStepper(backend, HalfRight([], 0), 8)
     assert sum(len(step.tokens) for step in decode(decoder, [1, 2, 3], max_new_tokens=12)) == 12
 
 

@@ -2,85 +2,38 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from medusa.decoders import DRAFTERS, TREES, Nodes, check_nodes, make_decoder, make_drafter, which_tree
+from medusa.completion import Chunk, Completion, Stats, TextOfSteps
 from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
-from medusa.decoding.draft import Drafter, Row
-from medusa.decoding.loop import NO_TIME, FinishReason, Phases, Step, decode
-from medusa.decoding.sampling import Sampling
+from medusa.decoding.draft import Drafter
+from medusa.decoding.sampling import GREEDY, Sampling
+from medusa.decoding.scheduler import Scheduler
+from medusa.decoding.slots import Slots
+from medusa.decoding.stepper import Request, Row
 from medusa.errors import UsageError
+from medusa.steppers import DRAFTERS, TREES, Nodes, check_nodes, make_drafter, make_stepper, which_tree
 from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
-from medusa.text.stream import Detokenizer, StopStrings
+from medusa.text.stream import StopStrings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from medusa.decoding.stepper import Constraint, Stepper
     from medusa.engines.protocol import Backend
     from medusa.heads.module import HeadsRunner
     from medusa.models.zoo import ModelSource
 
+__all__ = ["Chunk", "Completion", "LanguageModel", "Stats", "load", "measured_times"]
+
 Message = Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """Running counts of one text. The first token comes from the prefill, all others from steps."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0  # forward passes after the prefill
-    ttft_seconds: float = 0.0  # from the call to the first token
-    decode_seconds: float = 0.0  # in the steps; waiting for whoever reads the stream is not counted
-    phases: Phases = NO_TIME  # what of that went where; the rest is making text of tokens
-
-    @property
-    def decoded_tokens(self) -> int:
-        """Tokens that came from steps: all but the first."""
-        return max(0, self.new_tokens - 1)
-
-    @property
-    def tokens_per_step(self) -> float:
-        """1.0 is plain decoding; 0.0 where no step was needed."""
-        return self.decoded_tokens / self.steps if self.steps else 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, without the prefill; 0.0 where no step was needed."""
-        return self.decoded_tokens / self.decode_seconds if self.steps else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What one step added.
-
-    `spans` are pieces of text with their source, which join to `text`: "model" for what the model decided itself, the
-    name of a drafter for an accepted draft. `text` never ends in half a character, so it may lag behind `token_ids`.
-    """
-
-    text: str
-    spans: tuple[tuple[str, str], ...]
-    token_ids: tuple[int, ...]
-    stats: Stats
-    finish_reason: FinishReason | None
-    step: Step  # as decoded; a stop string may have cut `token_ids` shorter
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer. `token_ids` include the end-of-text token if the model wrote one; `text` does not."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    stats: Stats
-    finish_reason: FinishReason
 
 
 class LanguageModel:
@@ -107,22 +60,19 @@ class LanguageModel:
         self.tree = which_tree(tree, heads, backend)
         self.nodes = nodes
         self.eos_token_ids = tuple(eos_token_ids)
-        self.drafter = make_drafter(drafter, heads, self.tree)
-        self._times = MachineTimes(times)  # shared with all that `with_drafter` makes of this
-        self.decoder = make_decoder(backend, self.drafter, nodes, self._times)
+        self.slots = Slots(backend)
+        self._times = MachineTimes(times)
         self._facts = dict(facts or {})
+        self.stepper = self.make_stepper(drafter)
 
-    def with_drafter(
-        self, drafter: str | Drafter, *, tree: str | None = None, nodes: Nodes | None = None
-    ) -> LanguageModel:
-        """The same engine with another drafter, by name or one of your own; the two must not generate at the same
-        time."""
-        other = copy.copy(self)
-        other.tree = which_tree(tree, self.heads, self.backend) if tree else self.tree
-        other.nodes = self.nodes if nodes is None else nodes
-        other.drafter = make_drafter(drafter, self.heads, other.tree) if isinstance(drafter, str) else drafter
-        other.decoder = make_decoder(self.backend, other.drafter, other.nodes, self._times)
-        return other
+    def make_stepper(self, drafter: str | Drafter, *, tree: str | None = None, nodes: Nodes | None = None) -> Stepper:
+        """Another way to decode on this engine, for the argument `stepper` of `stream`: with a drafter by name or one
+        of your own, and a tree and nodes that are the model's where they are not given. What is measured of this
+        machine is shared."""
+        if isinstance(drafter, str):
+            tree = which_tree(tree, self.heads, self.backend) if tree else self.tree
+            drafter = make_drafter(drafter, self.heads, tree)
+        return make_stepper(self.backend, drafter, self.nodes if nodes is None else nodes, self._times)
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
         """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`: then for all
@@ -156,57 +106,69 @@ class LanguageModel:
     def stream(
         self,
         prompt: str | Sequence[Message],
+        sampling: Sampling | None = None,
         *,
         raw: bool = False,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        acceptance: Literal["exact", "typical"] = "exact",
-        epsilon: float = 0.09,
-        delta: float = 0.3,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
+        constraint: Constraint | None = None,
+        stepper: Stepper | None = None,
+        **settings: Any,
     ) -> Iterator[Chunk]:
         """Answers a prompt, one chunk for each step. Bad arguments raise UsageError here, not at the first chunk.
 
         Args:
             prompt: a user's turn, or messages with `role` and `content`.
+            sampling: how tokens are chosen; the default is greedy.
             raw: skip the chat template.
             max_new_tokens: the exact limit.
-            temperature: 0 is greedy; above, sampling with `top_k`, `top_p`, `min_p` and `seed`.
-            acceptance: "exact" gives what plain decoding gives; "typical" is faster and lossy (temperature > 0 only).
             stop: strings that end the text; they are not part of it.
             ignore_eos: go on after the end-of-text token.
+            constraint: what the text may become, a grammar say.
+            stepper: another way to decode, made by `make_stepper`.
+            settings: fields of `Sampling` by name: `temperature` (0 is greedy; above, sampling with `top_k`, `top_p`,
+                `min_p` and `seed`), `repetition_penalty`, `acceptance` ("exact" gives what plain decoding gives;
+                "typical" is faster and lossy, above temperature 0 only) with `epsilon` and `delta`.
         """
-        sampling = Sampling(
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            acceptance=acceptance,
-            epsilon=epsilon,
-            delta=delta,
-        )
-        stops = StopStrings(stop)
-        ids = self.encode(prompt, raw=raw)
-        self.decoder.check(ids, max_new_tokens)
-        return self._stream(ids, sampling, stops, max_new_tokens, () if ignore_eos else self.eos_token_ids)
+        text = self._text(prompt, sampling, raw, max_new_tokens, stop, ignore_eos, constraint=constraint, **settings)
+        return (chunk for _, chunk in self._decode([text], stepper or self.stepper))
 
-    def generate(self, prompt: str | Sequence[Message], **options: Any) -> Completion:
-        """The whole answer; takes the options of `stream`."""
-        pieces: list[str] = []
-        token_ids: list[int] = []
-        for chunk in self.stream(prompt, **options):
-            pieces.append(chunk.text)
-            token_ids.extend(chunk.token_ids)
-        assert chunk.finish_reason is not None
-        return Completion("".join(pieces), tuple(token_ids), chunk.stats, chunk.finish_reason)
+    def generate(self, prompt: str | Sequence[Message], *arguments: Any, **options: Any) -> Completion:
+        """The whole answer; takes the arguments of `stream`."""
+        return Completion.of(self.stream(prompt, *arguments, **options))
+
+    def stream_many(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        each: Sequence[Mapping[str, Any]] | None = None,
+        stepper: Stepper | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Answers prompts side by side, as many at once as there are slots: (which prompt, its chunk), as they come.
+
+        Args:
+            each: for each prompt, arguments of `stream` that are its own.
+            options: arguments of `stream` for all.
+        """
+        if each is not None and len(each) != len(prompts):
+            raise UsageError(f"each must hold as many sets of options as there are prompts, {len(prompts)}")
+        texts = [self._text(prompt, **{**options, **(each[i] if each else {})}) for i, prompt in enumerate(prompts)]
+        return self._decode(texts, stepper or self.stepper)
+
+    def generate_many(
+        self, prompts: Sequence[str | Sequence[Message]], *, progress: bool = False, **options: Any
+    ) -> list[Completion]:
+        """The whole answers, in the order of the prompts; takes the arguments of `stream_many`. `progress` shows a bar
+        on stderr."""
+        chunks: list[list[Chunk]] = [[] for _ in prompts]
+        with _progress_bar(len(prompts), progress) as done:
+            for i, chunk in self.stream_many(prompts, **options):
+                chunks[i].append(chunk)
+                if chunk.finish_reason is not None:
+                    done()
+        return [Completion.of(one) for one in chunks]
 
     def runs_on(self) -> dict[str, object]:
         """What decides a token beside weights and seed: backend and number format."""
@@ -220,8 +182,8 @@ class LanguageModel:
         import medusa
 
         nodes: object = self.nodes
-        if isinstance(self.decoder.nodes, NodeBudget):
-            nodes = f"auto (up to {self.decoder.nodes.most}; {self.decoder.nodes.expected} expected)"
+        if isinstance(self.stepper.nodes, NodeBudget):
+            nodes = f"auto (up to {self.stepper.nodes.most}; {self.stepper.nodes.expected} expected)"
         heads: dict[str, object] | None = None
         if self.heads is not None:
             config = self.heads.config
@@ -243,7 +205,7 @@ class LanguageModel:
             "slots": self.backend.num_slots,
             "ends_of_text": ", ".join(f"{self.tokenizer.decode([i])} ({i})" for i in self.eos_token_ids) or None,
             "heads": heads,
-            "drafter": self.drafter.name,
+            "drafter": self.stepper.drafter.name,
             "tree": self.tree,
             "nodes": nodes,
             "versions": {
@@ -254,47 +216,59 @@ class LanguageModel:
             },
         }
 
-    def _stream(
-        self, ids: list[int], sampling: Sampling, stops: StopStrings, max_new_tokens: int, eos: Sequence[int]
-    ) -> Iterator[Chunk]:
-        stats = Stats(prompt_tokens=len(ids))
-        detokenizer = Detokenizer(self.tokenizer)
-        started = time.perf_counter()
-        steps = decode(self.decoder, ids, sampling, max_new_tokens=max_new_tokens, eos_token_ids=eos)
+    def _text(
+        self,
+        prompt: str | Sequence[Message],
+        sampling: Sampling | None = None,
+        raw: bool = False,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        *,
+        constraint: Constraint | None = None,
+        **settings: Any,
+    ) -> tuple[Request, TextOfSteps]:
+        """What is to be decoded and what makes characters of it. Raises UsageError for bad arguments."""
+        sampling = replace(sampling or GREEDY, **settings)
+        stops = StopStrings(stop)
+        ids = self.encode(prompt, raw=raw)
+        ends = frozenset(() if ignore_eos else self.eos_token_ids)
+        request = Request(ids, sampling, max_new_tokens, ends, constraint)
+        request.check(self.backend.max_length)
+        return request, TextOfSteps(self.tokenizer, stops, ends, len(ids))
+
+    def _decode(self, texts: Sequence[tuple[Request, TextOfSteps]], stepper: Stepper) -> Iterator[tuple[int, Chunk]]:
+        begun = time.perf_counter()
+        scheduler = Scheduler(stepper, self.slots)
+        running = {scheduler.submit(request): (i, text) for i, (request, text) in enumerate(texts)}
+        call = begun
         try:
-            for step in steps:
-                spans: list[tuple[str, str]] = []
-                taken = 0
-                source = ""
-                for token, source in zip(step.tokens, step.sources, strict=True):
-                    if token not in eos:  # some tokenizers give the end-of-text token a text
-                        spans += stops.push(detokenizer.push(token), source)
-                    taken += 1
-                    if stops.hit:
-                        break
-                reason = "stop" if stops.hit else step.finish_reason
-                if reason is not None:
-                    spans += stops.push(detokenizer.flush(), source)
-                    reason = "stop" if stops.hit else reason
-                    spans += stops.flush()
-                seconds = time.perf_counter() - started
-                if stats.new_tokens == 0:
-                    stats = replace(stats, ttft_seconds=seconds, new_tokens=taken)
-                else:
-                    stats = replace(
-                        stats,
-                        new_tokens=stats.new_tokens + taken,
-                        steps=stats.steps + 1,
-                        decode_seconds=stats.decode_seconds + seconds,
-                        phases=stats.phases.plus(step.phases),
-                    )
-                text = "".join(piece for piece, _ in spans)
-                yield Chunk(text, tuple(spans), step.tokens[:taken], stats, reason, step)
-                if reason is not None:
-                    return
-                started = time.perf_counter()
+            while not scheduler.idle:
+                chunks = []
+                for task, step in scheduler.step():
+                    i, text = running[task]
+                    chunk = text.push(step, call if step.draft is None else begun)
+                    if chunk.finish_reason is not None:
+                        scheduler.cancel(task)  # a stop string: the loop does not know
+                    chunks.append((i, chunk))
+                yield from chunks
+                begun = time.perf_counter()
         finally:
-            steps.close()  # type: ignore[attr-defined]
+            scheduler.close()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """What is to be called whenever one of `total` texts has ended."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        bar = progress.add_task("Answering", total=total)
+        yield lambda: progress.advance(bar)
 
 
 def measured_times(

@@ -9,11 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from medusa.api import Chunk, Stats
+    from medusa.completion import Chunk, Completion, Stats
 
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 DRAFT_COLOURS = {"heads": "\x1b[32m", "ngram": "\x1b[36m"}  # green, cyan; "model" stays plain
@@ -70,35 +70,24 @@ class Printer:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a stream gave, even when it was stopped half-way."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    stats: Stats | None  # None when stopped before the first chunk
-    finish_reason: str  # "stop", "length" or "interrupted"
-
-
-def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Answer:
+def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Completion:
     """Show each chunk as it comes; return them as one answer. Ctrl-C ends the answer, not the program."""
-    texts: list[str] = []
-    token_ids: list[int] = []
-    stats, finish_reason = None, None
+    from medusa.completion import Completion
+
+    shown: list[Chunk] = []
     try:
         for chunk in chunks:
-            texts.append(chunk.text)
-            token_ids.extend(chunk.token_ids)
-            stats, finish_reason = chunk.stats, chunk.finish_reason
+            shown.append(chunk)
             show(chunk)
     except KeyboardInterrupt:
-        finish_reason = None
+        if shown:
+            shown[-1] = replace(shown[-1], finish_reason=None)
     finally:
         # An abandoned generator would hold the engine's slot until it is collected.
         close = getattr(chunks, "close", None)
         if close is not None:
             close()
-    return Answer("".join(texts), tuple(token_ids), stats, finish_reason or "interrupted")
+    return Completion.of(shown)
 
 
 def show_nothing(_: Chunk) -> None:

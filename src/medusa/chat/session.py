@@ -187,7 +187,7 @@ class Chat:
         if interrupted and not answer.text:
             notice("Interrupted before the answer began; the conversation is as it was.")
             return None
-        if answer.stats is not None:
+        if answer.token_ids:
             self.answered.append(answer.stats)
         if interrupted:
             notice("Interrupted; what was said so far stays in the conversation.")

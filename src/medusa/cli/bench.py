@@ -247,7 +247,6 @@ class _Ablation:
 
     def batch(self) -> list[dict[str, Any]]:
         """Texts side by side, with drafts and without."""
-        from medusa.decoding.loop import Decoder
         from medusa.evaluation import ablate as ablations
         from medusa.evaluation.batch import compare_loads
         from medusa.evaluation.methods import PLAIN, first_prompt
@@ -259,11 +258,11 @@ class _Ablation:
         prompts = [prompt for prompt in prompts if len(prompt) + self.tokens <= lm.backend.max_length]
         if not prompts:
             raise UsageError("every question is too long for this ablation")
-        decoders: dict[str, Decoder] = {PLAIN: lm.with_drafter("none").decoder, "medusa": lm.decoder}
+        steppers = {PLAIN: lm.make_stepper("none"), "medusa": lm.stepper}
         with _bar("texts side by side") as tell:
             loads = compare_loads(
                 lm,
-                decoders,
+                steppers,
                 prompts,
                 ablations.BATCH_SIZES,
                 steps=BATCH_STEPS,
@@ -319,6 +318,7 @@ def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
 def _run(
     lm: LanguageModel, methods: Sequence[Method], asked: Sequence[Question], how: Any, out: Path, facts: dict[str, Any]
 ) -> Report:
+    from medusa.decoding.stepper import Request
     from medusa.evaluation.bench import run_bench
     from medusa.evaluation.machine import describe_machine
     from medusa.evaluation.methods import first_prompt
@@ -326,7 +326,7 @@ def _run(
 
     for question in asked:
         try:
-            lm.decoder.check(first_prompt(lm, question), how.max_new_tokens)
+            Request(first_prompt(lm, question), max_new_tokens=how.max_new_tokens).check(lm.backend.max_length)
         except UsageError as error:
             raise UsageError(f"question {question.id}: {error}") from None
     machine = describe_machine(lm)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medusa.cli.options import EngineOptions, SamplingOptions, load_model, read_prompt, with_options
 from medusa.errors import UsageError
-from medusa.terminal import Answer, Printer, collect, notice, show_nothing, totals, wants_colour
+from medusa.terminal import Printer, collect, notice, show_nothing, totals, wants_colour
+
+if TYPE_CHECKING:
+    from medusa.completion import Completion
 
 DEMO_PROMPTS = (
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -38,33 +41,33 @@ def demo(
     if sampling.seed is None:  # plain sampling can only repeat the text when both use one seed
         sampling = dataclasses.replace(sampling, seed=0)
     settings = sampling.checked()
-    fast = load_model(engine)
-    plain = fast.with_drafter("none")
-    for lm in (fast, plain):
-        lm.generate(prompts[0], **{**settings, "max_new_tokens": WARM_UP_TOKENS})
+    lm = load_model(engine)
+    plain = lm.make_stepper("none")
+    for stepper in (lm.stepper, plain):
+        lm.generate(prompts[0], stepper=stepper, **{**settings, "max_new_tokens": WARM_UP_TOKENS})
     printer = Printer(show_drafts=wants_colour(sys.stdout))
     print(f"> {prompts[0]}", flush=True)
-    runs: list[tuple[Answer, Answer]] = []
+    runs: list[tuple[Completion, Completion]] = []
     for number, text in enumerate(prompts, 1):
         # Interleaved, so that a machine that slows down or speeds up treats both alike.
-        drafted = collect(fast.stream(text, **settings), printer if number == 1 else show_nothing)
+        drafted = collect(lm.stream(text, **settings), printer if number == 1 else show_nothing)
         if number == 1:
             print(flush=True)
             printer.legend()
         if drafted.finish_reason == "interrupted":
             raise KeyboardInterrupt
         notice(f"measuring {number} of {len(prompts)} ...")
-        plainly = collect(plain.stream(text, **settings), show_nothing)
+        plainly = collect(lm.stream(text, stepper=plain, **settings), show_nothing)
         if plainly.finish_reason == "interrupted":
             raise KeyboardInterrupt
         runs.append((drafted, plainly))
     print(_comparison(runs), flush=True)
 
 
-def _comparison(runs: Sequence[tuple[Answer, Answer]]) -> str:
+def _comparison(runs: Sequence[tuple[Completion, Completion]]) -> str:
     """One line that compares answers decoded with drafts and without, and says whether they are the same."""
-    tokens, steps, seconds = totals(one.stats for one, _ in runs if one.stats is not None)
-    plain_tokens, _, plain_seconds = totals(one.stats for _, one in runs if one.stats is not None)
+    tokens, steps, seconds = totals(one.stats for one, _ in runs)
+    plain_tokens, _, plain_seconds = totals(one.stats for _, one in runs)
     if min(tokens, steps, seconds, plain_tokens, plain_seconds) <= 0:
         return "Too few tokens to compare; ask for more with --max-new-tokens."
     speed, plain_speed = tokens / seconds, plain_tokens / plain_seconds

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medusa.chat.session import Chat
 from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, check_text, load_model, read_prompt, with_options
-from medusa.terminal import Answer, Printer, collect, notice, show_nothing, stats_line
+from medusa.terminal import Printer, collect, notice, show_nothing, stats_line
+
+if TYPE_CHECKING:
+    from medusa.completion import Completion
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that were drafted.")]
 
@@ -45,7 +48,7 @@ def generate(
         print(json.dumps(_as_json(answer)), flush=True)
     else:
         print(flush=True)
-        if answer.stats is not None:
+        if answer.token_ids:
             notice(stats_line(answer.stats) + (", interrupted" if answer.finish_reason == "interrupted" else ""))
         printer.legend()
     if answer.finish_reason == "interrupted":
@@ -65,21 +68,22 @@ def chat(
     if system is not None:
         check_text(system, "the system prompt")
     lm = load_model(engine)
+    lm.slots.kept = lm.backend.max_length  # the next turn continues from what the slot holds
     raise typer.Exit(Chat(lm, system=system, settings=settings, show_drafts=show_drafts).run())
 
 
-def _as_json(answer: Answer) -> dict[str, object]:
+def _as_json(answer: Completion) -> dict[str, object]:
     """The line that `generate --json` prints."""
     stats = answer.stats
     return {
         "text": answer.text,
         "token_ids": list(answer.token_ids),
         "num_new_tokens": len(answer.token_ids),
-        "steps": stats.steps if stats else 0,
-        "tokens_per_step": round(stats.tokens_per_step, 3) if stats else 0.0,
-        "decode_seconds": round(stats.decode_seconds, 4) if stats else 0.0,
-        "tokens_per_second": round(stats.tokens_per_second, 2) if stats else 0.0,
-        "ttft_seconds": round(stats.ttft_seconds, 4) if stats else None,
+        "steps": stats.steps,
+        "tokens_per_step": round(stats.tokens_per_step, 3),
+        "decode_seconds": round(stats.decode_seconds, 4),
+        "tokens_per_second": round(stats.tokens_per_second, 2),
+        "ttft_seconds": round(stats.ttft_seconds, 4) if answer.token_ids else None,
         "finish_reason": answer.finish_reason,
     }
 

@@ -12,18 +12,20 @@ returns the accepted nodes (the root first) and the next root token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medusa.decoding.sampling import Sampling, candidates, penalise, sample
+from medusa.errors import MedusaError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.decoding.draft import Draft, Row
+    from medusa.decoding.draft import Draft
+    from medusa.decoding.stepper import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +39,18 @@ class Accepted:
 def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
     """Applies the rule that `row.sampling` asks for to logits [N, V] of `draft`."""
     sampling = row.sampling
-    seen = set(row.tokens) if sampling.repetition_penalty != 1 else None
+    as_they_are = sampling.repetition_penalty == 1 and row.constraint is None
 
     def node_logits(node: int) -> Tensor:
-        if seen is None:
+        if as_they_are:
             return logits[node]
-        path = {draft.tokens[i] for i in draft.path(node)}  # a node is penalised for its own path, not its siblings'
-        return penalise(logits[node].float(), seen | path, sampling.repetition_penalty)
+        # A node is penalised for its own path, not its siblings'; the root is of the text already.
+        return _scores(logits[node], row, [draft.tokens[i] for i in draft.path(node)[1:]])
 
     if not sampling.greedy and sampling.acceptance == "typical":
         return _typical(node_logits, draft, sampling)
     if sampling.greedy:
-        if seen is None:
+        if as_they_are:
             return _descend(_argmax(logits), draft)
         return _descend(lambda node: int(node_logits(node).argmax()), draft)
     depths = draft.topology.depths
@@ -56,13 +58,29 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
     return _descend(lambda node: sample(node_logits(node), sampling, len(row.tokens) + int(depths[node])), draft)
 
 
-def first_token(logits: Tensor, tokens: list[int], sampling: Sampling) -> int:
-    """The token after the prompt `tokens`, from its last logits [V]: there is no draft yet."""
-    if sampling.repetition_penalty != 1:
-        logits = penalise(logits.float(), set(tokens), sampling.repetition_penalty)
-    if sampling.greedy or sampling.acceptance == "typical":
-        return int(logits.argmax())
-    return sample(logits, sampling, len(tokens))
+def first_token(logits: Tensor, row: Row) -> int:
+    """The token after the prompt, from its last logits [V]: there is no draft yet."""
+    scores = _scores(logits, row, ())
+    if row.sampling.greedy or row.sampling.acceptance == "typical":
+        return int(scores.argmax())
+    return sample(scores, row.sampling, len(row.tokens))
+
+
+def _scores(logits: Tensor, row: Row, path: Sequence[int]) -> Tensor:
+    """Logits [V] after the text of a row and the drafted tokens `path`, penalised, and -inf for what must not come.
+
+    Raises MedusaError where the constraint allows nothing.
+    """
+    import torch
+
+    if row.sampling.repetition_penalty != 1:
+        logits = penalise(logits.float(), {*row.tokens, *path}, row.sampling.repetition_penalty)
+    allowed = None if row.constraint is None else row.constraint.allowed(path)
+    if allowed is None:
+        return logits
+    if not allowed.any():
+        raise MedusaError("the constraint allows no token here, not even one that ends the text")
+    return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -math.inf)
 
 
 def _argmax(logits: Tensor) -> Callable[[int], int]:

@@ -15,7 +15,8 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from medusa.decoding.draft import Draft, Drafter, Row
+from medusa.decoding.draft import Draft, Drafter
+from medusa.decoding.stepper import Row
 from medusa.errors import UsageError
 
 LONGEST = 64  # nodes up to which times are tabulated; a straight line from there

@@ -9,44 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from medusa.decoding.tree import best_nodes
 from medusa.engines.topology import Parents, Topology, topology
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from medusa.decoding.sampling import Sampling
+    from medusa.decoding.stepper import Row
 
 MODEL = "model"  # the source of tokens that the model itself decided
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One text being decoded, in one slot of the backend. The last of `tokens` is the root of the next draft."""
-
-    slot: int
-    tokens: list[int]  # prompt and output
-    prompt_tokens: int
-    max_new_tokens: int
-    eos_token_ids: frozenset[int]
-    sampling: Sampling
-    features: Tensor  # [F*H] of the last accepted token
-    finish_reason: str | None = None
-    frugal: bool = False  # only drafters that cost no time are to draft for it: see `budget.py`
-    price: float = 0.0  # of drafting: the tokens that its time would give otherwise; 0: no matter, see `budget.py`
-    notes: dict[object, Any] = field(default_factory=dict)  # what a drafter remembers of this row, under its own key
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.tokens) - self.prompt_tokens
-
-    @property
-    def room(self) -> int:
-        """How deep a draft may be: a path of d drafted nodes yields d + 1 tokens."""
-        return self.max_new_tokens - self.new_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from medusa.decoding.draft import MODEL, Draft, Row
+from medusa.decoding.draft import MODEL, Draft
+from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
 from medusa.heads.module import HeadsRunner

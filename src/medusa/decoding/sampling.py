@@ -63,6 +63,9 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
 
+GREEDY = Sampling()
+
+
 def penalise(logits: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
     """Repetition penalty of one row: logits [V] of tokens already seen are divided (if positive) or multiplied."""
     import torch

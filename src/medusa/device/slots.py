@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa.decoding.draft import Row
+from medusa.decoding.stepper import Row
 from medusa.device.noise import signed
 
 _NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "epsilon", "delta")

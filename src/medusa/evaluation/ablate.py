@@ -25,6 +25,7 @@ from medusa.files import write_whole
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
+    from medusa.decoding.sampling import Sampling
     from medusa.evaluation.batch import Load
 
 TREE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -50,11 +51,11 @@ class Variant:
     facts: dict[str, Any]
 
 
-def plain_variant(lm: LanguageModel, sampling: dict[str, Any]) -> Variant:
+def plain_variant(lm: LanguageModel, sampling: Sampling) -> Variant:
     return Variant(medusa_method(PLAIN, lm, sampling), {"kind": PLAIN, "nodes": 1})
 
 
-def tree_variants(lm: LanguageModel, sampling: dict[str, Any], seed: int = 0) -> list[Variant]:
+def tree_variants(lm: LanguageModel, sampling: Sampling, seed: int = 0) -> list[Variant]:
     """Random and searched trees of up to 256 nodes, and Cartesian products; heads alone.
 
     Raises:
@@ -82,7 +83,7 @@ def tree_variants(lm: LanguageModel, sampling: dict[str, Any], seed: int = 0) ->
     return found
 
 
-def heads_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+def heads_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     """How many heads pay, and what each part of Medusa adds: a chain of best guesses, a searched tree, a dynamic one,
     n-grams; all trees of 8 nodes.
 
@@ -109,21 +110,21 @@ def heads_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]
             )
         )
     for name, drafter in (("dynamic tree", "heads"), ("dynamic tree and n-grams", "union")):
-        method = MedusaMethod(name, lm.with_drafter(drafter, tree="dynamic", nodes=SMALL_TREE), sampling)
+        method = MedusaMethod(name, lm, lm.make_stepper(drafter, tree="dynamic", nodes=SMALL_TREE), sampling)
         found.append(Variant(method, {"kind": name, "heads": best.depth, "nodes": SMALL_TREE}))
     return found
 
 
-def nodes_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+def nodes_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     """The drafter of `lm` with fixed numbers of nodes, and with as many as pay."""
     found = [plain_variant(lm, sampling)]
     for nodes in (*NODE_SIZES[1:], "auto"):
-        method = MedusaMethod(f"{nodes}", lm.with_drafter(lm.drafter, nodes=nodes), sampling)
+        method = MedusaMethod(f"{nodes}", lm, lm.make_stepper(lm.stepper.drafter, nodes=nodes), sampling)
         found.append(Variant(method, {"kind": "auto" if nodes == "auto" else "fixed", "nodes": nodes}))
     return found
 
 
-def drafters_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Variant]:
+def drafters_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     """Every drafter with 16 nodes and with as many as pay; `rubbish` is always wrong, to see what that costs."""
     names = ["ngram"] if lm.heads is None else ["ngram", "heads", "union", "rubbish"]
     if lm.heads is not None and lm.heads.config.tree:
@@ -131,24 +132,23 @@ def drafters_variants(lm: LanguageModel, sampling: dict[str, Any]) -> list[Varia
     found = [plain_variant(lm, sampling)]
     for name in names:
         for nodes in (DRAFTERS_NODES, "auto"):
-            base = medusa_method(name, lm, sampling)
-            method = replace(base, name=f"{name}, {nodes}", lm=base.lm.with_drafter(base.lm.drafter, nodes=nodes))
+            method = replace(medusa_method(name, lm, sampling, nodes), name=f"{name}, {nodes}")
             found.append(Variant(method, {"drafter": name, "nodes": nodes}))
     return found
 
 
 def threshold_variants(
-    lm: LanguageModel, sampling: dict[str, Any], baselines: Sequence[Method] = (), epsilons: Sequence[float] = EPSILONS
+    lm: LanguageModel, sampling: Sampling, baselines: Sequence[Method] = (), epsilons: Sequence[float] = EPSILONS
 ) -> list[Variant]:
     """Typical acceptance by its threshold, delta = sqrt(epsilon), beside exact sampling and greedy decoding, all with
     the drafter of `lm`. `plain` samples; `baselines` are others' engines."""
-    exact = {**sampling, "acceptance": "exact"}
+    exact = replace(sampling, acceptance="exact")
     found = [plain_variant(lm, exact)]
-    found.append(Variant(MedusaMethod("greedy", lm, {**exact, "temperature": 0.0}), {"kind": "greedy"}))
-    found.append(Variant(MedusaMethod("exact", lm, exact), {"kind": "exact"}))
+    found.append(Variant(MedusaMethod("greedy", lm, lm.stepper, replace(exact, temperature=0.0)), {"kind": "greedy"}))
+    found.append(Variant(MedusaMethod("exact", lm, lm.stepper, exact), {"kind": "exact"}))
     for epsilon in epsilons:
-        how = {**sampling, "acceptance": "typical", "epsilon": epsilon, "delta": math.sqrt(epsilon)}
-        method = MedusaMethod(f"typical {epsilon:g}", lm, how)
+        how = replace(sampling, acceptance="typical", epsilon=epsilon, delta=math.sqrt(epsilon))
+        method = MedusaMethod(f"typical {epsilon:g}", lm, lm.stepper, how)
         found.append(Variant(method, {"kind": "typical", "epsilon": epsilon, "delta": round(math.sqrt(epsilon), 4)}))
     return found + [Variant(method, {"kind": method.name}) for method in baselines]
 
@@ -178,9 +178,9 @@ def random_tree(nodes: int, levels: int, seed: int) -> Tree:
     return Tree.from_paths(paths[1:])
 
 
-def _with_tree(name: str, lm: LanguageModel, tree: Tree, sampling: dict[str, Any]) -> MedusaMethod:
+def _with_tree(name: str, lm: LanguageModel, tree: Tree, sampling: Sampling) -> MedusaMethod:
     assert lm.heads is not None
-    return MedusaMethod(name, lm.with_drafter(HeadsDrafter(lm.heads, tree), nodes=len(tree)), sampling)
+    return MedusaMethod(name, lm, lm.make_stepper(HeadsDrafter(lm.heads, tree), nodes=len(tree)), sampling)
 
 
 def _expected(tree: Tree, best: Tree) -> float | None:

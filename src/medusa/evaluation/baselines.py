@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from medusa.api import LanguageModel, Message
+    from medusa.decoding.sampling import Sampling
 
 BASELINES = {
     "transformers": "transformers' generate",
@@ -51,7 +52,7 @@ class TransformersMethod:
     name: str
     network: PreTrainedModel
     lm: LanguageModel
-    sampling: dict[str, Any]
+    sampling: Sampling
     options: dict[str, Any] = field(default_factory=dict)
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
@@ -60,15 +61,15 @@ class TransformersMethod:
         peak = PeakMemory()
         ids = self.lm.encode(prompt_of(self.lm, messages))
         prompt = torch.tensor([ids], device=self.network.device)
-        temperature = self.sampling.get("temperature", 0.0)
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature:
-            torch.manual_seed(self.sampling.get("seed") or 0)
+        sampling = self.sampling
+        if not sampling.greedy:
+            torch.manual_seed(sampling.seed or 0)
             how = {
                 "do_sample": True,
-                "temperature": temperature,
-                "top_p": self.sampling.get("top_p", 1.0),
-                "top_k": self.sampling.get("top_k", 0),
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k,
             }
         watch, passes = Watch(), 0
 
@@ -120,11 +121,11 @@ class ServerMethod:
     client: OpenAI
     model: str
     lm: LanguageModel
-    sampling: dict[str, Any]
+    sampling: Sampling
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
         sent: Any = [dict(message) for message in messages]
-        seed = self.sampling.get("seed")
+        seed = self.sampling.seed
         texts: list[str] = []
         used = None
         begun = time.perf_counter()
@@ -133,8 +134,8 @@ class ServerMethod:
             model=self.model,
             messages=sent,
             max_tokens=max_new_tokens,
-            temperature=self.sampling.get("temperature", 0.0),
-            top_p=self.sampling.get("top_p", 1.0),
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
             seed=None if seed is None else seed % 2**31,
             stream=True,
             stream_options={"include_usage": True},
@@ -175,7 +176,7 @@ class BaselineOptions:
 class Baselines:
     """Loads what the baselines need, once; closed by `stack`."""
 
-    def __init__(self, lm: LanguageModel, options: BaselineOptions, sampling: dict[str, Any], stack: ExitStack) -> None:
+    def __init__(self, lm: LanguageModel, options: BaselineOptions, sampling: Sampling, stack: ExitStack) -> None:
         self.lm, self.options, self.sampling, self._stack = lm, options, sampling, stack
         self._network: PreTrainedModel | None = None
 

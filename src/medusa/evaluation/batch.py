@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import Scheduler
+from medusa.decoding.stepper import Request
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
-    from medusa.decoding.draft import Row
-    from medusa.decoding.loop import Decoder
+    from medusa.decoding.stepper import Stepper
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class Load:
 
 def run_load(
     lm: LanguageModel,
-    decoder: Decoder,
+    stepper: Stepper,
     prompts: Iterator[list[int]],
     load: Load,
     *,
@@ -61,31 +62,20 @@ def run_load(
 ) -> None:
     """Decodes `load.rows` texts side by side for `steps` steps, and adds them to `load`; where a text ends, the next
     prompt comes in."""
-    running: list[Row] = []
-    free = list(range(load.rows))
+    scheduler = Scheduler(stepper, lm.slots, load.rows)
+    ends = frozenset(lm.eos_token_ids)
+    until = load.steps + steps
     try:
-        for _ in range(steps):
-            while free:
-                slot = free.pop()
-                row, _ = decoder.start(
-                    slot, next(prompts), sampling, max_new_tokens=max_new_tokens, eos_token_ids=lm.eos_token_ids
-                )
-                if row.finish_reason is None:
-                    running.append(row)
-                else:
-                    decoder.finish(row)
-                    free.append(slot)
+        while load.steps < until:
+            while scheduler.has_room:
+                scheduler.submit(Request(next(prompts), sampling, max_new_tokens, ends))
             begun = time.perf_counter()
-            done = decoder.step(running)
+            done = [step for _, step in scheduler.step()]
             seconds = time.perf_counter() - begun
-            load.add(sum(len(step.tokens) for step in done), sum(step.drafted for step in done), seconds)
-            for row in [row for row in running if row.finish_reason is not None]:
-                running.remove(row)
-                decoder.finish(row)
-                free.append(row.slot)
+            if done[0].draft is not None:  # not a prefill
+                load.add(sum(len(step.tokens) for step in done), sum(step.drafted for step in done), seconds)
     finally:
-        for row in running:
-            decoder.finish(row)
+        scheduler.close()
 
 
 def endless(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
@@ -96,33 +86,32 @@ def endless(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
 
 def compare_loads(
     lm: LanguageModel,
-    decoders: dict[str, Decoder],
+    steppers: dict[str, Stepper],
     prompts: Sequence[list[int]],
     sizes: Sequence[int],
     *,
     steps: int,
     max_new_tokens: int,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     rounds: int = 3,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Load]]:
-    """By decoder, a Load for each of `sizes`. In each of `rounds` all take turns, with the same prompts."""
-    loads = {name: [Load(rows) for rows in sizes] for name in decoders}
-    chosen = Sampling(**sampling)
+    """By stepper, a Load for each of `sizes`. In each of `rounds` all take turns, with the same prompts."""
+    loads = {name: [Load(rows) for rows in sizes] for name in steppers}
     done = 0
     for turn in range(rounds):
         for i in range(len(sizes)):
-            for name, decoder in decoders.items():
+            for name, stepper in steppers.items():
                 first = (turn * max(sizes)) % len(prompts)
                 run_load(
                     lm,
-                    decoder,
+                    stepper,
                     endless([*prompts[first:], *prompts[:first]]),
                     loads[name][i],
                     steps=steps,
                     max_new_tokens=max_new_tokens,
-                    sampling=chosen,
+                    sampling=sampling,
                 )
                 done += 1
-                tell(done, rounds * len(sizes) * len(decoders))
+                tell(done, rounds * len(sizes) * len(steppers))
     return loads

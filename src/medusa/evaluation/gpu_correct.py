@@ -13,12 +13,12 @@ import torch
 
 from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder, decode
 from medusa.decoding.sampling import Sampling
-from medusa.device.decoder import DeviceDecoder
+from medusa.decoding.scheduler import decode
+from medusa.device.stepper import DeviceStepper
 from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
-from medusa.evaluation.gpu_model import PROMPTS, default_model, load, with_steps
+from medusa.evaluation.gpu_model import PROMPTS, default_model, device_stepper, load
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_shapes import (
     Shape,
@@ -31,7 +31,7 @@ from medusa.evaluation.gpu_shapes import (
 from medusa.evaluation.gpu_timing import exact_float32, free_memory
 
 if TYPE_CHECKING:
-    from medusa.api import LanguageModel
+    from medusa.decoding.stepper import Stepper
 
 TESTS = Path(__file__).parents[3] / "tests"
 OWN = ("test_device_step.py", "test_device_capture.py")
@@ -112,30 +112,30 @@ def _random_texts(options: Options, dtype: torch.dtype) -> dict[str, Any]:
     )
     heads = random_heads(config, backend, options.device, dtype)
     drafter = HeadsDrafter(heads, shipped_tree(NODES))
-    plain = DeviceDecoder(backend, NoDrafter(), 1)
+    plain = DeviceStepper(backend, NoDrafter(), 1)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, shape.vocab, (9 + i,), generator=generator).tolist() for i in range(TEXTS)]
-    decoders = {
-        "heads": DeviceDecoder(backend, drafter, NODES),
-        "union": DeviceDecoder(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
+    steppers = {
+        "heads": DeviceStepper(backend, drafter, NODES),
+        "union": DeviceStepper(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
     }
     expected = [_text(plain, prompt, new_tokens)[0] for prompt in prompts]
     found: dict[str, Any] = {}
-    for name, decoder in decoders.items():
-        texts = [_text(decoder, prompt, new_tokens) for prompt in prompts]
+    for name, stepper in steppers.items():
+        texts = [_text(stepper, prompt, new_tokens) for prompt in prompts]
         found[name] = {
             "texts": len(texts),
             "identical": sum(text == right for (text, _), right in zip(texts, expected, strict=True)),
             "tokens_per_step": round(sum(len(text) - 1 for text, _ in texts) / sum(steps for _, steps in texts), 3),
-            "decoder": type(decoder).__name__,
-            **capture_facts(decoder),
+            "decoder": type(stepper).__name__,
+            **capture_facts(stepper),
         }
     return found
 
 
-def _text(decoder: Decoder, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
+def _text(stepper: Stepper, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
     """A greedy text, and its steps after the prefill."""
-    steps = list(decode(decoder, prompt, Sampling(), max_new_tokens=new_tokens))
+    steps = list(decode(stepper, prompt, Sampling(), max_new_tokens=new_tokens))
     return [token for step in steps for token in step.tokens], max(1, len(steps) - 1)
 
 
@@ -156,13 +156,13 @@ def _real_texts(options: Options, dtype: str) -> dict[str, Any]:
     new_tokens = 12 if options.tiny else 64
     prompts = PROMPTS[:2] if options.tiny else PROMPTS[:TEXTS]
 
-    def texts(of: LanguageModel) -> list[tuple[int, ...]]:
-        return [of.generate(prompt, max_new_tokens=new_tokens).token_ids for prompt in prompts]
+    def texts(stepper: Stepper) -> list[tuple[int, ...]]:
+        return [lm.generate(prompt, max_new_tokens=new_tokens, stepper=stepper).token_ids for prompt in prompts]
 
-    expected = texts(with_steps(lm, "none", 1))
+    expected = texts(device_stepper(lm, "none", 1))
     found: dict[str, Any] = {}
     for name in ("heads", "union") if lm.heads is not None else ("union",):
-        other = with_steps(lm, name, DEFAULT_NODES)
-        same = [text == right for text, right in zip(texts(other), expected, strict=True)]
-        found[name] = {"texts": len(same), "identical": sum(same), "decoder": type(other.decoder).__name__}
+        stepper = device_stepper(lm, name, DEFAULT_NODES)
+        same = [text == right for text, right in zip(texts(stepper), expected, strict=True)]
+        found[name] = {"texts": len(same), "identical": sum(same), "decoder": type(stepper).__name__}
     return found

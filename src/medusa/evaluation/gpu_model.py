@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa.decoding.loop import Decoder
-from medusa.device.decoder import DeviceDecoder, parts
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.sampling import GREEDY, Sampling
+from medusa.device.stepper import DeviceStepper
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.baselines import TransformersMethod
 from medusa.evaluation.batch import Load, compare_loads
@@ -21,7 +22,8 @@ from medusa.evaluation.gpu_timing import exact_float32, free_memory
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
-    from medusa.decoders import Nodes
+    from medusa.decoding.stepper import Stepper
+    from medusa.steppers import Nodes
 
 NODES = 64
 AUTO: Nodes = "auto"
@@ -149,11 +151,11 @@ def _one_text(part: Part, options: Options) -> None:
     if lm.heads is None:
         part.note("there are no heads for this model: give --heads")
     if options.cuda:
-        part.expect(isinstance(lm.decoder, DeviceDecoder), f"medusa.load gives a {type(lm.decoder).__name__} on CUDA")
+        part.expect(isinstance(lm.stepper, DeviceStepper), f"medusa.load gives a {type(lm.stepper).__name__} on CUDA")
     prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
-    part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}), needs=5.0)
+    part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, GREEDY), needs=5.0)
     few = prompts[: len(prompts) // 2]
-    part.measure("sampled", lambda: _texts(part, lm, few, tokens, {"temperature": 0.7}), needs=5.0)
+    part.measure("sampled", lambda: _texts(part, lm, few, tokens, Sampling(temperature=0.7)), needs=5.0)
     part.measure("baselines", lambda: _baselines(part, lm, options), needs=5.0)
 
 
@@ -164,30 +166,26 @@ def compiled_texts(part: Part, options: Options) -> None:
     begun = time.perf_counter()
     lm = load(options, compile=True)
     prompts, tokens = (PROMPTS[:1], 8) if options.tiny else (PROMPTS[:6], 256)
-    part.measure("model", lambda: _texts(part, lm, prompts, tokens, {"temperature": 0.0}, ("plain", "union", "auto")))
+    part.measure("model", lambda: _texts(part, lm, prompts, tokens, GREEDY, ("plain", "union", "auto")))
     part.set("model/seconds", round(time.perf_counter() - begun, 1))
     free_memory(options.device)
 
 
-def views(lm: LanguageModel) -> dict[str, LanguageModel]:
-    """The same engine with each drafter that it has, and once with as many nodes as it chooses itself."""
+def steppers_of(lm: LanguageModel) -> dict[str, Stepper]:
+    """A stepper for each drafter that the engine has, and once with as many nodes as it chooses itself."""
     names = [name for name in DRAFTERS if lm.heads is not None or name == "ngram"]
-    found = {"plain": with_steps(lm, "none", 1), **{name: with_steps(lm, name, NODES) for name in names}}
-    return {**found, "auto": with_steps(lm, names[-1], "auto")} if "union" in names else found
+    found = {"plain": device_stepper(lm, "none", 1), **{name: device_stepper(lm, name, NODES) for name in names}}
+    return {**found, "auto": device_stepper(lm, names[-1], "auto")} if "union" in names else found
 
 
-def with_steps(lm: LanguageModel, drafter: str, nodes: Nodes) -> LanguageModel:
-    """The same engine with another drafter, decoding by steps on the device also where that is a CPU."""
-    other = lm.with_drafter(drafter, nodes=1)
-    try:
-        parts(other.drafter)
-    except UsageError:  # heads without a fixed tree
-        return lm.with_drafter(drafter, nodes=nodes)
-    if isinstance(other.decoder, DeviceDecoder):  # as it is on a GPU
-        return lm.with_drafter(drafter, nodes=nodes)
+def device_stepper(lm: LanguageModel, name: str, nodes: Nodes) -> Stepper:
+    """Decodes by steps on the device also where that is a CPU."""
+    drafter = lm.make_stepper(name, nodes=1).drafter
     backend: Any = lm.backend
-    other.decoder = DeviceDecoder(backend, other.drafter, nodes)
-    return other
+    try:
+        return DeviceStepper(backend, drafter, nodes)
+    except UsageError:  # heads without a fixed tree
+        return lm.make_stepper(drafter, nodes=nodes)
 
 
 def _texts(
@@ -195,20 +193,18 @@ def _texts(
     lm: LanguageModel,
     prompts: Sequence[str],
     max_new_tokens: int,
-    sampling: dict[str, Any],
+    sampling: Sampling,
     names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Every drafter (or those in `names`) in turn for each prompt: rates, and how many texts are those of plain
     decoding."""
-    engines = {name: engine for name, engine in views(lm).items() if not names or name in names}
+    steppers = {name: stepper for name, stepper in steppers_of(lm).items() if not names or name in names}
     longest = max(prompts, key=len)
-    for (
-        name,
-        engine,
-    ) in engines.items():  # graphs of every length are captured here, and where nodes are chosen, of more
+    for name, stepper in steppers.items():  # graphs of every length are captured, and where nodes are chosen, of more
         for prompt in prompts if name == "auto" else [longest]:
-            engine.generate(prompt, max_new_tokens=max_new_tokens, seed=0, ignore_eos=prompt == longest, **sampling)
-    counts = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in engines}
+            ends = {"ignore_eos": prompt == longest}
+            lm.generate(prompt, sampling, max_new_tokens=max_new_tokens, seed=0, stepper=stepper, **ends)
+    counts = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in steppers}
     first_seconds = []
     done = 0
     for seed, prompt in enumerate(prompts):
@@ -216,8 +212,8 @@ def _texts(
             part.note(f"only {done} of {len(prompts)} prompts fitted into the time")
             break
         plain: tuple[int, ...] = ()
-        for name, engine in engines.items():
-            text = engine.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+        for name, stepper in steppers.items():
+            text = lm.generate(prompt, sampling, max_new_tokens=max_new_tokens, seed=seed, stepper=stepper)
             if name == "plain":
                 plain = text.token_ids
                 first_seconds.append(text.stats.ttft_seconds)
@@ -227,8 +223,8 @@ def _texts(
             of["seconds"] += text.stats.decode_seconds
             of["identical"] += text.token_ids == plain
         done += 1
-    for name, engine in engines.items():
-        refused = capture_facts(engine.decoder).get("refused")
+    for name, stepper in steppers.items():
+        refused = capture_facts(stepper).get("refused")
         part.expect(not refused, f"{name}: not captured: {refused}")
     rates = {name: of["tokens"] / of["seconds"] if of["seconds"] else 0.0 for name, of in counts.items()}
     return {
@@ -238,8 +234,8 @@ def _texts(
             "to_plain": round(rates[name] / rates["plain"], 3) if rates["plain"] else None,
             "identical": of["identical"],
             "texts": done,
-            "decoder": type(engines[name].decoder).__name__,
-            **capture_facts(engines[name].decoder),
+            "decoder": type(steppers[name]).__name__,
+            **capture_facts(steppers[name]),
         }
         for name, of in counts.items()
     } | {"first_token_ms": round(1e3 * sorted(first_seconds)[len(first_seconds) // 2], 2)}
@@ -249,8 +245,7 @@ def _baselines(part: Part, lm: LanguageModel, options: Options) -> dict[str, Any
     """transformers' generate, and Medusa's loop from the host: a few prompts, as these are slow."""
     prompts, tokens = (PROMPTS[:1], 12) if options.tiny else (PROMPTS[:3], 96)
     backend: Any = lm.backend
-    sampling = {"temperature": 0.0}
-    generate = TransformersMethod("transformers", backend.model, lm, sampling)
+    generate = TransformersMethod("transformers", backend.model, lm, GREEDY)
     ours = backend.model.config._attn_implementation
     backend.model.set_attn_implementation("sdpa")  # transformers' own
     try:
@@ -262,14 +257,13 @@ def _baselines(part: Part, lm: LanguageModel, options: Options) -> dict[str, Any
         1e-9, sum(answer.decode_seconds for answer in answers)
     )
     found: dict[str, Any] = {"generate_tokens_per_second": round(rate, 1)}
-    for name in views(lm):
+    for name, stepper in steppers_of(lm).items():
         if (own := part.get(f"greedy/{name}/tokens_per_second")) and rate:
             found[f"{name}_to_generate"] = round(own / rate, 3)
-    for name, engine in views(lm).items():
         if name in ("plain", "union"):
-            engine.decoder = Decoder(backend, engine.drafter, 1 if name == "plain" else NODES)
-            engine.generate(prompts[0], max_new_tokens=8)
-            texts = [engine.generate(prompt, max_new_tokens=tokens) for prompt in prompts[:2]]
+            host = ReferenceStepper(backend, stepper.drafter, 1 if name == "plain" else NODES)
+            lm.generate(prompts[0], max_new_tokens=8, stepper=host)
+            texts = [lm.generate(prompt, max_new_tokens=tokens, stepper=host) for prompt in prompts[:2]]
             spent = sum(text.stats.decode_seconds for text in texts)
             found[f"host_loop_{name}_tokens_per_second"] = round(
                 sum(text.stats.decoded_tokens for text in texts) / max(1e-9, spent), 1
@@ -281,7 +275,7 @@ def _float32(part: Part, options: Options) -> dict[str, Any]:
     """A few texts in float32, where every drafter must give the text of plain decoding."""
     lm = load(options, dtype="float32")
     prompts = PROMPTS[:1] if options.tiny else (PROMPTS[1], PROMPTS[5], PROMPTS[6])
-    found = _texts(part, lm, prompts, 16 if options.tiny else 128, {"temperature": 0.0})
+    found = _texts(part, lm, prompts, 16 if options.tiny else 128, GREEDY)
     for name, of in found.items():
         if isinstance(of, dict):
             part.expect(of["identical"] == of["texts"], f"float32 with {name}: a text differs from plain decoding")
@@ -293,9 +287,9 @@ def _batches(part: Part, options: Options) -> dict[str, Any]:
     sizes = (1, 2) if options.tiny else BATCHES
     lm = load(options, slots=max(sizes))
     drafter = "union" if lm.heads is not None else "ngram"
-    decoders: dict[str, Decoder] = {
-        "plain": with_steps(lm, "none", 1).decoder,
-        **{f"{drafter} {nodes}": with_steps(lm, drafter, nodes).decoder for nodes in (SMALL_NODES, NODES, AUTO)},
+    steppers = {
+        "plain": device_stepper(lm, "none", 1),
+        **{f"{drafter} {nodes}": device_stepper(lm, drafter, nodes) for nodes in (SMALL_NODES, NODES, AUTO)},
     }
     prompts = [lm.encode(prompt) for prompt in PROMPTS]
     steps, tokens = (3, 8) if options.tiny else (24, 128)
@@ -308,12 +302,12 @@ def _batches(part: Part, options: Options) -> dict[str, Any]:
         def run(steps: int, rounds: int, size: int = size) -> dict[str, Load]:
             loads = compare_loads(
                 lm,
-                decoders,
+                steppers,
                 prompts,
                 [size],
                 steps=steps,
                 max_new_tokens=tokens,
-                sampling={"temperature": 0.0},
+                sampling=GREEDY,
                 rounds=rounds,
             )
             return {name: of[0] for name, of in loads.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from medusa.decoding.draft import Drafter
-from medusa.device.decoder import DeviceDecoder
+from medusa.device.stepper import DeviceStepper
 from medusa.evaluation.gpu_model import default_model, load
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import free_memory
@@ -26,7 +26,7 @@ def profile_part(part: Part, options: Options) -> None:
     backend: Any = lm.backend
     context = 64 if options.tiny else 512
     for name, nodes in (("none", 1), ("union", 64)):
-        drafter = lm.with_drafter(name, nodes=1).drafter
+        drafter = lm.make_stepper(name, nodes=1).drafter
         part.measure(f"{nodes} nodes", lambda d=drafter, n=nodes: kernels(backend, d, n, context, options))  # type: ignore[misc]
     free_memory(options.device)
 
@@ -37,11 +37,11 @@ def kernels(
     """Microseconds and calls in one step: of all kernels, and of those that take longest."""
     from torch.profiler import ProfilerActivity, profile
 
-    decoder = DeviceDecoder(backend, drafter, nodes)
-    decoder.time_step(1, nodes, context, 3)  # captured, and warm
+    stepper = DeviceStepper(backend, drafter, nodes)
+    stepper.time_step(1, nodes, context, 3)  # captured, and warm
     activity = ProfilerActivity.CUDA if options.cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiled:
-        decoder.time_step(1, nodes, context, REPLAYS - 2)  # which runs two more to warm up
+        stepper.time_step(1, nodes, context, REPLAYS - 2)  # which runs two more to warm up
     rows = []
     for event in profiled.key_averages():
         total = event.self_device_time_total if options.cuda else event.self_cpu_time_total

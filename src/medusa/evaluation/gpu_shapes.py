@@ -19,10 +19,11 @@ from torch import nn
 
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request
 from medusa.decoding.tree import Tree
-from medusa.device.decoder import DeviceDecoder
+from medusa.device.stepper import DeviceStepper
 from medusa.engines.transformers import TransformersBackend
 from medusa.evaluation.gpu_report import Options, Part
 from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
@@ -32,6 +33,8 @@ from medusa.heads.module import Heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from medusa.decoding.stepper import Stepper
 
 NODES = (1, 8, 16, 32, 64)
 CONTEXT = 512  # tokens before the step
@@ -208,32 +211,32 @@ def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, lis
     return found
 
 
-def capture_facts(decoder: Decoder) -> dict[str, Any]:
-    """How many graphs a decoder holds, and why it has none where the device refused."""
-    if not isinstance(decoder, DeviceDecoder):
+def capture_facts(stepper: Stepper) -> dict[str, Any]:
+    """How many graphs a stepper holds, and why it has none where the device refused."""
+    if not isinstance(stepper, DeviceStepper):
         return {}
-    return {"graphs": len(decoder.captured), "refused": decoder.captured.refused}
+    return {"graphs": len(stepper.captured), "refused": stepper.captured.refused}
 
 
-def step_seconds(decoder: DeviceDecoder, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
+def step_seconds(stepper: DeviceStepper, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
     """Medians of a step of one text, one for each of `rounds`."""
-    return [decoder.time_step(1, nodes, context, repeats) for _ in range(rounds)]
+    return [stepper.time_step(1, nodes, context, repeats) for _ in range(rounds)]
 
 
-def loop_seconds(decoder: Decoder, context: int, repeats: int, rounds: int = 3) -> list[float]:
-    """The same of any decoder, in the middle of a text: with a DeviceDecoder, what the host does is counted too."""
-    prompt = [(7919 * i + 13) % decoder.backend.vocab_size for i in range(context)]
-    room = decoder.backend.max_length - context - 1
-    row, _ = decoder.start(0, prompt, Sampling(), max_new_tokens=room)
+def loop_seconds(stepper: Stepper, context: int, repeats: int, rounds: int = 3) -> list[float]:
+    """The same of any stepper, in the middle of a text: with a DeviceStepper, what the host does is counted too."""
+    prompt = [(7919 * i + 13) % stepper.backend.vocab_size for i in range(context)]
+    room = stepper.backend.max_length - context - 1
+    row, _ = stepper.start(0, Request(prompt, Sampling(), max_new_tokens=room))
     found: list[float] = []
     try:
-        decoder.step([row])
+        stepper.step([row])
         while len(found) < rounds * repeats and row.finish_reason is None:
             begun = time.perf_counter()
-            decoder.step([row])
+            stepper.step([row])
             found.append(time.perf_counter() - begun)
     finally:
-        decoder.finish(row)
+        stepper.finish(row)
     parts = [found[i::rounds] for i in range(rounds) if found[i::rounds]]
     return [statistics.median(part) for part in parts]
 
@@ -325,9 +328,9 @@ def _steps(
     trained = key.endswith("/trained")
 
     def measure(nodes: int, drafter: Drafter, tree: Tree | None) -> dict[str, Any]:
-        decoder = DeviceDecoder(backend, drafter, nodes)
-        ms = spread(step_seconds(decoder, nodes, context, repeats, rounds))
-        captured = capture_facts(decoder)
+        stepper = DeviceStepper(backend, drafter, nodes)
+        ms = spread(step_seconds(stepper, nodes, context, repeats, rounds))
+        captured = capture_facts(stepper)
         part.expect(not captured["refused"], f"{key}, {nodes} nodes: not captured: {captured['refused']}")
         found: dict[str, Any] = {"ms": ms, **captured}
         first = part.get(f"{key}/steps/1/ms/median")
@@ -351,12 +354,12 @@ def _steps(
         return
 
     def on_the_host(nodes: int, drafter: Drafter) -> dict[str, float]:
-        return spread(loop_seconds(Decoder(backend, drafter, nodes), context, repeats // 2, 2))
+        return spread(loop_seconds(ReferenceStepper(backend, drafter, nodes), context, repeats // 2, 2))
 
     part.measure(f"{key}/with_ngrams/9", lambda: measure(9, NgramDrafter(), None), needs=1.0)  # its longest chain
     part.measure(f"{key}/host_loop_ms/1", lambda: on_the_host(1, NoDrafter()), needs=3.0)
     drafter = HeadsDrafter(heads, shipped_tree(64))
-    whole = DeviceDecoder(backend, drafter, 64)
+    whole = DeviceStepper(backend, drafter, 64)
     part.measure(f"{key}/step_in_text_ms/64", lambda: spread(loop_seconds(whole, context, repeats // 2, 2)), needs=2.0)
     part.measure(f"{key}/host_loop_ms/64", lambda: on_the_host(64, drafter), needs=3.0)
 
@@ -380,11 +383,11 @@ def _compiled_times(part: Part, options: Options, name: str) -> None:
 
         def measure(nodes: int = nodes, drafter: Drafter = drafter) -> dict[str, Any]:
             begun = time.perf_counter()
-            decoder = DeviceDecoder(backend, drafter, nodes)
-            step_seconds(decoder, nodes, context, 1, 1)
+            stepper = DeviceStepper(backend, drafter, nodes)
+            step_seconds(stepper, nodes, context, 1, 1)
             warm = time.perf_counter() - begun
             return {
-                "ms": spread(step_seconds(decoder, nodes, context, repeats, rounds)),
+                "ms": spread(step_seconds(stepper, nodes, context, repeats, rounds)),
                 "first_seconds": round(warm, 2),
             }
 

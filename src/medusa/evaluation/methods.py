@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from medusa.api import LanguageModel, Message
-    from medusa.decoding.loop import Step
+    from medusa.decoding.sampling import Sampling
+    from medusa.decoding.stepper import Step, Stepper
     from medusa.evaluation.questions import Question
     from medusa.heads.module import HeadsRunner, HeadsState
+    from medusa.steppers import Nodes
 
 PLAIN = "plain"
 PHASES = ("draft", "verify", "accept", "keep", "text")
@@ -63,18 +65,21 @@ class Method(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MedusaMethod:
-    """Medusa's loop with some drafter; `sampling` are arguments of `LanguageModel.stream`."""
+    """A stepper of Medusa's."""
 
     name: str
     lm: LanguageModel
-    sampling: dict[str, Any]
+    stepper: Stepper
+    sampling: Sampling
 
     def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
         peak = PeakMemory()
         texts: list[str] = []
         token_ids: list[int] = []
         steps: list[Step] = []
-        for chunk in self.lm.stream(prompt_of(self.lm, messages), max_new_tokens=max_new_tokens, **self.sampling):
+        for chunk in self.lm.stream(
+            prompt_of(self.lm, messages), self.sampling, max_new_tokens=max_new_tokens, stepper=self.stepper
+        ):
             texts.append(chunk.text)
             token_ids.extend(chunk.token_ids)
             steps.append(chunk.step)
@@ -128,24 +133,23 @@ def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]
     return depths, drafters
 
 
-def medusa_method(name: str, lm: LanguageModel, sampling: dict[str, Any]) -> MedusaMethod:
-    """One of MEDUSA_METHODS on the engine of `lm`.
+def medusa_method(name: str, lm: LanguageModel, sampling: Sampling, nodes: Nodes | None = None) -> MedusaMethod:
+    """One of MEDUSA_METHODS on the engine of `lm`, with its nodes or others.
 
     Raises:
         UsageError: heads are needed and not there; typical acceptance is wanted of greedy decoding.
     """
     if name == "typical":
-        if sampling.get("temperature", 0) == 0:
+        if sampling.greedy:
             raise UsageError("typical acceptance differs from exact only above temperature 0: add --temperature 0.7")
-        return MedusaMethod(name, lm.with_drafter("union"), {**sampling, "acceptance": "typical"})
+        return MedusaMethod(name, lm, lm.make_stepper("union", nodes=nodes), replace(sampling, acceptance="typical"))
     if name == "rubbish":
         if lm.heads is None:
             raise UsageError("the method rubbish misleads heads, and this model has none: give --heads NAME or PATH")
-        return MedusaMethod(name, lm.with_drafter(HeadsDrafter(MisledHeads(lm.heads))), sampling)
+        return MedusaMethod(name, lm, lm.make_stepper(HeadsDrafter(MisledHeads(lm.heads)), nodes=nodes), sampling)
     tree = "static" if name == "heads-static" else "dynamic"
-    return MedusaMethod(
-        name, lm.with_drafter({PLAIN: "none", "heads-static": "heads"}.get(name, name), tree=tree), sampling
-    )
+    drafter = {PLAIN: "none", "heads-static": "heads"}.get(name, name)
+    return MedusaMethod(name, lm, lm.make_stepper(drafter, tree=tree, nodes=nodes), sampling)
 
 
 MEDUSA_METHODS = {

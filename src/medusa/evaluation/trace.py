@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from medusa.api import Chunk, Stats
-    from medusa.decoding.loop import Step
+    from medusa.decoding.stepper import Step
 
 _BOLD = "\x1b[1m"
 _BRACKETS = {"heads": "[]", "ngram": "{}"}  # where there is no colour

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from medusa.api import measured_times
-from medusa.decoders import Nodes, choose_nodes, make_drafter
 from medusa.decoding.budget import MachineTimes, PassTimes
-from medusa.decoding.loop import Decoder, decode
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import decode
 from medusa.errors import UsageError
 from medusa.hf.settings import (
     Stops,
@@ -29,12 +29,14 @@ from medusa.hf.settings import (
     read_stops,
     withheld,
 )
+from medusa.steppers import Nodes, choose_nodes, make_drafter
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
+    from medusa.decoding.stepper import Stepper
     from medusa.engines.transformers import TransformersBackend
     from medusa.heads.module import Heads
 
@@ -152,11 +154,11 @@ class _CustomGenerate:
         )
         sampling = Sampling(**settings, seed=self._seed, **self._typical)
         limit = max(1, stops.max_length - width)  # generate always says one token
-        decoder = self._make_decoder(model, max(map(len, prompts)) + limit)
+        stepper = self._make_stepper(model, max(map(len, prompts)) + limit)
 
         def say(prompt: list[int], padding: list[int], limit: int, stops: Stops) -> list[int]:
             said: list[int] = []
-            for token in _tokens(decoder, prompt, padding, sampling, limit, stops):
+            for token in _tokens(stepper, prompt, padding, sampling, limit, stops):
                 said.append(token)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
@@ -174,8 +176,8 @@ class _CustomGenerate:
                 row += [filler] * missing
         return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], dim=-1)
 
-    def _make_decoder(self, model: PreTrainedModel, positions: int) -> Decoder:
-        """A decoder for texts of up to `positions` tokens. UsageError: the model's context is shorter."""
+    def _make_stepper(self, model: PreTrainedModel, positions: int) -> Stepper:
+        """A stepper for texts of up to `positions` tokens. UsageError: the model's context is shorter."""
         import torch
 
         from medusa.engines.protocol import DEFAULT_MAX_LENGTH
@@ -215,7 +217,7 @@ class _CustomGenerate:
             return built.times[key]
 
         proposer = make_drafter(self._drafter, built.heads)
-        return Decoder(backend, proposer, choose_nodes(self._nodes, proposer, MachineTimes(times), backend))
+        return ReferenceStepper(backend, proposer, choose_nodes(self._nodes, proposer, MachineTimes(times), backend))
 
 
 def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Path | None) -> tuple[object, ...]:
@@ -257,11 +259,11 @@ def _filler(config: GenerationConfig, stops: Stops) -> int | None:
 
 
 def _tokens(
-    decoder: Decoder, prompt: list[int], padding: Sequence[int], sampling: Sampling, limit: int, stops: Stops
+    stepper: Stepper, prompt: list[int], padding: Sequence[int], sampling: Sampling, limit: int, stops: Stops
 ) -> Iterator[int]:
     """The tokens of a text, one by one, up to the one that ends it. `padding` came before the prompt."""
     ids = [*padding, *prompt]
-    steps = decode(decoder, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
+    steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
     try:
         for step in steps:
             for token in step.tokens:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 import medusa
-from medusa.decoders import on_one_gpu
 from medusa.decoding.budget import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import Backend
@@ -27,6 +26,7 @@ from medusa.heads.file import WEIGHTS_FILE, load_heads, save_heads, write_config
 from medusa.heads.module import Heads
 from medusa.models import zoo
 from medusa.plots import draw_accuracy, draw_tree
+from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.config import TextConfig
 from medusa.training.data import Example

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medusa.decoders import on_one_gpu
-from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.stepper import Request
 from medusa.device.capture import Captured
 from medusa.device.noise import signed
 from medusa.engines.flash_attention import FlashAttention
@@ -32,6 +30,7 @@ from medusa.engines.kv_cache import DeviceCursor
 from medusa.engines.protocol import Backend
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
+from medusa.steppers import on_one_gpu
 from medusa.training.talk import LoopWatch, Said, Talk, Talked, Turn
 
 STEPS = 8  # between two looks
@@ -256,9 +255,8 @@ def talk_on_device(
     `spent` is told after each few steps how many tokens they gave.
 
     Raises:
-        UsageError: a turn asks for more than temperature and top-p, or has no room; see `Decoder.check`.
+        UsageError: a turn asks for more than temperature and top-p, or has no room; see `Request.check`.
     """
-    check = Decoder(backend, NoDrafter(), 1).check
     table = DeviceRows(backend)
     last = backend.max_length - 1
     queue = iter(talks)
@@ -278,7 +276,7 @@ def talk_on_device(
             return
         fed = max(0, len(before) - 1)  # what stands before the last token is in the cache
         tokens = [*(before[:-1] if turn.drop_last else before), *turn.tokens]
-        check(tokens, turn.max_new_tokens)
+        Request(tokens, turn.sampling, turn.max_new_tokens).check(backend.max_length)
         position = min(fed, len(tokens) - 1)
         limit = min(turn.max_new_tokens, backend.max_length - len(tokens))
         running[slot] = _Text(number, talk, tokens, len(tokens), limit, turn.ends, position)

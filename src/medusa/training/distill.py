@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medusa.decoding.draft import NoDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
 from medusa.text.chat_template import encode_plain
@@ -144,7 +144,7 @@ def distill(
         talks = _talks(speaker, start, prompts)
         if device is not None:
             return talk_on_device(device, talks, spent)
-        return talk_in_slots(Decoder(lm.backend, NoDrafter(), 1), talks, spent)
+        return talk_in_slots(ReferenceStepper(lm.backend, NoDrafter(), 1), talks, spent)
 
     header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
     return write_in_order(

@@ -31,13 +31,13 @@ from torch import Tensor
 
 import medusa
 from medusa.api import LanguageModel
-from medusa.decoders import on_one_gpu
 from medusa.errors import MedusaError, UsageError
 from medusa.files import write_whole
 from medusa.heads.config import HeadsConfig, vocabulary_hash
 from medusa.heads.file import WEIGHTS_FILE
 from medusa.heads.module import Heads
 from medusa.models import zoo
+from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.calibrate import speed_report
 from medusa.training.config import HeadsOptions, TrainConfig, load_config

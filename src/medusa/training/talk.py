@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from medusa.decoding.draft import Row
-from medusa.decoding.loop import Decoder
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import Scheduler, Task
+from medusa.decoding.slots import Slots
+from medusa.decoding.stepper import Request
+
+if TYPE_CHECKING:
+    from medusa.decoding.stepper import Stepper
 
 
 class LoopWatch:
@@ -76,69 +80,61 @@ class Said(NamedTuple):
 Talk = Generator[Turn, Said, "Talked"]
 
 
+class _Running(NamedTuple):
+    """A conversation whose turn is being decoded."""
+
+    number: int
+    talk: Talk
+    text: list[int]  # up to the turn's answer
+    watch: LoopWatch
+
+
 def talk_in_slots(
-    decoder: Decoder, talks: Iterable[tuple[int, Talk]], spent: Callable[[int], None] = lambda tokens: None
+    stepper: Stepper, talks: Iterable[tuple[int, Talk]], spent: Callable[[int], None] = lambda tokens: None
 ) -> Iterator[tuple[int, Talked]]:
     """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
 
     `spent` is told after each pass, and each turn that begins, how many tokens it gave.
     """
+    backend = stepper.backend
+    # A turn continues from the slot that still holds its text: it is queued before a new conversation can take a slot.
+    scheduler = Scheduler(stepper, Slots(backend, kept=backend.num_slots * backend.max_length))
     queue = iter(talks)
-    free = list(range(decoder.backend.num_slots))[::-1]
-    running: dict[int, tuple[int, Talk, Row, LoopWatch]] = {}
-    ended: list[tuple[int, Talked]] = []
+    running: dict[Task, _Running] = {}
 
-    def release(slot: int) -> None:
-        if decoder.backend.length(slot):  # else the conversation was over before it began, or the prefill failed
-            decoder.backend.release(slot)
-
-    def go_on(slot: int, number: int, talk: Talk, said: Said | None, before: Row | None) -> None:
-        """Starts the conversation's next turn; one that is over at once is followed by the next."""
+    def take_turn(number: int, talk: Talk, text: list[int], said: Said | None) -> Talked | None:
+        """Queues the conversation's next turn; or what it returns, if it is over."""
         try:
-            while True:
-                try:
-                    turn = next(talk) if said is None else talk.send(said)
-                except StopIteration as end:
-                    release(slot)
-                    free.append(slot)
-                    ended.append((number, end.value))
-                    return
-                options: dict[str, Any] = {"max_new_tokens": turn.max_new_tokens, "eos_token_ids": turn.ends}
-                if before is None:
-                    row, step = decoder.start(slot, turn.tokens, turn.sampling, **options)
-                else:
-                    if turn.drop_last:
-                        before.tokens.pop()
-                    row, step = decoder.resume(before, turn.tokens, turn.sampling, **options)
-                spent(len(step.tokens))
-                if row.finish_reason is None:
-                    watch = LoopWatch()
-                    watch.push(step.tokens[0])
-                    running[slot] = number, talk, row, watch
-                    return
-                said, before = Said(list(step.tokens), row.finish_reason), row
-        except BaseException:  # also Ctrl-C: the slot is not among those running, which are released below
-            release(slot)
-            raise
+            turn = next(talk) if said is None else talk.send(said)
+        except StopIteration as end:
+            talked: Talked = end.value
+            return talked
+        text = [*(text[:-1] if turn.drop_last else text), *turn.tokens]
+        task = scheduler.submit(Request(text, turn.sampling, turn.max_new_tokens, turn.ends))
+        running[task] = _Running(number, talk, text, LoopWatch())
+        return None
 
     try:
         while True:
-            while free and (item := next(queue, None)) is not None:
-                go_on(free.pop(), *item, None, None)
-                yield from ended  # at once: there may be no end of conversations that are over before they begin
-                ended.clear()
-            yield from ended
-            ended.clear()
-            if not running:
+            while scheduler.has_room and (item := next(queue, None)) is not None:
+                if (talked := take_turn(*item, [], None)) is not None:
+                    yield item[0], talked
+            if scheduler.idle:
                 return
-            steps = decoder.step([row for _, _, row, _ in running.values()])
-            spent(sum(len(step.tokens) for step in steps))
-            for (slot, (number, talk, row, watch)), step in zip(list(running.items()), steps, strict=True):
+            steps = scheduler.step()
+            spent(sum(len(step.tokens) for _, step in steps))
+            over = []
+            for task, step in steps:
+                number, talk, text, watch = running[task]
                 looped = sum(watch.push(token) for token in step.tokens) > 0  # all are pushed
-                if row.finish_reason is not None or looped:
-                    del running[slot]
-                    said = Said(row.tokens[row.prompt_tokens :], row.finish_reason or "loop")
-                    go_on(slot, number, talk, said, row)
+                if task.finish_reason is None and not looped:
+                    continue
+                scheduler.cancel(task)
+                del running[task]
+                said = Said(task.new_tokens, task.finish_reason or "loop")
+                if (talked := take_turn(number, talk, [*text, *said.tokens], said)) is not None:
+                    over.append((number, talked))
+            yield from over
     finally:
-        for slot in running:
-            decoder.backend.release(slot)
+        scheduler.close()
+        scheduler.slots.clear()

@@ -1,4 +1,4 @@
-"""By name: who drafts, with which tree and how many nodes; and the decoder that follows from it on a backend."""
+"""By name: who drafts, with which tree and how many nodes; and the stepper that follows from it on a backend."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from medusa.decoding.budget import MachineTimes, NodeBudget
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
-from medusa.decoding.loop import Decoder
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import MAX_NODES
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
+    from medusa.decoding.stepper import Stepper
     from medusa.engines.protocol import Backend
     from medusa.engines.transformers import TransformersBackend
     from medusa.heads.module import HeadsRunner
@@ -32,8 +33,8 @@ def which_tree(tree: str, heads: HeadsRunner | None, backend: Backend) -> str:
     return "static" if fixed and on_one_gpu(backend) is not None else "dynamic"
 
 
-def make_decoder(backend: Backend, drafter: Drafter, nodes: Nodes, times: MachineTimes) -> Decoder:
-    """On a GPU a decoder whose steps are captured, where it knows the drafter; else the ordinary one.
+def make_stepper(backend: Backend, drafter: Drafter, nodes: Nodes, times: MachineTimes) -> Stepper:
+    """On a GPU a stepper whose steps are captured, where it knows the drafter; else the reference.
 
     Raises:
         UsageError: see `check_nodes`.
@@ -41,15 +42,15 @@ def make_decoder(backend: Backend, drafter: Drafter, nodes: Nodes, times: Machin
     check_nodes(nodes)
     gpu = on_one_gpu(backend)
     if gpu is not None:
-        from medusa.device.decoder import DeviceDecoder, parts
+        from medusa.device.stepper import DeviceStepper, parts
 
         try:
             parts(drafter)
         except UsageError:  # a dynamic tree, or a drafter of the user's own
             pass
         else:
-            return DeviceDecoder(gpu, drafter, nodes)
-    return Decoder(backend, drafter, choose_nodes(nodes, drafter, times, backend))
+            return DeviceStepper(gpu, drafter, nodes)
+    return ReferenceStepper(backend, drafter, choose_nodes(nodes, drafter, times, backend))
 
 
 def on_one_gpu(backend: Backend) -> TransformersBackend | None:
@@ -92,7 +93,7 @@ def check_nodes(nodes: object) -> None:
 
 
 def choose_nodes(nodes: Nodes, drafter: Drafter, times: MachineTimes, backend: Backend) -> int | NodeBudget:
-    """What a Decoder takes for `nodes`. Times are asked for only where nodes are chosen by them, since it may take
+    """What a stepper takes for `nodes`. Times are asked for only where nodes are chosen by them, since it may take
     seconds. Raises UsageError, see `check_nodes`."""
     from medusa.decoding.heads_drafter import HeadsDrafter
 

@@ -1,4 +1,4 @@
-"""A Decoder whose steps run whole on the device: `device/step.py`, captured for a few batch sizes and trees.
+"""A stepper whose steps run whole on the device: `device/step.py`, captured for a few batch sizes and trees.
 
 What the host does in a step: it sends how deep each draft may be and what the n-gram drafter proposes, replays the
 graph, waits once, and reads which node was accepted, the next root and the draft.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, Row, UnionDrafter
+from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.loop import Decoder, Phases, Step
-from medusa.decoding.sampling import Sampling
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.stepper import Phases, Request, Row, Step
 from medusa.device.capture import Captured
 from medusa.device.nodes import NodesByTime
 from medusa.device.shape import ROOT, FixedShape
@@ -32,8 +32,8 @@ SIZES = (1, 8, 16, 32, 64)  # nodes that "auto" chooses from; a graph for each
 CHAIN_GAIN = 0.8  # tokens that the n-gram drafter adds to a step, until it is known better
 
 
-class DeviceDecoder(Decoder):
-    """Runs rows of text on a transformers backend that has all of its model on one device.
+class DeviceStepper(ReferenceStepper):
+    """See `Stepper`; for a transformers backend that has all of its model on one device.
 
     Args:
         drafter: none, heads with a fixed tree, n-grams, or a union of the two.
@@ -68,10 +68,14 @@ class DeviceDecoder(Decoder):
         self._sent_there = self._sent.to(device) if pinned else self._sent
         self._read = torch.zeros(backend.num_slots * (2 + MAX_NODES), dtype=torch.int64, pin_memory=pinned)
 
-    # --- as of any Decoder --------------------------------------------------------------------------------------------
+    # --- as of any stepper --------------------------------------------------------------------------------------------
+
+    def start(self, slot: int, request: Request, held: int = 0) -> tuple[Row, Step]:
+        if request.constraint is not None:
+            raise UsageError("a step on the device follows no constraint: load the model with tree='dynamic'")
+        return super().start(slot, request, held)
 
     def step(self, rows: Sequence[Row]) -> list[Step]:
-        """One step for all of `rows`, none of which may be finished."""
         begun = time.perf_counter()
         batch = self._bucket(max(row.slot for row in rows) + 1)
         self._needs = Needs.of(rows)
@@ -87,29 +91,20 @@ class DeviceDecoder(Decoder):
         for row in rows:
             last, following, *tokens = out[row.slot]
             path = shape.path_list[last]
-            said, reason = self._extend(row, (*(tokens[node] for node in path[1:]), following))
+            added = row.extend((*(tokens[node] for node in path[1:]), following))
             self.backend.set_length(row.slot, len(row.tokens) - 1)
             gained += len(path) - 1
             draft = self._drafted(shape, tokens, chains[row.slot])
-            steps.append(Step.of(draft, path, said, reason, phases))
+            steps.append(Step.of(draft, path, added, row.finish_reason, phases))
         if self._budget is not None:
             self._budget.learn(nodes, gained / len(rows))
         return steps
 
     @torch.inference_mode()
-    def _begin(
-        self,
-        slot: int,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        max_new_tokens: int,
-        eos_token_ids: Iterable[int],
-        logits: Tensor,
-        features: Tensor,
-    ) -> tuple[Row, Step]:
-        row, step = super()._begin(slot, prompt, sampling, max_new_tokens, eos_token_ids, logits, features)
+    def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
+        row, step = super()._begin(slot, request, logits, features)
         self._slots.begin(row)
-        self._ready(len(prompt) + row.max_new_tokens + MAX_NODES)
+        self._ready(row.prompt_tokens + row.max_new_tokens + MAX_NODES)
         return row, step
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -155,7 +150,7 @@ class DeviceDecoder(Decoder):
         return there
 
     def _ready(self, places: int) -> None:
-        """Room for so many places. Where the cache has moved, by this or another decoder, all graphs are void."""
+        """Room for so many places. Where the cache has moved, by this or another stepper, all graphs are void."""
         self.backend.reserve(places)
         if self.backend.capacity != self._capacity:
             self.captured.clear()

@@ -1,0 +1,107 @@
+"""The reference of a stepper: draft, verify, accept, keep, on any backend.
+
+`step` takes any rows that are running, verifies all their drafts in one forward pass, and each row keeps its own number
+of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from medusa.decoding.accept import accept, first_token
+from medusa.decoding.budget import NodeBudget
+from medusa.decoding.draft import MODEL, Draft, Drafter
+from medusa.decoding.stepper import Phases, Request, Row, Step
+from medusa.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.engines.protocol import Backend
+
+
+class ReferenceStepper:
+    """See `Stepper`.
+
+    Args:
+        backend: where the model runs.
+        drafter: who proposes.
+        nodes: the most nodes of a tree, the root included; 1 is plain decoding. A NodeBudget chooses at each step.
+
+    Raises:
+        UsageError: `nodes` is below 1 or more than the backend takes.
+    """
+
+    def __init__(self, backend: Backend, drafter: Drafter, nodes: int | NodeBudget) -> None:
+        if isinstance(nodes, int) and nodes < 1:
+            raise UsageError(f"nodes must be at least 1 (the root), not {nodes}")
+        if (most := nodes if isinstance(nodes, int) else nodes.most) > backend.max_nodes:
+            raise UsageError(f"nodes may be at most {backend.max_nodes} on the {backend.name} backend, not {most}")
+        self.backend = backend
+        self.drafter = drafter
+        self.nodes = nodes
+
+    def start(self, slot: int, request: Request, held: int = 0) -> tuple[Row, Step]:
+        request.check(self.backend.max_length)
+        if self.backend.length(slot) != held:
+            raise UsageError(f"slot {slot} is in use: finish or close what is being decoded there first")
+        try:
+            logits, features = self.backend.extend(slot, request.prompt[held:])
+        except BaseException:  # also Ctrl-C in a long prompt: what is half filled must not stay
+            if self.backend.length(slot):
+                self.backend.release(slot)
+            raise
+        return self._begin(slot, request, logits, features)
+
+    def step(self, rows: Sequence[Row]) -> list[Step]:
+        # draft
+        begun = time.perf_counter()
+        drafts = self._draft(rows)
+        # verify
+        drafted = time.perf_counter()
+        slots = [row.slot for row in rows]
+        logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
+        # accept
+        verified = time.perf_counter()
+        accepted = [
+            accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
+        ]
+        added = []
+        for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
+            row.features = features[b, choice.path[-1]]
+            added.append(row.extend((*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)))
+        # keep: all of a row's tokens but the last, which is the next root
+        chosen = time.perf_counter()
+        self.backend.keep(slots, [choice.path[: len(tokens)] for choice, tokens in zip(accepted, added, strict=True)])
+        phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
+        return [
+            Step.of(draft, choice.path, tokens, row.finish_reason, phases)
+            for row, draft, choice, tokens in zip(rows, drafts, accepted, added, strict=True)
+        ]
+
+    def finish(self, row: Row) -> None:
+        self.backend.release(row.slot)
+
+    def _draft(self, rows: Sequence[Row]) -> list[Draft]:
+        """A tree for each row, without what the row has no room for."""
+        if isinstance(self.nodes, NodeBudget):
+            return self.nodes.propose(self.drafter, rows)
+        drafts = self.drafter.propose(rows, self.nodes)
+        return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
+
+    def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
+        """The row of a prompt that has been read: logits [V] and features [F*H] are those of its last token."""
+        row = Row(
+            slot=slot,
+            tokens=list(request.prompt),
+            prompt_tokens=len(request.prompt),
+            max_new_tokens=min(request.max_new_tokens, self.backend.max_length - len(request.prompt)),
+            eos_token_ids=request.eos_token_ids,
+            sampling=request.sampling.seeded(),
+            features=features,
+            constraint=request.constraint,
+        )
+        tokens = row.extend((first_token(logits, row),))
+        return row, Step(tokens, (MODEL,), row.finish_reason)

@@ -1,0 +1,161 @@
+"""Who decodes when: texts wait in a queue, enter a free slot, and take part in each pass until they end.
+
+A scheduler is driven by whoever wants its texts, one call of `step` after another; nothing runs between the calls.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medusa.decoding.sampling import GREEDY, Sampling
+from medusa.decoding.slots import Slots
+from medusa.decoding.stepper import Request
+from medusa.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from medusa.decoding.stepper import FinishReason, Row, Step, Stepper
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One text, from the queue to its end."""
+
+    request: Request
+    row: Row | None = None  # None while it waits
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return None if self.row is None else self.row.finish_reason
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """What has been decoded so far."""
+        return [] if self.row is None else self.row.tokens[self.row.prompt_tokens :]
+
+
+class Scheduler:
+    """Runs texts on a stepper, first come, first served. It ends by `close`, which gives all slots back.
+
+    Args:
+        slots: those of the stepper's backend, shared with other schedulers; None makes them.
+        width: the most texts at once; None is one for each slot.
+    """
+
+    def __init__(self, stepper: Stepper, slots: Slots | None = None, width: int | None = None) -> None:
+        self.stepper = stepper
+        self.slots = slots or Slots(stepper.backend)
+        self._width = width or stepper.backend.num_slots
+        self._waiting: deque[Task] = deque()
+        self._running: list[Task] = []
+
+    def submit(self, request: Request) -> Task:
+        """Puts a text into the queue. Raises UsageError, see `Request.check`."""
+        request.check(self.stepper.backend.max_length)
+        task = Task(request)
+        self._waiting.append(task)
+        return task
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits or runs."""
+        return not self._waiting and not self._running
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more text would start at once."""
+        return len(self._waiting) < min(self.slots.free, self._width - len(self._running))
+
+    def step(self) -> list[tuple[Task, Step]]:
+        """Starts the text that has waited longest, if a slot is free; else one forward pass for all that run.
+
+        Where a start fails, its text is gone and the others run on. After an error in a pass, Ctrl-C too, no text runs
+        any more, and the slots of those that ran are empty.
+
+        Raises:
+            UsageError: all slots are in use by others.
+        """
+        if self._waiting and len(self._running) < self._width and self.slots.free:
+            return [self._start(self._waiting.popleft())]
+        if not self._running:
+            last = self.stepper.backend.num_slots - 1
+            which = f"slots 0 to {last} are" if last else "slot 0 is"
+            raise UsageError(f"{which} in use: finish or close what is being decoded there first")
+        tasks = list(self._running)
+        try:
+            steps = self.stepper.step([_row(task) for task in tasks])
+        except BaseException:
+            for task in tasks:  # what their slots hold may be half written
+                self.slots.give_back(_row(task).slot, ())
+            self._running.clear()
+            raise
+        for task in tasks:
+            if task.finish_reason is not None:
+                self._leave(task)
+        return list(zip(tasks, steps, strict=True))
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Task, Step]]:
+        """All steps of the texts, which are asked for as slots become free, until the last has ended."""
+        source = iter(requests)
+        try:
+            while True:
+                while self.has_room and (request := next(source, None)) is not None:
+                    self.submit(request)
+                if self.idle:
+                    return
+                yield from self.step()
+        finally:
+            self.close()
+
+    def cancel(self, task: Task) -> None:
+        """Ends a text where it stands; one that has ended stays so."""
+        if task in self._waiting:
+            self._waiting.remove(task)
+        elif task in self._running:
+            self._leave(task)
+
+    def close(self) -> None:
+        """Ends all texts."""
+        self._waiting.clear()
+        for task in list(self._running):
+            self._leave(task)
+
+    def _start(self, task: Task) -> tuple[Task, Step]:
+        slot, held = self.slots.take(task.request.prompt)
+        try:
+            task.row, step = self.stepper.start(slot, task.request, held)
+        except BaseException:
+            self.slots.give_back(slot, ())
+            raise
+        self._running.append(task)
+        if task.finish_reason is not None:
+            self._leave(task)
+        return task, step
+
+    def _leave(self, task: Task) -> None:
+        self._running.remove(task)
+        row = _row(task)
+        self.slots.give_back(row.slot, row.tokens)
+
+
+def _row(task: Task) -> Row:
+    assert task.row is not None
+    return task.row
+
+
+def decode(
+    stepper: Stepper,
+    prompt: Sequence[int],
+    sampling: Sampling | None = None,
+    *,
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int] = (),
+) -> Iterator[Step]:
+    """Decodes one text, step by step; its slot is free again when the iterator ends or is closed."""
+    request = Request(prompt, sampling or GREEDY, max_new_tokens, frozenset(eos_token_ids))
+    for _, step in Scheduler(stepper).run([request]):
+        yield step

@@ -86,10 +86,9 @@ def _checked(settings: Any) -> list[tuple[str, bool, tuple[Any, ...], dict[str, 
 
 
 def typed_fields(settings: type) -> dict[str, tuple[Field[Any], Any]]:
-    """Name -> field and type. Those that a class adds come before those that it is built on."""
+    """Name -> field and type."""
     hints = get_type_hints(settings)
-    own = inspect.get_annotations(settings)
-    return {f.name: (f, hints[f.name]) for f in sorted(fields(settings), key=lambda f: f.name not in own)}
+    return {f.name: (f, hints[f.name]) for f in fields(settings)}
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
@@ -139,6 +138,18 @@ def _described(f: Field[Any], hint: Any) -> str:
 # --- what runs a model --------------------------------------------------------------------------------------------
 
 
+# A class of two others has first the fields of the second, then those of the first, then its own.
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is loaded."""
+
+    model: str = setting("smollm2-135m", "Short name, Hub id, directory or GGUF file of a model.")
+    _: KW_ONLY
+    heads: str = setting("auto", "Medusa heads; auto takes the ones shipped for the model.", metavar="NAME|PATH|none")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSettings:
     """What runs the model."""
@@ -156,19 +167,10 @@ class BackendSettings:
         check(self)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSettings(BackendSettings):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings(BackendSettings, ModelSettings):
     """What to load, and who drafts: arguments of `medusa.load`."""
 
-    model: str = setting("smollm2-135m", "Short name, Hub id, directory or GGUF file of a model.")
-    _: KW_ONLY
-    heads: str = setting("auto", "Medusa heads; auto takes the ones shipped for the model.", metavar="NAME|PATH|none")
-    drafter: DrafterName = setting("union", "Who proposes tokens; none decodes plainly.")
-    tree: TreeName = setting(
-        "auto",
-        "Draft tree of the heads: grown at each step, or fixed; auto is fixed on a GPU.",
-        more="A static tree is saved with the heads; on a GPU a whole step is then captured as one graph.",
-    )
     nodes: int | Literal["auto"] = setting(
         "auto",
         "Most tokens verified in one step (size of the draft tree); auto takes what pays.",
@@ -177,6 +179,12 @@ class EngineSettings(BackendSettings):
         metavar="auto|N",
     )
     compile: bool = setting(False, "Use torch.compile: slow start, faster steps.")
+    drafter: DrafterName = setting("union", "Who proposes tokens; none decodes plainly.")
+    tree: TreeName = setting(
+        "auto",
+        "Draft tree of the heads: grown at each step, or fixed; auto is fixed on a GPU.",
+        more="A static tree is saved with the heads; on a GPU a whole step is then captured as one graph.",
+    )
     num_slots: int = setting(1, "How many texts can be decoded at once.", ge=1, option=None)
     max_length: int | None = setting(None, "Positions per slot.", unset="the model's context", ge=1, option=None)
     feature_layers: Sequence[int] = setting(
@@ -248,11 +256,16 @@ class Sampling:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerSettings(Sampling):
-    """How one answer is decoded: arguments of `LanguageModel.stream`."""
+@dataclass(frozen=True, kw_only=True)
+class LengthSettings:
+    """How far to decode."""
 
     max_new_tokens: int = setting(256, "Most tokens in one answer.", ge=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSettings(Sampling, LengthSettings):
+    """How one answer is decoded: arguments of `LanguageModel.stream`."""
 
 
 # --- text to learn from -------------------------------------------------------------------------------------------
@@ -295,8 +308,8 @@ class DistillSettings(ConversationSettings):
     tokens: int = setting(300_000, "Tokens of answers to write.", ge=1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSettings(ConversationSettings):
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
     """Where the training text comes from: `data`, or what the model writes (see training/distill.py)."""
 
     data: tuple[str, ...] = setting(
@@ -308,6 +321,12 @@ class TextSettings(ConversationSettings):
     tokens: int | None = setting(
         None, "Tokens of answers to write.", unset="300000, fewer for few steps", ge=1
     )  # see TrainConfig.resolved
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSettings(ConversationSettings, SourceSettings):
+    """The text that heads learn from."""
+
     held_out: float = setting(0.05, "Share of the conversations that measures the heads.", gt=0, le=0.5)
     max_length: int = setting(2048, "Most tokens of a conversation; a longer one is cut.", ge=16)
     seconds: float | None = setting(None, "Of writing, after which it ends with what there is.", gt=0)

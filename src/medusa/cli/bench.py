@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medusa.cli.options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
+from medusa.cli.options import But, load_model, options_of, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
+from medusa.settings import AnswerSettings, EngineSettings, Sampling, values
 from medusa.terminal import notice
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def bench(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: ModelOptions,
-    sampling: SamplingOptions,
+    engine: Annotated[EngineSettings, But("drafter", "tree")],
+    sampling: AnswerSettings,
 ) -> None:
     """Compare ways to decode, question by question, with plain decoding."""
     from medusa.evaluation import baselines as others
@@ -151,10 +152,9 @@ def ablate(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
+    engine: EngineSettings,
 ) -> None:
     """Vary one thing: trees, the threshold of typical acceptance, heads, nodes, drafters, texts at once."""
-    from medusa.decoding.sampling import Sampling
     from medusa.evaluation import ablate as ablations
     from medusa.evaluation.questions import BUILT_IN, choose, read_questions
 
@@ -162,7 +162,7 @@ def ablate(
         raise UsageError("--draft-model and --judge-url are for medusa ablate threshold")
     if bool(judge_url) != bool(judge_model):
         raise UsageError("a judge needs both --judge-url and --judge-model")
-    default = EngineOptions()
+    default = EngineSettings()
     if kind in ("tree", "heads", "drafters") and (engine.drafter, engine.tree) != (default.drafter, default.tree):
         raise UsageError(f"medusa ablate {kind} sets --drafter and --tree itself: leave them out")
     if engine.drafter == "none":
@@ -192,7 +192,7 @@ class _Ablation:
     """One call of `medusa ablate`."""
 
     kind: str
-    engine: EngineOptions
+    engine: EngineSettings
     settings: dict[str, Any]
     asked: Sequence[Question]
     tokens: int
@@ -277,18 +277,15 @@ class _Ablation:
 # --- what the two share -----------------------------------------------------------------------------------------------
 
 
-def _sampling(sampling: SamplingOptions) -> dict[str, Any]:
+def _sampling(sampling: AnswerSettings) -> dict[str, Any]:
     """Arguments of `LanguageModel.stream` but for the number of tokens, with a seed."""
-    settings = sampling.checked()
     if sampling.acceptance == "typical":
         raise UsageError("typical acceptance is a method here: --methods union,typical --temperature 0.7")
-    settings.pop("max_new_tokens")
-    return {**settings, "seed": sampling.seed or 0}
+    return {**values(sampling, Sampling), "seed": sampling.seed or 0}
 
 
-def _engine_facts(engine: ModelOptions) -> dict[str, Any]:
-    facts = dataclasses.asdict(engine)
-    return {name: value for name, value in facts.items() if name not in ("drafter", "tree")}
+def _engine_facts(engine: EngineSettings) -> dict[str, Any]:
+    return options_of(engine, but=("drafter", "tree"))
 
 
 def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, url: str | None) -> list[str]:
@@ -308,7 +305,7 @@ def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, ur
     return [PLAIN, *(name for name in dict.fromkeys(names) if name != PLAIN)]
 
 
-def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
+def _ready(engine: EngineSettings, **options: Any) -> LanguageModel:
     """The model, and the times of this machine as it is now."""
     lm = load_model(engine, **options)
     if engine.nodes == "auto":

@@ -23,8 +23,8 @@ from accelerate import Accelerator
 import medusa
 from medusa.heads.config import HeadsConfig
 from medusa.heads.module import Heads
+from medusa.settings import OptimiserSettings
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.config import OptimiserConfig
 from medusa.training.data import Example
 from medusa.training.features import Batch, FeatureCache
 from medusa.training.text import frequent_tokens, split
@@ -78,7 +78,7 @@ class Columns:
 
 def run(name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[Example]) -> dict[str, Any]:
     options = {**BASE, **changes}
-    training = OptimiserConfig(
+    training = OptimiserSettings(
         epochs=1,
         save_every=10**9,
         **{key: options[key] for key in ("distillation", "learning_rate", "batch_size", "lambda") if key in options},

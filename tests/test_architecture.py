@@ -15,6 +15,7 @@ import pytest
 
 ROOMS = (
     "errors",  # what a caller is told
+    "settings",  # declared once
     "files",  # whole or not at all
     "remote",  # servers with the OpenAI interface
     "text",  # chat templates, streams, turns

@@ -17,12 +17,13 @@ from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.file import read_config, write_config
 from medusa.heads.module import Heads
+from medusa.settings import OptimiserSettings
 from medusa.steppers import on_one_gpu
 from medusa.training import text as training_text
 from medusa.training import trainer as training_trainer
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.compare import compare
-from medusa.training.config import OptimiserConfig, TrainConfig
+from medusa.training.config import TrainConfig
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures, batched, read_table
 from medusa.training.distill import write_in_order
@@ -145,7 +146,7 @@ def trainer(
     tell: Callable[[Progress], None] = lambda progress: None,
     **options: Any,
 ) -> Trainer:
-    config = OptimiserConfig(**{"batch_size": 32, "epochs": 3, "save_every": 400, "learning_rate": 3e-3, **options})
+    config = OptimiserSettings(**{"batch_size": 32, "epochs": 3, "save_every": 400, "learning_rate": 3e-3, **options})
     heads = heads or make_heads()
     accelerator = Accelerator(cpu=True)
     return Trainer(
@@ -281,7 +282,7 @@ def test_writing_ends_when_its_time_is_over_with_all_that_has_ended(
 def test_limits_of_time_may_change_when_a_run_goes_on(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT).touch()
     before = TrainConfig()
-    after = before.model_copy(update={"training": OptimiserConfig(seconds=5)})
+    after = before.model_copy(update={"training": OptimiserSettings(seconds=5)})
     check_resumed(tmp_path, before, after)
 
 

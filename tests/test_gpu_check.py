@@ -32,7 +32,7 @@ from medusa.evaluation.gpu_shapes import (
 )
 from medusa.evaluation.gpu_table import LINES, table
 from medusa.evaluation.gpu_tiny import write_tiny
-from medusa.training.config import HeadsOptions
+from medusa.settings import HeadsSettings
 from medusa.training.run import DEFAULT_DRAFT_VOCAB, feature_layers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu-check"
@@ -209,7 +209,7 @@ def test_the_weights_that_a_step_reads_are_counted_by_hand() -> None:
 
 
 def test_heads_are_timed_as_medusa_train_makes_them() -> None:
-    options, config = HeadsOptions(), trained_config(SHAPES["7B"])
+    options, config = HeadsSettings(), trained_config(SHAPES["7B"])
     for name in ("kind", "num_heads", "num_layers", "tie_lm_head"):
         assert getattr(config, name) == getattr(options, name)
     assert (config.draft_vocab, config.mlp_width) == (DEFAULT_DRAFT_VOCAB, 2 * config.hidden_size)

@@ -55,9 +55,9 @@ def test_auto_says_why_it_does_not_take_the_native_engine(
     saved: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("medusa_native")
-    settings = loading.EngineSettings()
+    settings = loading.EngineSettings(progress=True)
     for family, told in (("llama", 0), ("gpt2", 1)):
-        loading.load_backend(zoo.resolve(str(saved[family])), settings, progress=True)
+        loading.load_backend(zoo.resolve(str(saved[family])), settings)
         lines = capsys.readouterr().err.splitlines()
         assert (
             sum("runs on transformers, not on the faster native engine: it runs llama" in line for line in lines)
@@ -101,8 +101,8 @@ def test_what_is_done_meanwhile_is_done_by_the_callers_thread(saved: dict[str, P
         pytest.importorskip("medusa_native")
     threads = []
     source = zoo.resolve(str(saved["llama"]))
-    settings = loading.EngineSettings(backend=backend)
-    loading.load_backend(source, settings, progress=False, meanwhile=lambda: threads.append(threading.get_ident()))
+    settings = loading.EngineSettings(backend=backend, progress=False)
+    loading.load_backend(source, settings, meanwhile=lambda: threads.append(threading.get_ident()))
     assert set(threads) == {threading.get_ident()}
 
 

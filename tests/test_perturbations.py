@@ -59,8 +59,8 @@ def generated(directory: Path) -> tuple[Any, list[int]]:
 
 
 def loaded(directory: Path, backend: str) -> loading.LoadedModel:
-    settings = loading.EngineSettings(backend=backend, dtype="float32", threads=1)
-    return loading.load_backend(zoo.resolve(str(directory)), settings, progress=False)
+    settings = loading.EngineSettings(backend=backend, dtype="float32", threads=1, progress=False)
+    return loading.load_backend(zoo.resolve(str(directory)), settings)
 
 
 def written(model: loading.LoadedModel) -> list[int]:

@@ -20,8 +20,9 @@ from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.config import HeadsConfig
 from medusa.heads.module import BaseWeights, Heads
+from medusa.settings import OptimiserSettings
 from medusa.training.accuracy import DEEPEST, Accuracy, best_paths, ranks
-from medusa.training.config import OptimiserConfig, TrainConfig, load_config
+from medusa.training.config import TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.features import (
     ABSENT,
@@ -344,7 +345,7 @@ def trainer(
     facts: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    config = OptimiserConfig(**{"batch_size": 32, "epochs": 3, "save_every": 4, "learning_rate": 3e-3, **options})
+    config = OptimiserSettings(**{"batch_size": 32, "epochs": 3, "save_every": 4, "learning_rate": 3e-3, **options})
     heads = heads or make_heads()
     return Trainer(
         heads,
@@ -509,7 +510,7 @@ def test_the_precision_follows_the_machine(
     fast: bool, caches: tuple[FeatureCache, FeatureCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: fast)
-    assert OptimiserConfig().precision == "auto"
+    assert OptimiserSettings().precision == "auto"
     run = trainer(caches, tmp_path, max_steps=2)
     assert run.precision == ("bfloat16" if fast else "float32")
     run.run()

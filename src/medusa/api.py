@@ -18,7 +18,8 @@ from medusa.decoding.scheduler import Scheduler
 from medusa.decoding.slots import Slots
 from medusa.decoding.stepper import Request, Row
 from medusa.errors import UsageError
-from medusa.steppers import DRAFTERS, TREES, Nodes, check_nodes, make_drafter, make_stepper, which_tree
+from medusa.settings import EngineSettings, takes
+from medusa.steppers import Nodes, check_nodes, make_drafter, make_stepper, which_tree
 from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
 from medusa.text.stream import StopStrings
 
@@ -319,74 +320,40 @@ def _load_tokenizer(source: ModelSource, hashed: bool) -> tuple[PreTrainedTokeni
     return tokenizer, vocabulary_hash(tokenizer.get_vocab()) if hashed else ""
 
 
-def load(
-    model: str = "smollm2-135m",
-    *,
-    heads: str = "auto",
-    drafter: str = "union",
-    tree: str = "auto",
-    backend: str = "auto",
-    dtype: str = "bfloat16",
-    device: str = "cpu",
-    nodes: Nodes = "auto",
-    threads: int | None = None,
-    compile: bool = False,
-    num_slots: int = 1,
-    max_length: int | None = None,
-    feature_layers: Sequence[int] = (),
-    progress: bool = True,
-) -> LanguageModel:
+@takes(EngineSettings)
+def load(settings: EngineSettings) -> LanguageModel:
     """Loads a model, its heads and a backend.
 
     Args:
-        model: a Hugging Face id, a local directory, a GGUF file, or a short name.
-        heads: "auto" (those shipped for this model, if any), "none", a name, or a directory.
-        drafter: union, heads, ngram or none (plain decoding).
-        tree: of the heads: dynamic (grown anew at each step), static (the fixed one saved with the heads) or auto:
-            static on a GPU, where a whole step is then captured as one graph, and dynamic elsewhere.
-        backend: transformers, native (a CPU engine for models of the Llama kind) or auto: native where it can.
-        dtype: of the weights: float32, bfloat16, int8, or (native only) int4.
-        device: a torch device, or "auto" to spread a large model over all devices.
-        nodes: the most nodes of a tree; the root counts. "auto" chooses at each step what is likely to pay, by the
-            times of passes on this machine, which are measured once (about 3 seconds) and kept in the cache.
-        threads: CPU threads; None is one for each core.
-        compile: compile the verify step (slow first steps, faster later ones).
-        num_slots: how many texts can be decoded at once.
-        max_length: positions per slot; None is the model's context.
-        feature_layers: hidden states that the backend delivers beside the final one, for training; heads name theirs.
+        {settings}
 
     Raises:
         UsageError: a bad argument. MedusaError: a model or heads that cannot be used.
     """
-    for name, value, known in (("drafter", drafter, DRAFTERS), ("tree", tree, TREES)):
-        if value not in known:
-            raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
-    check_nodes(nodes)
+    check_nodes(settings.nodes)
 
     from medusa.models import loading, zoo
 
-    settings = loading.EngineSettings(backend, dtype, device, threads, compile, num_slots, max_length)
-    if threads is not None:
+    if settings.threads is not None:
         import torch
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(settings.threads)
     from medusa.heads.config import check_vocabulary
     from medusa.heads.file import read_config
 
+    model, progress = settings.model, settings.progress
     source = zoo.resolve(model, progress=progress)
-    heads_path = zoo.find_heads(heads, source)
-    if drafter == "heads" and heads_path is None:
+    heads_path = zoo.find_heads(settings.heads, source)
+    if settings.drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
     tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
     if heads_path is not None:  # what their config tells is checked first: to pack the weights may take long
         config = read_config(heads_path)
         loading.check_heads(config, source)
-        if heads != "auto":  # those found by the model's name fit its tokenizer, which is read while weights are packed
+        if settings.heads != "auto":  # the others fit its tokenizer, which is read while weights are packed
             check_vocabulary(config, tokenizer_of()[1])
-        feature_layers = config.feature_layers
-    loaded = loading.load_backend(
-        source, settings, feature_layers=feature_layers, progress=progress, meanwhile=tokenizer_of
-    )
+        settings = replace(settings, feature_layers=config.feature_layers)
+    loaded = loading.load_backend(source, settings, meanwhile=tokenizer_of)
     runner = None if heads_path is None else loading.load_heads(heads_path, loaded, settings)
     tokenizer, vocab_hash = tokenizer_of()
     if runner is not None:
@@ -398,9 +365,9 @@ def load(
         tokenizer,
         loaded.backend,
         heads=runner,
-        drafter=drafter,
-        tree=tree,
-        nodes=nodes,
+        drafter=settings.drafter,
+        tree=settings.tree,
+        nodes=settings.nodes,
         times=lambda refresh: measured_times(loaded.backend, runner, loaded.facts, refresh=refresh, progress=progress),
         eos_token_ids=tuple(dict.fromkeys(ends)),
         facts={**loaded.facts, "heads_path": str(heads_path) if heads_path else None},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from medusa.decoding.budget import MachineTimes, NodeBudget
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
@@ -10,6 +10,7 @@ from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import MAX_NODES
 from medusa.errors import UsageError
+from medusa.settings import DrafterName, TreeName
 
 if TYPE_CHECKING:
     from medusa.decoding.stepper import Stepper
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from medusa.engines.transformers import TransformersBackend
     from medusa.heads.module import HeadsRunner
 
-DRAFTERS = ("union", "heads", "ngram", "none")
-TREES = ("auto", "dynamic", "static")
+DRAFTERS: tuple[str, ...] = get_args(DrafterName)
+TREES: tuple[str, ...] = get_args(TreeName)
 
 Nodes = int | Literal["auto"]
 

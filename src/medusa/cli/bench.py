@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medusa.cli.options import EngineOptions, ModelOptions, SamplingOptions, load_model, with_options
+from medusa.cli.options import But, load_model, options_of, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
+from medusa.settings import AnswerSettings, EngineSettings, Sampling, values
 from medusa.terminal import notice
 
 if TYPE_CHECKING:
@@ -82,8 +83,8 @@ def bench(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: ModelOptions,
-    sampling: SamplingOptions,
+    engine: Annotated[EngineSettings, But("drafter", "tree")],
+    sampling: AnswerSettings,
 ) -> None:
     """Compare ways to decode, question by question, with plain decoding."""
     from medusa.evaluation import baselines as others
@@ -91,14 +92,16 @@ def bench(
     from medusa.evaluation.methods import MEDUSA_METHODS, medusa_method
     from medusa.evaluation.questions import BUILT_IN, choose, read_questions
 
-    settings = _sampling(sampling)
-    names = _method_names(methods, settings["temperature"] > 0, draft_model, baseline_url)
+    if sampling.acceptance == "typical":
+        raise UsageError("typical acceptance is a method here: --methods union,typical --temperature 0.7")
+    chosen = Sampling(**values(sampling, Sampling) | {"seed": sampling.seed or 0})
+    names = _method_names(methods, not chosen.greedy, draft_model, baseline_url)
     asked = choose(read_questions(questions or BUILT_IN), limit)
     how = running.BenchSettings(sampling.max_new_tokens, turns, follow)
     facts = {
         "questions": str(questions) if questions else "built in",
         **_engine_facts(engine),
-        **{name: value for name, value in settings.items() if name not in ("acceptance", "epsilon", "delta")},
+        **{name: value for name, value in values(chosen).items() if name not in ("acceptance", "epsilon", "delta")},
         **({"epsilon": sampling.epsilon, "delta": sampling.delta} if "typical" in names else {}),
         "max_new_tokens": sampling.max_new_tokens,
         "turns": turns,
@@ -112,11 +115,11 @@ def bench(
         options = others.BaselineOptions(
             engine.model, engine.dtype, engine.device, draft_model, baseline_url, baseline_model
         )
-        loader = others.Baselines(lm, options, settings, stack)
+        loader = others.Baselines(lm, options, chosen, stack)
         if "heads" in names and lm.heads is None and methods is None:
             names.remove("heads")
         found: list[Method] = [
-            medusa_method(name, lm, settings) if name in MEDUSA_METHODS else loader.method(name) for name in names
+            medusa_method(name, lm, chosen) if name in MEDUSA_METHODS else loader.method(name) for name in names
         ]
         report = _run(lm, found, asked, how, out, facts)
     report.write(out, charts)
@@ -151,10 +154,9 @@ def ablate(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
+    engine: EngineSettings,
 ) -> None:
     """Vary one thing: trees, the threshold of typical acceptance, heads, nodes, drafters, texts at once."""
-    from medusa.decoding.sampling import Sampling
     from medusa.evaluation import ablate as ablations
     from medusa.evaluation.questions import BUILT_IN, choose, read_questions
 
@@ -162,7 +164,7 @@ def ablate(
         raise UsageError("--draft-model and --judge-url are for medusa ablate threshold")
     if bool(judge_url) != bool(judge_model):
         raise UsageError("a judge needs both --judge-url and --judge-model")
-    default = EngineOptions()
+    default = EngineSettings()
     if kind in ("tree", "heads", "drafters") and (engine.drafter, engine.tree) != (default.drafter, default.tree):
         raise UsageError(f"medusa ablate {kind} sets --drafter and --tree itself: leave them out")
     if engine.drafter == "none":
@@ -170,14 +172,13 @@ def ablate(
     temperature = (0.7 if kind == "threshold" else 0.0) if temperature is None else temperature
     if kind == "threshold" and temperature == 0:
         raise UsageError("typical acceptance differs from greedy only above temperature 0")
-    Sampling(temperature=temperature)
-    settings: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    sampling = Sampling(temperature=temperature, seed=seed)
     tokens = max_new_tokens or TOKENS[kind]
     every = read_questions(questions or BUILT_IN)
     creative = [name for name in ablations.CREATIVE if any(question.category == name for question in every)]
     asked = choose(every, limit or QUESTIONS[kind], creative if kind == "threshold" else ())
     place = out or Path(f"medusa-ablate-{kind}")
-    run = _Ablation(kind, engine, settings, asked, tokens, place, seed=seed)
+    run = _Ablation(kind, engine, sampling, asked, tokens, place)
     run.open(resume, str(questions) if questions else "built in", draft_model)
     rows = run.batch() if kind == "batch" else run.variants(draft_model, judge_url, judge_model, charts)
     ablations.write_csv(place / f"{kind}.csv", rows)
@@ -192,18 +193,20 @@ class _Ablation:
     """One call of `medusa ablate`."""
 
     kind: str
-    engine: EngineOptions
-    settings: dict[str, Any]
+    engine: EngineSettings
+    sampling: Sampling
     asked: Sequence[Question]
     tokens: int
     out: Path
-    seed: int
+
+    def _sampled(self) -> dict[str, Any]:
+        return {"temperature": self.sampling.temperature, "seed": self.sampling.seed}
 
     def open(self, resume: bool, source: str, draft_model: str | None) -> None:
         from medusa.evaluation.bench import open_run
 
         facts = {"ablation": self.kind, "questions": source, "limit": len(self.asked), **_engine_facts(self.engine)}
-        facts |= {**self.settings, "max_new_tokens": self.tokens, "draft_model": draft_model}
+        facts |= {**self._sampled(), "max_new_tokens": self.tokens, "draft_model": draft_model}
         if self.kind in ("threshold", "nodes", "batch"):
             tree = self.engine.tree
             if tree == "auto" and not self.engine.device.startswith("cuda"):
@@ -223,21 +226,21 @@ class _Ablation:
         with ExitStack() as stack:
             if self.kind == "threshold":
                 options = others.BaselineOptions(self.engine.model, self.engine.dtype, self.engine.device, draft_model)
-                loader = others.Baselines(lm, options, self.settings, stack)
+                loader = others.Baselines(lm, options, self.sampling, stack)
                 baselines = [loader.method(name) for name in ("transformers", "assisted")] if draft_model else []
-                variants = ablations.threshold_variants(lm, self.settings, baselines)
+                variants = ablations.threshold_variants(lm, self.sampling, baselines)
             elif self.kind == "tree":
-                variants = ablations.tree_variants(lm, self.settings, self.seed)
+                variants = ablations.tree_variants(lm, self.sampling)
             else:
-                makers: dict[str, Callable[[LanguageModel, dict[str, Any]], list[Variant]]] = {
+                makers: dict[str, Callable[[LanguageModel, Sampling], list[Variant]]] = {
                     "heads": ablations.heads_variants,
                     "nodes": ablations.nodes_variants,
                     "drafters": ablations.drafters_variants,
                 }
-                variants = makers[self.kind](lm, self.settings)
+                variants = makers[self.kind](lm, self.sampling)
             how = BenchSettings(self.tokens)
             methods = [variant.method for variant in variants]
-            report = _run(lm, methods, self.asked, how, self.out, {**_engine_facts(self.engine), **self.settings})
+            report = _run(lm, methods, self.asked, how, self.out, {**_engine_facts(self.engine), **self._sampled()})
         quality: dict[str, dict[str, Any]] = {}
         if self.kind == "threshold":
             quality = _quality(lm, report.rows, self.asked, judge_url, judge_model)
@@ -267,7 +270,7 @@ class _Ablation:
                 ablations.BATCH_SIZES,
                 steps=BATCH_STEPS,
                 max_new_tokens=self.tokens,
-                sampling=self.settings,
+                sampling=self.sampling,
                 tell=tell,
             )
         return ablations.batch_rows(loads)
@@ -276,18 +279,8 @@ class _Ablation:
 # --- what the two share -----------------------------------------------------------------------------------------------
 
 
-def _sampling(sampling: SamplingOptions) -> dict[str, Any]:
-    """Arguments of `LanguageModel.stream` but for the number of tokens, with a seed."""
-    settings = sampling.checked()
-    if sampling.acceptance == "typical":
-        raise UsageError("typical acceptance is a method here: --methods union,typical --temperature 0.7")
-    settings.pop("max_new_tokens")
-    return {**settings, "seed": sampling.seed or 0}
-
-
-def _engine_facts(engine: ModelOptions) -> dict[str, Any]:
-    facts = dataclasses.asdict(engine)
-    return {name: value for name, value in facts.items() if name not in ("drafter", "tree")}
+def _engine_facts(engine: EngineSettings) -> dict[str, Any]:
+    return options_of(engine, but=("drafter", "tree"))
 
 
 def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, url: str | None) -> list[str]:
@@ -307,7 +300,7 @@ def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, ur
     return [PLAIN, *(name for name in dict.fromkeys(names) if name != PLAIN)]
 
 
-def _ready(engine: ModelOptions, **options: Any) -> LanguageModel:
+def _ready(engine: EngineSettings, **options: Any) -> LanguageModel:
     """The model, and the times of this machine as it is now."""
     lm = load_model(engine, **options)
     if engine.nodes == "auto":

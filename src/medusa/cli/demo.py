@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.cli.options import EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.cli.options import load_model, read_prompt, with_options
 from medusa.errors import UsageError
+from medusa.settings import AnswerSettings, EngineSettings, values
 from medusa.terminal import Printer, collect, notice, show_nothing, totals, wants_colour
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def demo(
         typer.Argument(help="A prompt of your own instead of the three built in.", show_default=False),
     ] = None,
     *,
-    engine: EngineOptions,
-    sampling: SamplingOptions,
+    engine: EngineSettings,
+    sampling: AnswerSettings,
 ) -> None:
     """Decode with Medusa and plainly, on the same engine, and compare."""
     if engine.drafter == "none":
@@ -40,24 +41,23 @@ def demo(
     prompts = DEMO_PROMPTS if prompt is None else (read_prompt(prompt, None, raw=False),)
     if sampling.seed is None:  # plain sampling can only repeat the text when both use one seed
         sampling = dataclasses.replace(sampling, seed=0)
-    settings = sampling.checked()
     lm = load_model(engine)
     plain = lm.make_stepper("none")
     for stepper in (lm.stepper, plain):
-        lm.generate(prompts[0], stepper=stepper, **{**settings, "max_new_tokens": WARM_UP_TOKENS})
+        lm.generate(prompts[0], stepper=stepper, **values(dataclasses.replace(sampling, max_new_tokens=WARM_UP_TOKENS)))
     printer = Printer(show_drafts=wants_colour(sys.stdout))
     print(f"> {prompts[0]}", flush=True)
     runs: list[tuple[Completion, Completion]] = []
     for number, text in enumerate(prompts, 1):
         # Interleaved, so that a machine that slows down or speeds up treats both alike.
-        drafted = collect(lm.stream(text, **settings), printer if number == 1 else show_nothing)
+        drafted = collect(lm.stream(text, **values(sampling)), printer if number == 1 else show_nothing)
         if number == 1:
             print(flush=True)
             printer.legend()
         if drafted.finish_reason == "interrupted":
             raise KeyboardInterrupt
         notice(f"measuring {number} of {len(prompts)} ...")
-        plainly = collect(lm.stream(text, stepper=plain, **settings), show_nothing)
+        plainly = collect(lm.stream(text, stepper=plain, **values(sampling)), show_nothing)
         if plainly.finish_reason == "interrupted":
             raise KeyboardInterrupt
         runs.append((drafted, plainly))

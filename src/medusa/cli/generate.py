@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medusa.chat.session import Chat
-from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, check_text, load_model, read_prompt, with_options
+from medusa.cli.options import AsJson, check_text, load_model, read_prompt, with_options
+from medusa.settings import AnswerSettings, EngineSettings, values
 from medusa.terminal import Printer, collect, notice, show_nothing, stats_line
 
 if TYPE_CHECKING:
@@ -33,17 +34,18 @@ def generate(
     show_drafts: ShowDrafts = False,
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
-    sampling: SamplingOptions,
+    engine: EngineSettings,
+    sampling: AnswerSettings,
 ) -> None:
     """Answer one prompt."""
     text = read_prompt(prompt, prompt_file, raw)
-    settings = sampling.checked()
     for end in stop or ():
         check_text(end, "the text after --stop")
     lm = load_model(engine)
     printer = Printer(show_drafts)
-    answer = collect(lm.stream(text, raw=raw, stop=stop or [], **settings), show_nothing if as_json else printer)
+    answer = collect(
+        lm.stream(text, raw=raw, stop=stop or [], **values(sampling)), show_nothing if as_json else printer
+    )
     if as_json:
         print(json.dumps(_as_json(answer)), flush=True)
     else:
@@ -60,16 +62,15 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", show_default=False)] = None,
     show_drafts: ShowDrafts = False,
     *,
-    engine: EngineOptions,
-    sampling: SamplingOptions,
+    engine: EngineSettings,
+    sampling: AnswerSettings,
 ) -> None:
     """Talk with the model; piped input is one turn a line."""
-    settings = sampling.checked()
     if system is not None:
         check_text(system, "the system prompt")
     lm = load_model(engine)
     lm.slots.kept = lm.backend.max_length  # the next turn continues from what the slot holds
-    raise typer.Exit(Chat(lm, system=system, settings=settings, show_drafts=show_drafts).run())
+    raise typer.Exit(Chat(lm, system=system, settings=values(sampling), show_drafts=show_drafts).run())
 
 
 def _as_json(answer: Completion) -> dict[str, object]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.cli.options import AsJson, EngineOptions, load_model, with_options
+from medusa.cli.options import AsJson, load_model, with_options
+from medusa.settings import EngineSettings
 from medusa.terminal import notice
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def info(
     ] = False,
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
+    engine: EngineSettings,
 ) -> None:
     """Show what would run: the model, its heads, the backend and why."""
     lm = load_model(engine)

@@ -1,6 +1,7 @@
 """Options that commands share, and what every command does with them: read the prompt, load the model.
 
-A dataclass parameter of a command becomes one option per field.
+Options are made of the dataclasses in medusa/settings.py: one for each field of a command's parameter that is such a
+dataclass, or one for a parameter that names a field (`Of`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import gc
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from medusa.errors import UsageError
+from medusa.settings import EngineSettings, choices, typed_fields
 from medusa.terminal import notice
 
 if TYPE_CHECKING:
@@ -26,7 +29,86 @@ if TYPE_CHECKING:
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")]
 
 
-def _parse_nodes(text: str) -> int | str:
+@dataclass(frozen=True, slots=True)
+class Of:
+    """Marks a parameter that stands for one field of a dataclass of settings: its option is explained and bounded as
+    that is. Where it is not given, it is None, as in `Annotated[int | None, Of(TextSettings, "tokens")] = None`."""
+
+    settings: type
+    name: str
+
+
+class Only:
+    """Marks a parameter that is a dataclass of settings, of which a command has these as options, in this order."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+
+class But(Only):
+    """Marks a parameter that is a dataclass of settings, of which a command has all but these as options."""
+
+
+def with_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Show Typer a command's dataclass parameters as options, one per field; call it with the dataclasses. Options of
+    the parameter `engine` are in the panel Engine of the help."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, tuple[Any, dict[str, str]]] = {}  # parameter -> dataclass, and option -> field
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind, *marks = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
+        mark = marks[0] if marks else None
+        if dataclasses.is_dataclass(kind):
+            typed = typed_fields(kind)  # type: ignore[arg-type]
+            names = [n for n, (field, _) in typed.items() if _option(field)]
+            if isinstance(mark, Only):
+                names = [n for n in names if n not in mark.names] if isinstance(mark, But) else [*mark.names]
+            groups[name] = kind, {_option(typed[n][0]): n for n in names}
+            for field, hint in (typed[n] for n in names):
+                default = None if isinstance(field.default, tuple) else field.default
+                parameters.append(_parameter(field, _option(field), hint, default, name.capitalize()))
+        elif isinstance(mark, Of):
+            field, _ = typed_fields(mark.settings)[mark.name]
+            parameters.append(_parameter(field, name, kind, parameter.default))
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name]))
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        for name, (group, fields) in groups.items():
+            found = {field: given.pop(option) for option, field in fields.items()}
+            given[name] = group(
+                **{field: tuple(v) if isinstance(v, list) else v for field, v in found.items() if v not in (None, [])}
+            )
+        function(**given)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _option(field: Field[Any]) -> str:
+    """The name of a setting's option; "" where the command line has none."""
+    return field.metadata.get("option", field.name) or ""
+
+
+def _parameter(field: Field[Any], name: str, hint: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
+    """What Typer makes an option of."""
+    facts, parts = field.metadata, (hint, *get_args(hint))
+    how = {"help": facts["help"], "metavar": facts.get("metavar"), "rich_help_panel": panel}
+    if default is None:
+        how["show_default"] = facts.get("unset") or ("" if field.default is None else str(field.default)) or False
+    if int in parts and "rule" not in facts:
+        how |= {"min": facts.get("ge"), "max": facts.get("le")}
+    if get_origin(hint) is tuple:
+        hint = GenericAlias(list, parts[1:2]) | None
+    elif any(choices(part) == ("auto",) for part in parts):  # or a number, which Typer has no type for
+        hint, how["parser"] = Any, _number_or_auto
+    option = typer.Option(*([f"--{name}"] if hint is bool else []), **how)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option])
+
+
+def _number_or_auto(text: str) -> int | str:
     if text == "auto":
         return text
     if text.isascii() and text.isdecimal() and int(text) > 0:
@@ -34,141 +116,12 @@ def _parse_nodes(text: str) -> int | str:
     raise typer.BadParameter(f"give auto or a whole number from 1, not {text}")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """What to load: keyword arguments of `medusa.load`, all but who drafts."""
-
-    model: Annotated[
-        str, typer.Option(help="Short name, Hub id or directory of a model.", rich_help_panel="Engine")
-    ] = "smollm2-135m"
-    heads: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|PATH|none",
-            help="Medusa heads; auto takes the ones shipped for the model.",
-            rich_help_panel="Engine",
-        ),
-    ] = "auto"
-    backend: Annotated[
-        Literal["auto", "transformers", "native"],
-        typer.Option(help="What runs the model; auto takes the fastest.", rich_help_panel="Engine"),
-    ] = "auto"
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "int8", "int4"],
-        typer.Option(help="Number format of the weights; int4 is for native.", rich_help_panel="Engine"),
-    ] = "bfloat16"
-    device: Annotated[
-        str,
-        typer.Option(help="cpu, cuda, cuda:1, ...; auto spreads the model.", rich_help_panel="Engine"),
-    ] = "cpu"
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads.", show_default="all cores", rich_help_panel="Engine")
-    ] = None
-    nodes: Annotated[
-        Any,  # int | Literal["auto"], which Typer has no type for
-        typer.Option(
-            parser=_parse_nodes,
-            metavar="auto|N",
-            help="Most tokens verified in one step (size of the draft tree); auto takes what pays.",
-            rich_help_panel="Engine",
-        ),
-    ] = "auto"
-    compile: Annotated[
-        bool,
-        typer.Option("--compile", help="Use torch.compile: slow start, faster steps.", rich_help_panel="Engine"),
-    ] = False
+def options_of(settings: Any, *, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Name -> value of all that a command line can say."""
+    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if _option(f) and f.name not in but}
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions(ModelOptions):
-    """What to load, and who drafts."""
-
-    drafter: Annotated[
-        Literal["union", "heads", "ngram", "none"],
-        typer.Option(help="Who proposes tokens; none decodes plainly.", rich_help_panel="Engine"),
-    ] = "union"
-    tree: Annotated[
-        Literal["auto", "dynamic", "static"],
-        typer.Option(
-            help="Draft tree of the heads: grown at each step, or fixed; auto is fixed on a GPU.",
-            rich_help_panel="Engine",
-        ),
-    ] = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingOptions:
-    """How to decode: keyword arguments of `LanguageModel.stream`."""
-
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens in one answer.", rich_help_panel="Sampling")
-    ] = 256
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel="Sampling")] = 0.0
-    top_p: Annotated[
-        float,
-        typer.Option(help="Sample from the likeliest tokens of this total.", rich_help_panel="Sampling"),
-    ] = 1.0
-    top_k: Annotated[
-        int, typer.Option(help="Sample from the likeliest K tokens; 0 is all.", rich_help_panel="Sampling")
-    ] = 0
-    min_p: Annotated[
-        float,
-        typer.Option(help="Drop tokens below this share of the likeliest one.", rich_help_panel="Sampling"),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1, used tokens become less likely.", rich_help_panel="Sampling")
-    ] = 1.0
-    seed: Annotated[
-        int | None,
-        typer.Option(help="The same seed gives the same text.", show_default="random", rich_help_panel="Sampling"),
-    ] = None
-    acceptance: Annotated[
-        Literal["exact", "typical"],
-        typer.Option(help="exact keeps the model's distribution; typical is faster.", rich_help_panel="Sampling"),
-    ] = "exact"
-    epsilon: Annotated[float, typer.Option(help="Threshold of typical acceptance.", rich_help_panel="Sampling")] = 0.09
-    delta: Annotated[float, typer.Option(help="Entropy factor of typical acceptance.", rich_help_panel="Sampling")] = (
-        0.3
-    )
-
-    def checked(self) -> dict[str, Any]:
-        """Return them as arguments of `stream`. Raises UsageError now, before seconds go into loading."""
-        from medusa.decoding.sampling import Sampling
-
-        arguments = dataclasses.asdict(self)
-        Sampling(**{name: value for name, value in arguments.items() if name != "max_new_tokens"})
-        return arguments
-
-
-def with_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Show Typer a command's dataclass parameters as options, one per field; call it with the dataclasses."""
-    hints = get_type_hints(function, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(function).parameters.values():
-        keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-        group = groups.get(parameter.name)
-        if group is None:
-            parameters.append(keyword(parameter.name, default=parameter.default, annotation=hints[parameter.name]))
-        else:
-            types = get_type_hints(group, include_extras=True)
-            parameters.extend(
-                keyword(field.name, default=field.default, annotation=types[field.name])
-                for field in dataclasses.fields(group)
-            )
-
-    @functools.wraps(function)
-    def command(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
-        function(**values)
-
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return command
-
-
-def load_model(engine: ModelOptions, **options: Any) -> LanguageModel:
+def load_model(engine: EngineSettings, **more: Any) -> LanguageModel:
     """What `medusa.load` gives for the options (and more of its arguments), with a notice at a terminal."""
     import medusa
 
@@ -177,7 +130,7 @@ def load_model(engine: ModelOptions, **options: Any) -> LanguageModel:
         notice(f"Loading {engine.model} ...")
     gc.disable()  # imports make a million objects that stay: looking for garbage among them takes a tenth of the start
     try:
-        return medusa.load(**dataclasses.asdict(engine), **options, progress=progress)
+        return medusa.load(**options_of(engine), **more, progress=progress)
     finally:
         gc.freeze()
         gc.enable()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medusa.cli.options import AsJson, EngineOptions, SamplingOptions, load_model, read_prompt, with_options
+from medusa.cli.options import AsJson, load_model, read_prompt, with_options
+from medusa.settings import AnswerSettings, EngineSettings, values
 from medusa.terminal import collect, notice, wants_colour
 
 if TYPE_CHECKING:
@@ -27,20 +28,19 @@ def trace(
     ] = 6,
     as_json: AsJson = False,
     *,
-    engine: EngineOptions,
-    sampling: SamplingOptions,
+    engine: EngineSettings,
+    sampling: AnswerSettings,
 ) -> None:
     """Show how one answer came about: each step's tree, what was accepted and who proposed it."""
     from medusa.evaluation import trace as tracing
     from medusa.evaluation import trace_picture
 
     text = read_prompt(prompt, None, raw=False)
-    settings = sampling.checked()
     if out is not None:
         trace_picture.check_picture(out)
     lm = load_model(engine)
     chunks: list[Chunk] = []
-    answer = collect(lm.stream(text, **settings), chunks.append)
+    answer = collect(lm.stream(text, **values(sampling)), chunks.append)
     found = tracing.trace(chunks, lm.tokenizer)
     if as_json:
         print(json.dumps(found.facts()), flush=True)

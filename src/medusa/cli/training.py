@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from medusa.cli.options import Of, Only, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import MedusaError
+from medusa.settings import (
+    DistillSettings,
+    Dtype,
+    EngineSettings,
+    OptimiserSettings,
+    TextSettings,
+    TrainingEngine,
+    values,
+)
 from medusa.terminal import notice
 
 NEEDED = {"yaml": "pyyaml", "pydantic": "pydantic", "accelerate": "accelerate"}
 
-Model = Annotated[str, typer.Option(help="Short name, Hub id or directory of a model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end.")]
 
 
+@with_options
 def distill(
     out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is gone on with.")],
-    model: Model = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of answers to write.")] = 300_000,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -42,22 +51,11 @@ def distill(
     served_model: Annotated[
         str | None, typer.Option(help="The model's name at the endpoint.", show_default="the same name")
     ] = None,
-    turns: Annotated[int, typer.Option(min=1, help="Most user turns in a conversation.")] = 3,
-    max_answer_tokens: Annotated[int, typer.Option(min=1, help="Most tokens in an answer.")] = 320,
-    temperature: Annotated[
-        list[float] | None,
-        typer.Option(help="Of answers; repeat it for a mix.", show_default="0, 0 and 0.7 in turn"),
-    ] = None,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    slots: Annotated[
-        int | None, typer.Option(min=1, help="Conversations side by side.", show_default="24; 1,024 on a GPU")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="What runs the model: auto, native or transformers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Number format: float32, bfloat16, int8 or int4.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
+    slots: Annotated[int | None, Of(TrainingEngine, "slots")] = None,
     as_json: AsJson = False,
+    *,
+    text: Annotated[DistillSettings, Only("tokens", "turns", "max_answer_tokens", "temperatures", "top_p", "seed")],
+    engine: Annotated[EngineSettings, Only("model", "backend", "dtype", "device", "threads")],
 ) -> None:
     """Let the model write training text: questions and its answers to them."""
     _need_extra()
@@ -66,14 +64,6 @@ def distill(
     from medusa.training import distill as writing
     from medusa.training.text import SLOTS, read_prompt_file, room, shown_by
 
-    settings = writing.DistillSettings(
-        tokens=tokens,
-        seed=seed,
-        turns=turns,
-        max_answer_tokens=max_answer_tokens,
-        temperatures=tuple(temperature or (0.0, 0.0, 0.7)),
-        top_p=top_p,
-    )
     with progress_shown() as reporter:
         asked = None if prompts is None else read_prompt_file(prompts, reporter.say)
         if endpoint is not None:
@@ -81,41 +71,32 @@ def distill(
 
             written = distill_remotely(
                 endpoint,
-                model,
+                engine.model,
                 out,
-                settings,
-                served_model=served_model or model,
+                text,
+                served_model=served_model or engine.model,
                 prompts=asked,
                 parallel=slots or SLOTS,
                 tell=shown_by(reporter),
             )
         else:
-            reporter.stage(f"Loading {model}")
-            shape = zoo.load_config(zoo.resolve(model)).get_text_config()
+            reporter.stage(f"Loading {engine.model}")
+            shape = zoo.load_config(zoo.resolve(engine.model)).get_text_config()
             # What turns of the longest kind take, and as much again for a system prompt and long questions.
-            length = 2 * turns * (settings.max_user_tokens + max_answer_tokens)
-            slots, length = room(shape, slots, length, device)
-            lm = medusa.load(
-                model,
-                heads="none",
-                drafter="none",
-                backend=backend,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                num_slots=slots,
-                max_length=length,
-                progress=False,
-            )
+            length = 2 * text.turns * (text.max_user_tokens + text.max_answer_tokens)
+            slots, length = room(shape, slots, length, engine.device)
+            engine = replace(engine, heads="none", drafter="none", num_slots=slots, max_length=length, progress=False)
+            lm = medusa.load(**values(engine))
             reporter.stage("Writing")
-            written = writing.distill(lm, out, settings, prompts=asked, tell=shown_by(reporter))
+            written = writing.distill(lm, out, text, prompts=asked, tell=shown_by(reporter))
         reporter.say(written.summary())
-    if written.tokens < tokens:
-        notice(f"The prompts ended before {tokens} tokens were written.")
+    if written.tokens < text.tokens:
+        notice(f"The prompts ended before {text.tokens} tokens were written.")
     if as_json:
         print(json.dumps({"file": str(out), "conversations": written.rows, "tokens": written.tokens}))
 
 
+@with_options
 def train(
     settings: Annotated[
         list[str] | None,
@@ -124,35 +105,20 @@ def train(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Settings, as run.yaml holds them.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Short name, Hub id or directory of a model.", show_default="smollm2-135m")
-    ] = None,
+    model: Annotated[str | None, Of(EngineSettings, "model")] = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="Directory of the run.", show_default="medusa-MODEL")
     ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE|HUB-ID", help="Learn from this text; may be repeated.", show_default="the model's own"
-        ),
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|HUB-ID", help="Let the model answer these prompts.", show_default="it invents them"),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of answers to write.", show_default="300000, fewer for few steps"),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="How often the text is read.", show_default="3")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="End after so many steps.", show_default=False)] = None,
+    data: Annotated[list[str] | None, Of(TextSettings, "data")] = None,
+    prompts: Annotated[str | None, Of(TextSettings, "prompts")] = None,
+    tokens: Annotated[int | None, Of(TextSettings, "tokens")] = None,
+    epochs: Annotated[int | None, Of(OptimiserSettings, "epochs")] = None,
+    max_steps: Annotated[int | None, Of(OptimiserSettings, "max_steps")] = None,
     train_base: Annotated[
         str | None, typer.Option(metavar="none|lora", help="Train the model too (Medusa-2).", show_default="none")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Number format of the frozen model.", show_default="bfloat16")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...", show_default="cpu")] = None,
+    dtype: Annotated[Dtype | None, Of(TrainingEngine, "dtype")] = None,
+    device: Annotated[str | None, Of(TrainingEngine, "device")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -203,9 +169,8 @@ def train(
     print(f'    medusa generate "Why is the sky blue?" --model {result.model or wanted.model} --heads {result.heads}')
 
 
+@with_options
 def calibrate(
-    model: Model = "smollm2-135m",
-    heads: Annotated[str, typer.Option(metavar="NAME|PATH", help="Medusa heads.")] = "auto",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -219,34 +184,23 @@ def calibrate(
         Path | None,
         typer.Option(metavar="DIR", help="Save the calibrated heads here.", show_default="where they are"),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, native or transformers.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all cores")] = None,
     times: Annotated[
         bool, typer.Option("--times", help="Measure only this machine, for --nodes auto; leave the heads alone.")
     ] = False,
     as_json: AsJson = False,
+    *,
+    engine: Annotated[EngineSettings, Only("model", "heads", "backend", "dtype", "device", "threads")],
 ) -> None:
     """Measure heads and this machine: the best tree, and how large it should be here."""
-    engine: dict[str, Any] = {"backend": backend, "dtype": dtype, "device": device, "threads": threads}
     if times:
-        _measure_times(model, heads, engine, as_json)
+        _measure_times(engine, as_json)
         return
     _need_extra()
     from medusa.training.accuracy import describe
     from medusa.training.calibrate import calibrate_heads
 
     with progress_shown() as reporter:
-        result = calibrate_heads(
-            model,
-            heads,
-            data=data or (),
-            tokens=tokens,
-            out=out,
-            engine=engine,
-            reporter=reporter,
-        )
+        result = calibrate_heads(engine, data=data or (), tokens=tokens, out=out, reporter=reporter)
     if as_json:
         print(json.dumps({"heads": str(result.heads), **result.accuracy.facts(), "nodes": result.best.nodes}))
         return
@@ -256,13 +210,13 @@ def calibrate(
     print(f"Tree and pictures are in {result.heads}.")
 
 
-def _measure_times(model: str, heads: str, engine: dict[str, Any], as_json: bool) -> None:
+def _measure_times(engine: EngineSettings, as_json: bool) -> None:
     """Times of passes and drafts, measured anew and kept for `--nodes auto`."""
     import medusa
 
     with progress_shown() as reporter:
         reporter.stage("Loading")
-        lm = medusa.load(model, heads=heads, drafter="none", progress=False, **engine)
+        lm = medusa.load(**values(replace(engine, drafter="none", progress=False)))
         reporter.stage("Measuring this machine")
         found = lm.pass_times(refresh=True)
     sizes = {n: round(1e3 * found(n), 3) for n in (1, 2, 4, 8, 12, 16, 24, 32)}

@@ -1,4 +1,4 @@
-"""What the user asks of the sampler, and the distribution that follows from it.
+"""The distribution that follows from what the user asks of the sampler.
 
 The order of the filters (penalty, temperature, top-k, top-p, min-p) is that of transformers' `generate`, so the
 distribution is the same. Nothing here knows of drafts.
@@ -7,60 +7,15 @@ distribution is the same. Nothing here knows of drafts.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medusa.errors import UsageError
+from medusa.settings import Sampling as Sampling  # to be had here too
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ACCEPTANCE_RULES = ("exact", "typical")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen. The default is greedy.
-
-    epsilon and delta are the thresholds of typical acceptance; `exact` is lossless and needs none.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
-    min_p: float = 0.0  # 0: off
-    repetition_penalty: float = 1.0  # 1: off
-    seed: int | None = None  # None: a new one for each request
-    acceptance: Literal["exact", "typical"] = "exact"
-    epsilon: float = 0.09
-    delta: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("temperature", self.greedy or 1e-6 <= self.temperature < math.inf, "0 (greedy) or at least 1e-6"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p < 1, "at least 0 (off) and below 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1"),
-            ("acceptance", self.acceptance in ACCEPTANCE_RULES, "exact or typical"),
-            ("epsilon", 0 <= self.epsilon <= 1, "from 0 to 1"),
-            ("delta", 0 <= self.delta < math.inf, "0 or more"),
-        ):
-            if not good:
-                raise UsageError(f"{name} must be {rule}, not {getattr(self, name)}")
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    def seeded(self) -> Sampling:
-        """The same, with a seed drawn from the system where none was given."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
 
 
 GREEDY = Sampling()

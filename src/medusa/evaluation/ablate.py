@@ -55,7 +55,7 @@ def plain_variant(lm: LanguageModel, sampling: Sampling) -> Variant:
     return Variant(medusa_method(PLAIN, lm, sampling), {"kind": PLAIN, "nodes": 1})
 
 
-def tree_variants(lm: LanguageModel, sampling: Sampling, seed: int = 0) -> list[Variant]:
+def tree_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     """Random and searched trees of up to 256 nodes, and Cartesian products; heads alone.
 
     Raises:
@@ -75,7 +75,7 @@ def tree_variants(lm: LanguageModel, sampling: Sampling, seed: int = 0) -> list[
         if size <= len(best):
             add(f"searched {size}", "searched", best.best(size))
         for number in range(RANDOM_TREES):
-            tree = random_tree(size, heads.config.num_heads, seed=1000 * seed + 10 * size + number)
+            tree = random_tree(size, heads.config.num_heads, seed=1000 * (sampling.seed or 0) + 10 * size + number)
             add(f"random {size}.{number + 1}", "random", tree)
     for top in CARTESIAN:
         if len(top) <= heads.config.num_heads:

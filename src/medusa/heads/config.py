@@ -6,44 +6,38 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, get_args
 
 from medusa.errors import MedusaError, UsageError
+from medusa.settings import HeadsKind, HeadsShape, check, setting
 
-KINDS = ("residual", "sequential", "recurrent")
+KINDS = get_args(HeadsKind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsConfig:
+class HeadsConfig(HeadsShape):
     """All that is needed to rebuild the module, and to know whether it fits a model."""
 
-    hidden_size: int
-    vocab_size: int
-    kind: Literal["residual", "sequential", "recurrent"] = "residual"
-    num_heads: int = 4
-    num_layers: int = 1
-    tie_lm_head: bool = True
+    hidden_size: int = field(metadata={"ge": 1})
+    vocab_size: int = field(metadata={"ge": 1})
+    kind: HeadsKind = "residual"  # what files without a kind hold
     draft_vocab: int = 0  # how many tokens a head can propose; 0: all of them
-    mlp_width: int = 0  # 0: one linear layer with SiLU; else a gated MLP of this width
-    feature_layers: tuple[int, ...] = ()  # hidden states read beside the final one; i is the output of layer i
+    mlp_width: int = setting(0, "0: one linear layer with SiLU; else a gated MLP of this width.", ge=0)
+    feature_layers: tuple[int, ...] = setting(  # i is the output of layer i
+        (),
+        "Hidden states read beside the final one.",
+        good=lambda layers: all(i > 0 for i in layers),
+        rule="layer numbers from 1",
+    )
     base_model: str = ""
     vocab_hash: str = ""  # see `vocabulary_hash`
     tree: tuple[tuple[tuple[int, ...], float], ...] = ()  # (rank path, calibrated probability)
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}"),
-            ("hidden_size", self.hidden_size > 0, "positive"),
-            ("vocab_size", self.vocab_size > 0, "positive"),
-            ("num_heads", 1 <= self.num_heads <= 16, "from 1 to 16"),
-            ("num_layers", self.num_layers >= 1, "at least 1"),
-            ("draft_vocab", 0 <= self.draft_vocab <= self.vocab_size, "from 0 to vocab_size"),
-            ("mlp_width", self.mlp_width >= 0, "0 or more"),
-            ("feature_layers", all(i > 0 for i in self.feature_layers), "layer numbers from 1"),
-        ):
-            if not good:
-                raise UsageError(f"heads: {name} must be {rule}, not {getattr(self, name)}")
+        check(self, "heads: ")
+        if not 0 <= self.draft_vocab <= self.vocab_size:
+            raise UsageError(f"heads: draft_vocab must be from 0 to vocab_size, not {self.draft_vocab}")
         if self.kind == "recurrent" and self.num_layers != 1:
             raise UsageError("heads: a recurrent block has num_layers 1")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.engines.native_config import UnsupportedError, is_complete, native_config
 from medusa.errors import MedusaError, UsageError
 from medusa.models import zoo
+from medusa.settings import EngineSettings
 
 if TYPE_CHECKING:
     import torch
@@ -22,29 +23,6 @@ if TYPE_CHECKING:
     from medusa.engines.protocol import Backend
     from medusa.heads.config import HeadsConfig
     from medusa.heads.module import HeadsRunner
-
-BACKENDS = ("auto", "transformers", "native")
-DTYPES = ("float32", "bfloat16", "int8", "int4")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How a model is to be run; see `medusa.load`."""
-
-    backend: str = "auto"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    threads: int | None = None
-    compile: bool = False
-    num_slots: int = 1
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("backend", self.backend, BACKENDS), ("dtype", self.dtype, DTYPES)):
-            if value not in known:
-                raise UsageError(f"unknown {name} {value}: use one of {', '.join(known)}")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads must be at least 1, not {self.threads}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +38,6 @@ def load_backend(
     source: zoo.ModelSource,
     settings: EngineSettings,
     *,
-    feature_layers: Sequence[int] = (),
-    progress: bool = True,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
     """Loads a model on the backend that is asked for, or with `auto` on the native engine where that can run it.
@@ -77,10 +53,10 @@ def load_backend(
     refusal = None if settings.backend == "transformers" else _native_refusal(settings)
     if settings.backend != "transformers" and refusal is None:
         try:
-            return _load_native(source, settings, feature_layers, progress, meanwhile)
+            return _load_native(source, settings, meanwhile)
         except UnsupportedError as error:
             refusal = str(error)
-            if progress and settings.backend == "auto":
+            if settings.progress and settings.backend == "auto":
                 told = f"{source.name} runs on transformers, not on the faster native engine: {refusal}"
                 print(told, file=sys.stderr, flush=True)
     if settings.backend == "native":
@@ -89,7 +65,7 @@ def load_backend(
     if settings.dtype == "int4" and not settings.device.startswith("cuda"):
         raise UsageError(f"int4 needs the native backend ({reason}) or a CUDA device: take --dtype int8")
     meanwhile()
-    return _load_transformers(source, settings, feature_layers, reason)
+    return _load_transformers(source, settings, reason)
 
 
 def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
@@ -140,19 +116,13 @@ def _native_refusal(settings: EngineSettings) -> str | None:
     return None
 
 
-def _load_native(
-    source: zoo.ModelSource,
-    settings: EngineSettings,
-    feature_layers: Sequence[int],
-    progress: bool,
-    meanwhile: Callable[[], object],
-) -> LoadedModel:
+def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: Callable[[], object]) -> LoadedModel:
     from medusa.engines.native import Checkpoint, NativeBackend
 
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    with _bar(f"Packing {source.name}", progress) as tell, ThreadPoolExecutor(1) as background:
+    with _bar(f"Packing {source.name}", settings.progress) as tell, ThreadPoolExecutor(1) as background:
         packing = background.submit(
             NativeBackend,
             native,
@@ -160,7 +130,7 @@ def _load_native(
             dtype=settings.dtype,
             num_slots=settings.num_slots,
             max_length=settings.max_length,
-            feature_layers=feature_layers,
+            feature_layers=settings.feature_layers,
             threads=settings.threads,
             progress=tell,
         )
@@ -190,9 +160,7 @@ def _config(source: zoo.ModelSource) -> Any:
     return zoo.load_config(source)
 
 
-def _load_transformers(
-    source: zoo.ModelSource, settings: EngineSettings, feature_layers: Sequence[int], reason: str
-) -> LoadedModel:
+def _load_transformers(source: zoo.ModelSource, settings: EngineSettings, reason: str) -> LoadedModel:
     import torch
 
     from medusa.engines.int8 import quantise
@@ -209,7 +177,7 @@ def _load_transformers(
         network,
         num_slots=settings.num_slots,
         max_length=settings.max_length,
-        feature_layers=feature_layers,
+        feature_layers=settings.feature_layers,
         compile=settings.compile,
     )
     facts: dict[str, object] = {

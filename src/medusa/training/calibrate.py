@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,9 +25,9 @@ from medusa.heads.file import WEIGHTS_FILE, load_heads, save_heads, write_config
 from medusa.heads.module import Heads
 from medusa.models import zoo
 from medusa.plots import draw_accuracy, draw_tree
+from medusa.settings import EngineSettings, TextSettings, values
 from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.config import TextConfig
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
 from medusa.training.features import joined, longest_answer, read_rows
@@ -104,41 +103,27 @@ def draw(accuracy: Accuracy, directory: Path) -> None:
 
 
 def calibrate_heads(
-    model: str,
-    heads: str,
-    *,
-    data: Sequence[str],
-    tokens: int,
-    out: Path | None,
-    engine: Mapping[str, Any],
-    reporter: Reporter,
+    engine: EngineSettings, *, data: Sequence[str], tokens: int, out: Path | None, reporter: Reporter
 ) -> Calibration:
-    """Measures heads on text, and the machine with `engine` (arguments of `medusa.load`); stores tree and pictures.
+    """Measures heads on text, and the machine with them; stores tree and pictures.
 
     Args:
-        heads: as for `medusa.load`; those found are calibrated in place, or a copy of them in `out`.
+        engine: the model, and heads, which are calibrated in place, or a copy of them in `out`.
         data: texts; without any the model writes `tokens` tokens of answers, other ones than those for training.
 
     Raises:
         UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
     """
-    source = zoo.resolve(model)
-    found = zoo.find_heads(heads, source)
+    source = zoo.resolve(engine.model)
+    found = zoo.find_heads(engine.heads, source)
     if found is None:
-        raise UsageError(f"there are no heads for {model}: give --heads PATH")
+        raise UsageError(f"there are no heads for {engine.model}: give --heads PATH")
     check_target(found if out is None else out)
     reporter.stage("Loading")
-    shape = zoo.load_config(source).get_text_config()
-    slots, length = room(shape, SLOTS, TextConfig().max_length, str(engine.get("device", "cpu")))
-    lm = medusa.load(
-        model,
-        heads=str(found),
-        drafter="none",
-        num_slots=slots,
-        max_length=length,
-        progress=False,
-        **engine,
-    )
+    text = TextSettings(tokens=tokens, seed=SEED)
+    slots, length = room(zoo.load_config(source).get_text_config(), SLOTS, text.max_length, engine.device)
+    engine = replace(engine, heads=str(found), drafter="none", num_slots=slots, max_length=length, progress=False)
+    lm = medusa.load(**values(engine))
     module = load_heads(
         found,
         lm.backend.base_weights(),
@@ -147,11 +132,10 @@ def calibrate_heads(
     )
     with tempfile.TemporaryDirectory() as scratch:
         if not data:
-            text = Path(scratch) / "text.jsonl"
-            write_text(TextConfig(tokens=tokens, seed=SEED), lm, text, reporter)
-            data = [str(text)]
+            data = [str(Path(scratch) / "text.jsonl")]
+            write_text(text, lm, Path(data[0]), reporter)
         reporter.stage("Measuring the heads")
-        examples = read_text(data, lm, TextConfig().max_length, reporter.say)
+        examples = read_text(data, lm, text.max_length, reporter.say)
     accuracy = measure(module, lm.backend, examples)
     reporter.stage("Measuring this machine")
     times = lm.pass_times(refresh=True)

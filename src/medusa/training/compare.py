@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from medusa.errors import UsageError
@@ -32,7 +33,7 @@ def compare(run: Path, heads: Sequence[Path]) -> dict[str, dict[str, object]]:
     """
     config = load_config(run / RUN_FILE, {})
     sources = config.text.data or (str(run / TEXT_FILE),)
-    text = config.text.model_copy(update={"data": sources})  # written already, so one slot is enough
+    text = replace(config.text, data=sources)  # written already, so one slot is enough
     lm = load_model(config.model_copy(update={"text": text}))
     _, held_out = split(read_text(sources, lm, text.max_length, print), text.held_out)
     found, layers = {}, feature_layers(config.heads, lm.backend.num_layers)

@@ -18,14 +18,14 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.reference import ReferenceStepper
-from medusa.decoding.sampling import Sampling
 from medusa.errors import MedusaError, UsageError
+from medusa.settings import DistillSettings
 from medusa.text.chat_template import encode_plain
 from medusa.text.turns import Turns
 from medusa.training import openings
@@ -40,38 +40,6 @@ if TYPE_CHECKING:
 
 JUDGED = 200  # conversations, by the last of which a run is judged
 HOPELESS = 0.95  # share of them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSettings:
-    """What is written. `tokens` is how many tokens of answers; the others shape each conversation."""
-
-    tokens: int = 200_000
-    seed: int = 0
-    turns: int = 3  # a conversation has 1 to this many user turns
-    max_user_tokens: int = 96
-    max_answer_tokens: int = 320
-    temperatures: tuple[float, ...] = (0.0, 0.0, 0.7)  # of answers; conversation n takes them in turn
-    user_temperature: float = 1.0
-    top_p: float = 0.95
-
-    def __post_init__(self) -> None:
-        for name, good, rule in (
-            ("tokens", self.tokens >= 1, "at least 1"),
-            ("seed", 0 <= self.seed < 2**63, "from 0 to 2**63 - 1"),
-            ("turns", self.turns >= 1, "at least 1"),
-            ("max_user_tokens", self.max_user_tokens >= 1, "at least 1"),
-            ("max_answer_tokens", self.max_answer_tokens >= 1, "at least 1"),
-            ("temperatures", bool(self.temperatures), "one temperature or more"),
-        ):
-            if not good:
-                raise UsageError(f"{name} must be {rule}, not {getattr(self, name)}")
-        for temperature in (*self.temperatures, self.user_temperature):
-            Sampling(temperature=temperature, top_p=self.top_p)
-
-    def shape(self) -> dict[str, Any]:
-        """The settings that a row depends on: all but how many there are to be."""
-        return {name: value for name, value in json.loads(json.dumps(asdict(self))).items() if name != "tokens"}
 
 
 @dataclass(slots=True)

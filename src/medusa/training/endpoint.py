@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medusa.models import zoo
 from medusa.remote import openai_client
+from medusa.settings import DistillSettings
 from medusa.text.turns import Turns
 from medusa.training.data import Conversation, MalformedRow, encode
-from medusa.training.distill import DistillSettings, Prompt, Written, row_header, write_in_order
+from medusa.training.distill import Prompt, Written, row_header, write_in_order
 from medusa.training.speaker import NO_QUESTION, Speaker, is_question
 from medusa.training.talk import LoopWatch, Talked
 from medusa.training.text_file import TextFile

@@ -37,10 +37,11 @@ from medusa.heads.config import HeadsConfig, vocabulary_hash
 from medusa.heads.file import WEIGHTS_FILE
 from medusa.heads.module import Heads
 from medusa.models import zoo
+from medusa.settings import BackendSettings, HeadsSettings, HeadsShape, values
 from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.calibrate import speed_report
-from medusa.training.config import HeadsOptions, TrainConfig, load_config
+from medusa.training.config import TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
@@ -55,7 +56,6 @@ from medusa.training.run_log import RunLog, trackers
 from medusa.training.text import (
     Reporter,
     Silent,
-    distill_settings,
     frequent_tokens,
     read_text,
     room,
@@ -323,7 +323,6 @@ def check_settings(config: TrainConfig) -> None:
     """Raises UsageError for settings that cannot go together, or that this machine cannot follow."""
     if config.text.data:
         return
-    distill_settings(config.text)
     longest, levels = config.text.max_answer_tokens, config.heads.num_heads
     if longest <= levels:
         raise UsageError(
@@ -356,10 +355,7 @@ def load_model(config: TrainConfig) -> LanguageModel:
         config.model,
         heads="none",
         drafter="none",
-        backend=engine.backend,
-        dtype=engine.dtype,
-        device=engine.device,
-        threads=engine.threads,
+        **values(engine, BackendSettings),
         num_slots=slots,
         max_length=length,
         feature_layers=feature_layers(config.heads, shape.num_hidden_layers),
@@ -367,7 +363,7 @@ def load_model(config: TrainConfig) -> LanguageModel:
     )
 
 
-def feature_layers(options: HeadsOptions, num_layers: int) -> tuple[int, ...]:
+def feature_layers(options: HeadsSettings, num_layers: int) -> tuple[int, ...]:
     """The middle layers that heads read: a third and two thirds of the way up, where nothing else is asked for."""
     if options.feature_layers is not None:
         return options.feature_layers
@@ -410,10 +406,7 @@ def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
     return HeadsConfig(
         hidden_size=size,
         vocab_size=vocab,
-        kind=options.kind,
-        num_heads=options.num_heads,
-        num_layers=options.num_layers,
-        tie_lm_head=options.tie_lm_head,
+        **values(options, HeadsShape),
         draft_vocab=0 if draft_vocab >= vocab else draft_vocab,
         mlp_width=2 * size if options.mlp_width is None else options.mlp_width,
         feature_layers=feature_layers(options, lm.backend.num_layers),

@@ -20,7 +20,7 @@ from medusa.training.talk import Said, Talk, Talked, Turn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from medusa.training.distill import DistillSettings
+    from medusa.settings import DistillSettings
 
 SHORTEST_USER = 10  # characters of an invented user turn
 SPARE = 8  # tokens that an answer finds room for, at the least

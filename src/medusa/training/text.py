@@ -15,10 +15,10 @@ from torch import Tensor
 
 from medusa.engines.protocol import MAX_NODES
 from medusa.errors import MedusaError
-from medusa.training.config import TextConfig
+from medusa.settings import TextSettings
 from medusa.training.data import Example, Reader, read_prompts
 from medusa.training.device_features import free_memory
-from medusa.training.distill import DistillSettings, Prompt, Written, distill
+from medusa.training.distill import Prompt, Written, distill
 from medusa.training.features import count_rows
 
 if TYPE_CHECKING:
@@ -70,19 +70,12 @@ def room(shape: Any, slots: int | None, length: int, device: str = "cpu") -> tup
     return max(1, min(slots, fitting)), length
 
 
-def write_text(config: TextConfig, lm: LanguageModel, out: Path, reporter: Reporter) -> None:
+def write_text(config: TextSettings, lm: LanguageModel, out: Path, reporter: Reporter) -> None:
     """The model's own text, to the file `out`."""
     reporter.stage("Writing text")
     prompts = None if config.prompts is None else read_prompt_file(config.prompts, reporter.say)
-    written = distill(
-        lm, out, distill_settings(config), prompts=prompts, tell=shown_by(reporter), seconds=config.seconds
-    )
+    written = distill(lm, out, config.distilled(), prompts=prompts, tell=shown_by(reporter), seconds=config.seconds)
     reporter.say(written.summary())
-
-
-def distill_settings(text: TextConfig) -> DistillSettings:
-    names = DistillSettings.__dataclass_fields__  # `tokens` are spelt out by now
-    return DistillSettings(**{name: value for name, value in text if name in names})
 
 
 def read_text(sources: Sequence[str], lm: LanguageModel, limit: int, report: Callable[[str], None]) -> list[Example]:

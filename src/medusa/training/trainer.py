@@ -28,9 +28,9 @@ from torch import Tensor
 
 from medusa.errors import MedusaError
 from medusa.heads.module import Heads
+from medusa.settings import OptimiserSettings
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
-from medusa.training.config import OptimiserConfig
 from medusa.training.features import Batch, MeasuredRows, Rows
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
 from medusa.training.precision import training_dtype
@@ -81,7 +81,7 @@ class Trainer:
         heads: on any device; float32 parameters.
         lm_head: the model's LM head rows of the draft vocabulary [V', H], for distillation.
         rows, held_out: to learn from, and to measure.
-        config: see OptimiserConfig.
+        config: see OptimiserSettings.
         directory: where checkpoints go.
         facts: what a checkpoint must agree on to be gone on from.
         tell: hears of each step.
@@ -93,7 +93,7 @@ class Trainer:
         lm_head: Tensor,
         rows: Rows,
         held_out: MeasuredRows,
-        config: OptimiserConfig,
+        config: OptimiserSettings,
         directory: Path,
         *,
         accelerator: Accelerator,

@@ -1,6 +1,6 @@
 """The seams of a chat template: what stands before a user's turn, and between a turn and its answer.
 
-Distilling goes on with a text token by token, so it needs the template in pieces. A template that rewrites earlier
+Distilling continues a text token by token, so it needs the template in pieces. A template that rewrites earlier
 turns has no such pieces after the first answer: its conversations then have one turn.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa.errors import UsageError
-from medusa.text.chat_template import ANSWER, QUESTION, REFUSALS, render
+from medusa.text.chat_template import ANSWER, QUESTION, REFUSALS, render_with_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +40,8 @@ class Turns:
             raise UsageError("the model has no chat template")
 
         def shown(user: str, *later: dict[str, str]) -> str:
-            messages = _with_system(tokenizer, system, [{"role": "user", "content": user}, *later])
-            return render(tokenizer, messages, answer=True)
+            first = [{"role": "system", "content": system}] if system else []
+            return render_with_system(tokenizer, [*first, {"role": "user", "content": user}, *later], answer=True)[1]
 
         try:
             question = shown(QUESTION)
@@ -69,19 +69,3 @@ class Turns:
         start, end = self.strips
         user = user.lstrip() if start else user
         return user.rstrip() if end else user
-
-
-def _with_system(
-    tokenizer: PreTrainedTokenizerBase, system: str | None, messages: list[dict[str, str]]
-) -> list[dict[str, str]]:
-    """Puts a system prompt first; into the user's first turn where the template knows no such role."""
-    if not system:
-        return messages
-    with_role = [{"role": "system", "content": system}, *messages]
-    try:
-        if system.strip() in render(tokenizer, with_role):
-            return with_role
-    except REFUSALS:
-        pass
-    first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
-    return [first, *messages[1:]]

@@ -48,8 +48,8 @@ class Turns:
             padded = shown(f" \n{QUESTION}\n ")
         except REFUSALS as error:
             raise UsageError(f"the chat template refuses a plain user turn: {error}") from None
-        before_user, found, before_answer = question.partition(QUESTION)
-        if not found or not before_answer:
+        before_user, _, before_answer = question.partition(QUESTION)
+        if not before_answer:
             raise UsageError("the chat template does not show the user's turn as it is, or nothing after it")
         strips = padded.startswith(before_user + QUESTION), padded.endswith(QUESTION + before_answer)
         alone = cls(before_user, before_answer, None, strips)
@@ -58,9 +58,9 @@ class Turns:
         except REFUSALS:  # it takes one turn only
             return alone
         head, _, rest = whole.partition(ANSWER)
-        seam, found, tail = rest.partition(_NEXT)
+        seam, marked, tail = rest.partition(_NEXT)
         # Some templates write a space before an answer (Mistral); the model writes it itself.
-        if not found or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:
+        if not marked or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:
             return alone
         return cls(before_user, before_answer, seam, strips)
 

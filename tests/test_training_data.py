@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import types
@@ -36,12 +37,16 @@ from medusa.training.data import (
     MalformedRow,
     Reader,
     encode,
+    encode_rows,
     read_conversations,
     read_prompts,
 )
+from medusa.training.text import split
 from tiny_models import make_tokenizer
 
 CHATML_TOKENIZER = tokenizer_with(CHATML)
+# "<|" could begin a marker, and "<think>" is a token of its own only by chance.
+contents = st.text(max_size=12).filter(lambda text: "<" not in text)
 
 
 def talk(*turns: str, system: str | None = None) -> Conversation:
@@ -101,6 +106,58 @@ def test_a_thought_is_labelled_where_it_is_shown() -> None:
     assert labelled(conversation, tokenizer) == ["<think>\nShort.\n</think>\n\nBye<|im_end|>"]
     assert "<|im_start|>assistant\nHello!<|im_end|>" in whole(conversation, tokenizer)
     assert labelled(conversation, tokenizer_with(R1)) == ["Hello!<|end|>", "\n\nBye<|end|>"]
+
+
+def rows(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, list[str]]]:
+    """The text of each row, and of each of its spans."""
+    return [
+        (tokenizer.decode(row.token_ids), [tokenizer.decode(row.token_ids[start:end]) for start, end in row.spans])
+        for row in encode_rows(conversation, tokenizer, "tiny")
+    ]
+
+
+def test_a_turn_that_the_template_rewrites_later_is_learned_in_a_row_of_its_own() -> None:
+    conversation = talk(
+        "Hi", "<think>Polite.</think>Hello!", "And?", "Well.", "So?", "<think>\nShort.\n</think>\n\nBye"
+    )
+    tokenizer = tokenizer_with(QWEN3)
+    hi = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    later = hi + "Hello!<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    assert rows(conversation, tokenizer)[1:] == [
+        (later + "<think>\n\n</think>\n\nWell.<|im_end|>", ["<think>\n\n</think>\n\nWell.<|im_end|>"]),
+        (hi + "<think>\nPolite.\n</think>\n\nHello!<|im_end|>", ["<think>\nPolite.\n</think>\n\nHello!<|im_end|>"]),
+    ]
+    assert rows(conversation, tokenizer)[0][1] == ["<think>\nShort.\n</think>\n\nBye<|im_end|>"]
+    for template in (CHATML, LLAMA3, MISTRAL, GEMMA, PHI3, R1, PLAIN, *MARKED.values()):
+        assert len(rows(conversation, tokenizer_with(template))) == 1
+
+
+def test_turns_that_a_row_shows_as_they_were_written_share_it() -> None:
+    # A thought is shown in all that is said after the last question.
+    after_question = (
+        "{% set roles = messages | map(attribute='role') | list %}"
+        "{% set question = (roles | length) - 1 - (roles | reverse | list).index('user') %}"
+    ) + QWEN3.replace("loop.last", "loop.index0 > question")
+    messages = [
+        *talk("Hi", "One", "And?").messages,
+        *({"role": "assistant", "content": text} for text in ("Two", "Three")),
+    ]
+    (_, last), (_, first) = rows(Conversation((*messages,), "here"), tokenizer_with(after_question))
+    assert last == [f"<think>\n\n</think>\n\n{text}<|im_end|>" for text in ("Two", "Three")]
+    assert first == ["<think>\n\n</think>\n\nOne<|im_end|>"]
+
+
+def test_given_turns_have_no_row_of_their_own() -> None:
+    given = dataclasses.replace(talk("Hi", "One", "And?", "Two"), given=3)
+    assert [spans for _, spans in rows(given, tokenizer_with(QWEN3))] == [["<think>\n\n</think>\n\nTwo<|im_end|>"]]
+
+
+@given(turns=st.lists(contents, min_size=2, max_size=7), name=st.sampled_from(["chatml", "llama3", "qwen3", "r1"]))
+def test_all_turns_are_learned_once_whatever_the_template_does_with_earlier_ones(turns: list[str], name: str) -> None:
+    tokenizer = tokenizer_with({"chatml": CHATML, "llama3": LLAMA3, "qwen3": QWEN3, "r1": R1}[name])
+    spans = [span for _, spans in rows(talk(*turns), tokenizer) for span in spans]
+    answers = [span.removeprefix("<think>\n\n</think>\n\n").rpartition("<|")[0].strip() for span in spans]
+    assert sorted(answers) == sorted(turn.strip() for turn in turns[1::2])
 
 
 def test_words_of_the_user_that_the_assistant_repeats_are_not_labelled() -> None:
@@ -224,10 +281,6 @@ def test_of_a_document_all_is_labelled_but_what_the_tokenizer_puts_first() -> No
 
 def test_a_document_of_one_token_teaches_nothing() -> None:
     assert encode(Conversation((), "here", "O"), CHATML_TOKENIZER, "tiny").spans == ()
-
-
-# "<|" could begin a marker, and "<think>" is a token of its own only by chance.
-contents = st.text(max_size=12).filter(lambda text: "<" not in text)
 
 
 @given(turns=st.lists(contents, min_size=1, max_size=7), system=st.none() | contents)
@@ -587,6 +640,17 @@ def test_the_reader_gives_examples_of_every_kind_of_row(tmp_path: Path) -> None:
     assert [example.where for example in examples] == [f"{rows}, line {line}" for line in range(1, 5)]
     assert [len(example.spans) for example in examples] == [1, 0, 1, 1]
     assert said == []
+
+
+def test_all_turns_are_read_and_a_conversation_stays_on_one_side_of_the_split(tmp_path: Path) -> None:
+    reader = Reader(tokenizer_with(QWEN3), "tiny", 1000, pytest.fail)
+    long = {"messages": [*HI, *HI, *HI]}
+    path = write_lines(tmp_path / "rows.jsonl", HI_ROW, long, long, HI_ROW, long)
+    examples = list(reader.examples([path]))
+    assert [len(example.spans) for example in examples] == [1] * 11
+    assert [wheres(part) for part in split(examples, 0.5)] == [
+        [f"rows.jsonl, line {line}" for line in lines] for lines in ((2, 2, 2, 4), (1, 3, 3, 3, 5, 5, 5))
+    ]
 
 
 def test_a_row_that_the_template_refuses_counts_as_malformed(tmp_path: Path) -> None:

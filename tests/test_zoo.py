@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -361,45 +361,33 @@ def test_a_conversion_killed_midway_leaves_nothing_that_is_used_or_stays(gguf, c
     assert subprocess.run([sys.executable, "-c", script, str(gguf)], check=False).returncode == 9
     models = cache_dir() / "models"
     (left,) = models.iterdir()
-    assert left.name.startswith(".converting-")
+    assert left.name.startswith(".some_model.Q4-")
+    (models / ".converting-some-host-1-00000000").mkdir()  # as versions before left them
     location = Path(resolve(str(gguf), progress=False).location)
     assert [p.name for p in models.iterdir()] == [location.name]
 
 
-def test_sweeping_spares_conversions_under_way(tmp_path):
-    host = platform.node()
-    here = tmp_path / f".converting-{host}-{os.getpid()}-00000000"
-    elsewhere = tmp_path / ".converting-other-host-1-00000000"
-    forgotten = tmp_path / ".converting-other-host-2-00000000"
-    for path in (here, elsewhere, forgotten):
-        path.mkdir()
-    os.utime(forgotten, (0, 0))
-    gguf_cache._sweep(tmp_path)
-    assert here.exists()
-    assert elsewhere.exists()
-    assert not forgotten.exists()
-
-
 @pytest.mark.parametrize("damaged_before", [False, True])
-def test_conversions_at_the_same_time_all_end_well(gguf, conversions, monkeypatch, damaged_before):
+def test_conversions_at_the_same_time_all_end_well_and_only_one_is_made(gguf, conversions, monkeypatch, damaged_before):
     location = Path(resolve(str(gguf), progress=False).location)
     if damaged_before:
         (location / gguf_cache.MANIFEST).unlink()
     else:
         shutil.rmtree(location)
-    together, convert, results = threading.Barrier(3, timeout=10), gguf_file.convert, []
+    done, together, results = len(conversions), threading.Barrier(3, timeout=10), []
 
-    def convert_together(*args):
-        convert(*args)
-        together.wait()  # all three have converted before any publishes
+    def lock(path):
+        together.wait()  # all three have found no conversion before any makes one
+        return FileLock(path)
 
-    monkeypatch.setattr(gguf_file, "convert", convert_together)
+    monkeypatch.setattr("filelock.FileLock", lock)
     work = [threading.Thread(target=lambda: results.append(resolve(str(gguf), progress=False))) for _ in range(3)]
     for thread in work:
         thread.start()
     for thread in work:
         thread.join()
     assert [r.location for r in results] == [str(location)] * 3
+    assert len(conversions) == done + 1
     assert gguf_cache._is_complete(location)
     assert [p.name for p in location.parent.iterdir()] == [location.name]
 

@@ -112,14 +112,14 @@ def _check_keys(header: Header) -> None:
     if not mapping:
         raise header.refuse(f"transformers does not read the architecture {arch}")
     read = {key for key, name in mapping.items() if name is not None and name != -1}
-    for key in sorted(read - _OPTIONAL):
+    for key in sorted(read | _NUMBERS):
         value = header.get(key)
         if value is None:
-            raise header.refuse(f"its metadata lack {arch}.{key}")
-        if isinstance(value, list):
+            if key in read - _OPTIONAL:
+                raise header.refuse(f"its metadata lack {arch}.{key}")
+        elif isinstance(value, list):
             raise header.refuse(f"{arch}.{key} is another for each layer")
-    for key in sorted(read | _NUMBERS):
-        if not isinstance(value := header.get(key, 0), (int, float)) or isinstance(value, bool) or not value >= 0:
+        elif not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
             raise header.refuse(f"{arch}.{key} is {shortened(value, 40)}, not a number from 0")
     known = read | _NUMBERS | {"rope.scaling.type", "rope.scaling.finetuned"}
     neutral = {
@@ -159,27 +159,28 @@ def _check_tokenizer(header: Header) -> None:
     kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise header.refuse("it holds no tokens (tokenizer.ggml.tokens)")
-    for name in metadata:
-        key = name.removeprefix("tokenizer.ggml.")
-        if key != name and key not in _TOKENIZER and not key.endswith("token_id"):
-            raise header.refuse(f"it holds {name}, which would be left out")
     for name, value in metadata.items():
-        if name.startswith("tokenizer.ggml.") and name.endswith("token_id") and not 0 <= value < len(tokens):
+        key = name.removeprefix("tokenizer.ggml.")
+        if key == name:
+            continue
+        if not key.endswith("token_id"):
+            if key not in _TOKENIZER:
+                raise header.refuse(f"it holds {name}, which would be left out")
+        elif not 0 <= value < len(tokens):
             raise header.refuse(f"{name} is {value}, but there are {len(tokens)} tokens")
     # What transformers does for each kind of vocabulary; what it is told otherwise it does not hear.
     space = kind == "llama" and not header.architecture.startswith("gemma")
     for key, does in (("add_space_prefix", space), ("remove_extra_whitespaces", False), ("add_sep_token", False)):
-        said = metadata.get(f"tokenizer.ggml.{key}")
-        if said is not None and bool(said) != does and kind != "t5":
-            raise header.refuse(f"tokenizer.ggml.{key} is {said}, which would be left out")
+        wanted = metadata.get(f"tokenizer.ggml.{key}")
+        if wanted is not None and bool(wanted) != does and kind != "t5":
+            raise header.refuse(f"tokenizer.ggml.{key} is {wanted}, which would be left out")
     split = metadata.get("tokenizer.ggml.pre")
-    known = {*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2_SPLIT, *_DIGITS_SPLIT}
-    if kind == "gpt2" and split not in known:
-        told = "does not say how its vocabulary splits a text" if split is None else f"splits texts as {split} does"
-        raise header.refuse(f"it {told} (tokenizer.ggml.pre), which nothing here knows")
+    if kind == "gpt2" and split not in {*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2_SPLIT, *_DIGITS_SPLIT}:
+        what = "does not say how its vocabulary splits a text" if split is None else f"splits texts as {split} does"
+        raise header.refuse(f"it {what} (tokenizer.ggml.pre), which nothing here knows")
 
 
-def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) -> None:
+def convert(path: Path, target: Path, name: str, on_step: Callable[[str], None]) -> None:
     """De-quantises `path` into `target`: tokenizer, configuration and bf16 safetensors.
 
     bf16 holds all that a file of 8 bits or fewer has to give, in half the memory of float32. transformers speaks as its
@@ -187,7 +188,7 @@ def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) ->
 
     Args:
         name: of the model, for its configuration.
-        tell: called with what is being done.
+        on_step: called with what is being done.
 
     Raises:
         MedusaError: the file is refused (see `read_header`), or a tensor is missing or would be left out.
@@ -197,13 +198,13 @@ def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) ->
 
     # The reader shows a bar of its own that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):
-        tell("reading the tokenizer")
+        on_step("reading the tokenizer")
         header = read_header(path)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         _split_digits(header, tokenizer)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         _complete(config, header)
-        tell("unpacking the weights")
+        on_step("unpacking the weights")
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent,
             config=config,
@@ -221,17 +222,15 @@ def convert(path: Path, target: Path, name: str, tell: Callable[[str], None]) ->
         model.config.name_or_path = name
         ends = [header.metadata.get(f"tokenizer.ggml.{key}") for key in _END_TOKENS]
         model.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
-        tell("writing")
+        on_step("writing")
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
 
 def _split_digits(header: Header, tokenizer: Any) -> None:
     """Vocabularies that take digits one by one: transformers would split as GPT-2 does."""
-    if (
-        header.metadata.get("tokenizer.ggml.model") == "gpt2"
-        and header.metadata.get("tokenizer.ggml.pre") in _DIGITS_SPLIT
-    ):
+    kind, split = (header.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind == "gpt2" and split in _DIGITS_SPLIT:
         from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
@@ -243,10 +242,11 @@ def _complete(config: PreTrainedConfig, header: Header) -> None:
     """Puts into a configuration what transformers leaves out of it. Raises MedusaError for what does not fit in."""
     c: Any = config
     head_dim: int = header.get("attention.key_length", c.hidden_size // c.num_attention_heads)
-    told = {key: header.get(key, head_dim) for key in ("attention.value_length", "rope.dimension_count")}
-    if set(told.values()) != {head_dim}:
-        sizes = ", ".join(f"{key} {value}" for key, value in {"attention.key_length": head_dim, **told}.items())
-        raise header.refuse(f"the sizes of a head differ ({sizes})")
+    keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+    sizes = {key: header.get(key, head_dim) for key in keys}
+    if set(sizes.values()) != {head_dim}:
+        listed = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        raise header.refuse(f"the sizes of a head differ ({listed})")
     if hasattr(c, "head_dim"):
         c.head_dim = head_dim
     elif head_dim != c.hidden_size // c.num_attention_heads:
@@ -271,23 +271,16 @@ def _rope(header: Header, head_dim: int) -> dict[str, Any]:
         return {"rope_type": "default", "rope_theta": theta}
     if not isinstance(factor, (int, float)) or not factor >= 1:
         raise header.refuse(f"its rope.scaling.type is {kind}, but the factor is {factor}")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": float(factor), "rope_theta": theta}
+    if kind not in ("linear", "yarn"):
+        raise header.refuse(f"its rotary embedding is scaled by {kind}, which is not known")
+    settings: dict[str, Any] = {"rope_type": kind, "factor": float(factor), "rope_theta": theta}
     if kind == "yarn":
         original = header.get("rope.scaling.original_context_length", header.get("context_length"))
-        betas = {
-            name: float(value)
-            for name in ("beta_fast", "beta_slow")
-            if (value := header.get(f"rope.scaling.yarn_{name}")) is not None
-        }
-        return {
-            "rope_type": "yarn",
-            "factor": float(factor),
-            "original_max_position_embeddings": int(original),
-            "rope_theta": theta,
-            **betas,
-        }
-    raise header.refuse(f"its rotary embedding is scaled by {kind}, which is not known")
+        settings["original_max_position_embeddings"] = int(original)
+        for name in ("beta_fast", "beta_slow"):
+            if (value := header.get(f"rope.scaling.yarn_{name}")) is not None:
+                settings[name] = float(value)
+    return settings
 
 
 def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
@@ -320,11 +313,10 @@ def _check_tensors(header: Header, model: Any, report: Mapping[str, Any]) -> Non
 
     missing = sorted({*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))})
     if missing:
-        more = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
-        raise MedusaError(f"{header.path} is incomplete: {missing[0]}{more}; get the file again")
-    kind: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
-    processor = kind(config=model.config.to_dict())
-    taken = get_gguf_hf_weights_map(model, processor)
+        others = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
+        raise MedusaError(f"{header.path} is incomplete: {missing[0]}{others}; get the file again")
+    processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    taken = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
     for name in header.tensors:
         if name not in taken and re.sub(r"\.(weight|bias)$", "", name) not in taken and name != ROPE_FREQUENCIES:
             raise header.refuse(f"it holds the tensor {name}, which would be left out")

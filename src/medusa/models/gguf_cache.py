@@ -2,9 +2,10 @@
 
 The cache, where processes may come, go and be killed at any time:
 
-    models/<stem>-<digest>/             a finished conversion; medusa.json, written last, lists its file sizes
-    models/.converting-<host>-<pid>-*/  one under way; swept once its process is gone
-    digests/<key>                       sha256 of a GGUF file, by path, size and mtime: hashed only once
+    models/<stem>-<digest>/     a finished conversion; medusa.json, written last, lists its file sizes
+    models/.<stem>-<digest>-*/  the one under way, which becomes the above in one stroke; one that was killed is swept
+    models.lock                 held by the process that converts; the others wait, and find its result
+    digests/<key>               sha256 of a GGUF file, by path, size and mtime: hashed only once
 """
 
 from __future__ import annotations
@@ -14,25 +15,22 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
-import platform
 import re
 import shutil
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from medusa.errors import MedusaError, first_sentence
-from medusa.files import cache_dir, replacing
+from medusa.files import cache_dir, replacing, swapped_in
 from medusa.models.quiet import quiet
 
 CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
 MANIFEST = "medusa.json"
 REMINDER_SECONDS = 20.0
-STALE_SECONDS = 24 * 3600.0  # a conversion this old that cannot be asked about is taken for dead
+WAITING = "waiting for another conversion"  # until the first step
 
 
 def check_gguf(path: Path) -> None:
@@ -59,23 +57,29 @@ def converted(gguf: Path, names: Mapping[str, str], progress: bool) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise MedusaError("reading GGUF files needs the gguf package; run: pip install 'medusa-decode[demo]'")
 
+    from filelock import FileLock
+
     from medusa.models.gguf import convert
 
-    work = final.parent / f".converting-{platform.node()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(final.parent)
-        work.mkdir()
-        with _told(gguf, progress) as tell, quiet():
-            convert(gguf, work, names.get(sha256, gguf.stem), tell)
-        _write_manifest(work)
-        _publish(work, final)
+        with _reporting(gguf, progress) as on_step, FileLock(cache_dir() / "models.lock"):
+            if _is_complete(final):
+                return final
+            for left in final.parent.glob(".*"):  # by a process that was killed: this one has the lock
+                shutil.rmtree(left, ignore_errors=True)
+            with swapped_in(final) as work:
+                with quiet():
+                    convert(gguf, work, names.get(sha256, gguf.stem), on_step)
+                _write_manifest(work)
     except MedusaError:
         raise
     except ImportError as error:
         version = importlib.metadata.version("transformers")
-        told = f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed)"
-        raise MedusaError(f"{told}: pip install 'transformers>=5.20'") from error
+        raise MedusaError(
+            f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed): "
+            "pip install 'transformers>=5.20'"
+        ) from error
     except OSError as error:
         # transformers raises OSErrors of its own about the file; only those of the system have an errno.
         if error.errno is None:
@@ -86,21 +90,20 @@ def converted(gguf: Path, names: Mapping[str, str], progress: bool) -> Path:
         ) from error
     except Exception as error:
         raise MedusaError(f"cannot convert {gguf}: {first_sentence(error)}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return final
 
 
 @contextlib.contextmanager
-def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
-    """Tell on stderr how a conversion goes: a bar on a terminal, else one line. Yields tell(step)."""
-    if not (progress and sys.stderr.isatty()):
-        if not progress:
-            yield lambda step: None
-            return
+def _reporting(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
+    """Shows on stderr how a conversion is coming along: a bar on a terminal, else one line, and another every 20
+    seconds. Yields on_step(step)."""
+    if not progress:
+        yield lambda step: None
+        return
+    if not sys.stderr.isatty():
         print(f"Converting {gguf.name}, once; this takes a while ...", file=sys.stderr, flush=True)
-        with _reminder(gguf) as tell:
-            yield tell
+        with _reminder(gguf) as on_step:
+            yield on_step
         return
 
     from rich.console import Console
@@ -111,25 +114,25 @@ def _told(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
     console = Console(file=sys.stderr)
     step_column = TextColumn("{task.description}")
     with Progress(*columns, step_column, console=console, transient=True, redirect_stderr=False) as bar:
-        task = bar.add_task("", total=None, file=gguf.name)  # the steps' lengths are unknown: it pulses
+        task = bar.add_task(WAITING, total=None, file=gguf.name)  # the steps' lengths are unknown: it pulses
         yield lambda step: bar.update(task, description=step)
 
 
 @contextlib.contextmanager
 def _reminder(gguf: Path) -> Iterator[Callable[[str], None]]:
-    """A line every 20 seconds, where nothing else shows that the conversion is under way. Yields tell(step)."""
+    """A line every 20 seconds, where nothing else shows that the conversion is under way. Yields on_step(step)."""
     done, begun, stderr = threading.Event(), time.monotonic(), sys.stderr  # the conversion redirects sys.stderr
-    now = ["reading"]
+    steps = [WAITING]
 
     def remind() -> None:
         while not done.wait(REMINDER_SECONDS):
             seconds = round(time.monotonic() - begun)
-            print(f"Converting {gguf.name}: {now[0]}, after {seconds} seconds ...", file=stderr, flush=True)
+            print(f"Converting {gguf.name}: {steps[-1]}, after {seconds} seconds ...", file=stderr, flush=True)
 
     thread = threading.Thread(target=remind, daemon=True)
     thread.start()
     try:
-        yield lambda step: now.__setitem__(0, step)
+        yield steps.append
     finally:
         done.set()
         thread.join()
@@ -172,45 +175,3 @@ def _is_complete(directory: Path) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _publish(work: Path, final: Path) -> None:
-    """Rename `work` to `final` in one stroke. If another process was faster, its result stands."""
-    for _ in range(5):
-        if _is_complete(final):
-            return
-        if final.exists():  # damaged: move it out of the way, into work so that it goes when work goes
-            with contextlib.suppress(OSError):
-                final.replace(work.with_name(f"{work.name}-old"))
-                shutil.rmtree(work.with_name(f"{work.name}-old"), ignore_errors=True)
-        try:
-            work.replace(final)
-            return
-        except OSError:
-            if not final.exists():
-                raise
-    raise MedusaError(f"{final} cannot be replaced; delete it and run again")
-
-
-def _sweep(models: Path) -> None:
-    """Remove what killed conversions left behind; those under way, here or on another machine, stay."""
-    for path in models.glob(".converting-*"):
-        parts = re.fullmatch(r"\.converting-(.*)-(\d+)-[0-9a-f]{8}(-old)?", path.name)
-        if parts is not None and parts[1] == platform.node() and not _is_running(int(parts[2])):
-            shutil.rmtree(path, ignore_errors=True)
-            continue
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # there, kill(pid, 0) would end the process; age decides instead
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

@@ -97,10 +97,10 @@ class StopStrings:
             return []
         self._held.append((text, source))
         held = "".join(piece for piece, _ in self._held)
-        found = [at for stop in self.stops if (at := held.find(stop)) >= 0]
-        if found:
+        places = [place for stop in self.stops if (place := held.find(stop)) >= 0]
+        if places:
             self.hit = True
-            return self._take(min(found))
+            return self._take(min(places))
         return self._take(len(held) - self._possible_start(held))
 
     def flush(self) -> list[tuple[str, str]]:

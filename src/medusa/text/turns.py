@@ -1,6 +1,6 @@
 """The seams of a chat template: what stands before a user's turn, and between a turn and its answer.
 
-Distilling goes on with a text token by token, so it needs the template in pieces. A template that rewrites earlier
+Distilling continues a text token by token, so it needs the template in pieces. A template that rewrites earlier
 turns has no such pieces after the first answer: its conversations then have one turn.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from medusa.errors import UsageError
-from medusa.text.chat_template import ANSWER, QUESTION, REFUSALS, render
+from medusa.text.chat_template import ANSWER, QUESTION, REFUSALS, render_with_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,16 +40,16 @@ class Turns:
             raise UsageError("the model has no chat template")
 
         def shown(user: str, *later: dict[str, str]) -> str:
-            messages = _with_system(tokenizer, system, [{"role": "user", "content": user}, *later])
-            return render(tokenizer, messages, answer=True)
+            first = [{"role": "system", "content": system}] if system else []
+            return render_with_system(tokenizer, [*first, {"role": "user", "content": user}, *later], answer=True)[1]
 
         try:
             question = shown(QUESTION)
             padded = shown(f" \n{QUESTION}\n ")
         except REFUSALS as error:
             raise UsageError(f"the chat template refuses a plain user turn: {error}") from None
-        before_user, found, before_answer = question.partition(QUESTION)
-        if not found or not before_answer:
+        before_user, _, before_answer = question.partition(QUESTION)
+        if not before_answer:
             raise UsageError("the chat template does not show the user's turn as it is, or nothing after it")
         strips = padded.startswith(before_user + QUESTION), padded.endswith(QUESTION + before_answer)
         alone = cls(before_user, before_answer, None, strips)
@@ -58,9 +58,9 @@ class Turns:
         except REFUSALS:  # it takes one turn only
             return alone
         head, _, rest = whole.partition(ANSWER)
-        seam, found, tail = rest.partition(_NEXT)
+        seam, marked, tail = rest.partition(_NEXT)
         # Some templates write a space before an answer (Mistral); the model writes it itself.
-        if not found or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:
+        if not marked or not head.startswith(question) or head[len(question) :].strip() or tail != before_answer:
             return alone
         return cls(before_user, before_answer, seam, strips)
 
@@ -69,19 +69,3 @@ class Turns:
         start, end = self.strips
         user = user.lstrip() if start else user
         return user.rstrip() if end else user
-
-
-def _with_system(
-    tokenizer: PreTrainedTokenizerBase, system: str | None, messages: list[dict[str, str]]
-) -> list[dict[str, str]]:
-    """Puts a system prompt first; into the user's first turn where the template knows no such role."""
-    if not system:
-        return messages
-    with_role = [{"role": "system", "content": system}, *messages]
-    try:
-        if system.strip() in render(tokenizer, with_role):
-            return with_role
-    except REFUSALS:
-        pass
-    first = {**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}
-    return [first, *messages[1:]]

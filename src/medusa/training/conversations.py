@@ -96,9 +96,9 @@ def conversation_of(row: object, where: Place, vocab_size: int | None = None) ->
     elif question and answer:
         if fields.get("label") is False:  # TRL's rows for KTO
             raise MalformedRow('"label" is false: it is an answer that the model is not to give')
-        asked, answered = _question(fields, question), _answer(fields, answer)
-        messages = (*asked, *answered)
-        given = len(asked) if any(message["role"] == "assistant" for message in asked) else 0
+        prompt = _question(fields, question)
+        messages = (*prompt, *_answer(fields, answer))
+        given = len(prompt) if any(message["role"] == "assistant" for message in prompt) else 0
     elif name := present(fields, _PREFERENCES):
         raise MalformedRow(f'"{name}" is one answer of a preference row: call the answer to learn from "completion"')
     elif "text" in fields:
@@ -132,19 +132,19 @@ def prompt_of(row: object, where: Place) -> Conversation:
         raise _unknown(fields)
     if tools_of(fields) or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
         raise MalformedRow("it uses tools, and a model that answers prompts has none")
-    asked = tuple(
+    prompt = tuple(
         {**message, "role": "system"} if message["role"] == "developer" else message
         for message in messages
         if message["role"] != "assistant"
     )
-    users = [message["content"] for message in asked if message["role"] == "user"]
+    users = [message["content"] for message in prompt if message["role"] == "user"]
     if not users:
         raise MalformedRow("no user says anything")
     if not all(user.strip() for user in users):
         raise MalformedRow("a user turn is empty")
-    if any(message["role"] == "system" for message in asked[1:]):
+    if any(message["role"] == "system" for message in prompt[1:]):
         raise MalformedRow("a system message must be the first")
-    return Conversation(asked, where)
+    return Conversation(prompt, where)
 
 
 def _row(row: object) -> dict[str, Any]:
@@ -152,27 +152,27 @@ def _row(row: object) -> dict[str, Any]:
 
 
 def _unknown(fields: Mapping[str, Any]) -> MalformedRow:
-    found = f"only {listed(sorted(fields)[:6])}" if fields else "nothing"
-    return MalformedRow(f'no "messages", "conversations", "prompt" with "response", or "text", but {found}')
+    names = f"only {listed(sorted(fields)[:6])}" if fields else "nothing"
+    return MalformedRow(f'no "messages", "conversations", "prompt" with "response", or "text", but {names}')
 
 
 def _question(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     """The system message, if there is one, and the question with what it is about; or TRL's messages."""
     if name == "prompt" and _holds_messages(fields, name):
         return _with_system(fields, messages_of(fields, name))
-    parts = [text_of(fields, name), *(text_of(fields, more) for more in ("input", "context") if fields.get(more))]
+    parts = [text_of(fields, name), *(text_of(fields, extra) for extra in ("input", "context") if fields.get(extra))]
     return _with_system(fields, (*_history(fields), {"role": "user", "content": "\n\n".join(parts)}))
 
 
 def _history(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     """Turns before the question, [question, answer] each, as Alpaca rows with several turns have them."""
-    found: list[Message] = []
+    turns: list[Message] = []
     for pair in list_of(fields, "history", "earlier turns must be a list") if fields.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise MalformedRow('"history" must be a list of [question, answer]')
         for role, said in zip(("user", "assistant"), pair, strict=True):
-            found.append({"role": role, "content": text_of({"history": said}, "history")})
-    return tuple(found)
+            turns.append({"role": role, "content": text_of({"history": said}, "history")})
+    return tuple(turns)
 
 
 def _answer(fields: Mapping[str, Any], name: str) -> tuple[Message, ...]:
@@ -205,12 +205,11 @@ def _with_system(fields: Mapping[str, Any], messages: tuple[Message, ...]) -> tu
 
 
 def _in_turn(fields: Mapping[str, Any]) -> tuple[Message, ...]:
-    said = list_of(fields, "data", "what is said in turn must be a list of texts")
-    if not said:
+    texts = list_of(fields, "data", "what is said in turn must be a list of texts")
+    if not texts:
         raise MalformedRow('"data" is empty')
-    return tuple(
-        {"role": ("user", "assistant")[i % 2], "content": text_of({"data": one}, "data")} for i, one in enumerate(said)
-    )
+    roles = ("user", "assistant")
+    return tuple({"role": roles[i % 2], "content": text_of({"data": text}, "data")} for i, text in enumerate(texts))
 
 
 def _distilled(fields: Mapping[str, Any], where: Place, vocab_size: int | None) -> Example:

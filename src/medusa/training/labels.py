@@ -6,6 +6,7 @@ r"""Conversations -> tokens, with those marked that the model is to write.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from bisect import bisect_left
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError, UsageError
-from medusa.text.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render
+from medusa.text.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render, render_with_system
 from medusa.training.conversations import Conversation, Example
 from medusa.training.messages import Message, Tool
 from medusa.training.sources import MalformedRow
@@ -22,6 +23,7 @@ from medusa.training.sources import MalformedRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARKED = {"role": "assistant", "content": ANSWER}
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -37,22 +39,35 @@ class _Template:
     def source(self) -> str:
         return self.tokenizer.get_chat_template(tools=[*self.tools] or None)
 
-    def write(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation. Raises MalformedRow where the template refuses it."""
+    def write(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """The messages, the system message in the first user turn where the template has none; and their text. Raises
+        MalformedRow where the template refuses them."""
         try:
-            return render(self.tokenizer, messages, tools=self.tools)
+            return render_with_system(self.tokenizer, messages, tools=self.tools)
         except REFUSALS as error:
             raise MalformedRow(f"the chat template of {self.name} refuses it: {error}") from None
 
     def part(self, messages: Sequence[Message], *, answer: bool = False) -> str | None:
-        """A part of a conversation, or None where the template refuses it."""
+        """The text of a part of a conversation, or None where the template refuses it."""
         try:
             return render(self.tokenizer, messages, answer=answer, tools=self.tools) if messages else None
         except REFUSALS:
             return None
 
+    def row(self, text: str, spans: Sequence[tuple[int, int]], where: str) -> Example:
+        """`spans` are in characters of `text`."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if not encoded["input_ids"]:
+            raise MalformedRow(f"the chat template of {self.name} writes nothing")
+        return Example(tuple(encoded["input_ids"]), _token_spans(spans, encoded["offset_mapping"]), where)
+
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, name: str) -> Example:
+    """The whole conversation as one row: the first of `encode_rows`."""
+    return next(encode_rows(conversation, tokenizer, name))
+
+
+def encode_rows(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[Example]:
     """The conversation as the model called `name` reads it, by its chat template, with what it is to write labelled.
 
     Labelled is what follows the template's opening of an answer, up to the end-of-turn token and with it: the model
@@ -60,10 +75,11 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, name:
     after the last answer are left out. A system message that the template refuses, or does not show, goes into the
     first user turn; a developer's is a system message where the template does not speak of developers.
 
-    A template may rewrite earlier turns, say to take their reasoning out. Such a turn is not labelled, because the
-    text before it and in it is not what the model saw and wrote: of a conversation with Qwen 3 the last turn counts.
-    Where the template opens an answer in a way that it does not write down itself (DeepSeek R1 opens a thought),
-    the content and the end are labelled. A template with {% generation %} blocks says by them which turns count.
+    The first row is the whole conversation. A template may rewrite earlier turns, say to take their reasoning out: the
+    text before such a turn and in it is then not what the model saw and wrote. It is learned from in a row of its own,
+    which ends with it. Where the template opens an answer in a way that it does not write down itself (DeepSeek R1
+    opens a thought), the content and the end are labelled. A template with {% generation %} blocks says by them which
+    turns count, and there is one row.
 
     Of a document every token is labelled but those that the tokenizer puts first, or else the first.
 
@@ -73,26 +89,29 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, name:
         MedusaError: the tokenizer does not say where in the text its tokens are.
     """
     if conversation.text is not None:
-        return _encode_document(conversation.text, tokenizer, conversation.where)
+        yield _encode_document(conversation.text, tokenizer, conversation.where)
+        return
     if not tokenizer.chat_template:
         raise UsageError(f'{name} has no chat template: give plain text rows ({{"text": ...}})')
     if not tokenizer.is_fast:
         raise MedusaError(f"the tokenizer of {name} does not say where its tokens are: let the model write the text")
-    messages = list(conversation.messages)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if answers:
-        messages = messages[: answers[-1] + 1]
+    ends = [i for i, message in enumerate(conversation.messages, start=1) if message["role"] == "assistant"]
+    messages = list(conversation.messages[: ends[-1] if ends else None])
     learned = max(0, len(messages) - conversation.given)  # so many of the last; the first two may yet become one
     template = _Template(tokenizer, name, conversation.tools)
     messages, text = _rendered(messages, template)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    if not encoded["input_ids"]:
-        raise MalformedRow(f"the chat template of {name} writes nothing")
-    spans: list[tuple[int, int]] = []
-    if answers:
-        find = _marked_answers if _GENERATION.search(template.source) else _answers
-        spans = find(messages, max(0, len(messages) - learned), text, template)
-    return Example(tuple(encoded["input_ids"]), _token_spans(spans, encoded["offset_mapping"]), conversation.where)
+    given = max(0, len(messages) - learned)
+    if _GENERATION.search(template.source):
+        yield template.row(text, _marked_answers(messages, given, text, template), conversation.where)
+        return
+    left = _answers(messages, given, template)
+    while True:
+        shown = [answer for answer in left if text.startswith(answer.text)]
+        yield template.row(text, [(answer.start, len(answer.text)) for answer in shown], conversation.where)
+        left = [answer for answer in left if answer not in shown]
+        if not left:
+            return
+        text = left[-1].text
 
 
 def _encode_document(text: str, tokenizer: PreTrainedTokenizerBase, where: str) -> Example:
@@ -110,7 +129,7 @@ def _rendered(messages: list[Message], template: _Template) -> tuple[list[Messag
     problem: MalformedRow | None = None
     for form in _forms(messages, template):
         try:
-            taken, text = _with_system(form, template)
+            taken, text = template.write(form)
             _check_tools_are_shown(taken, template)
         except MalformedRow as error:
             problem = problem or error
@@ -120,21 +139,21 @@ def _rendered(messages: list[Message], template: _Template) -> tuple[list[Messag
     raise problem
 
 
-def _forms(messages: list[Message], template: _Template) -> Iterator[list[Message]]:
-    """The same conversation in all the forms that templates are written for, the commonest first."""
-    roles = ["developer", "system"] if "developer" in template.source else ["system"]
-    if all(message["role"] != "developer" for message in messages):
-        roles = roles[-1:]
-    calls = any("tool_calls" in message for message in messages)
-    for role in roles:
-        for without_content in (False, True) if calls else (False,):
-            for arguments_as_text in (False, True) if calls else (False,):
-                yield [
-                    {**message, "role": role}
-                    if message["role"] == "developer"
-                    else _with_calls(message, without_content, arguments_as_text)
-                    for message in messages
-                ]
+def _forms(messages: list[Message], template: _Template) -> list[list[Message]]:
+    """The same conversation in all the forms that templates are written for, the commonest first: a developer may be
+    the system, a call may have no content, and its arguments may be text."""
+    roles = ("developer", "system") if "developer" in template.source else ("system",)
+    forms: list[list[Message]] = []
+    for role, without_content, as_text in itertools.product(roles, (False, True), (False, True)):
+        form = [
+            {**message, "role": role}
+            if message["role"] == "developer"
+            else _with_calls(message, without_content, as_text)
+            for message in messages
+        ]
+        if form not in forms:
+            forms.append(form)
+    return forms
 
 
 def _with_calls(message: Message, without_content: bool, arguments_as_text: bool) -> Message:
@@ -156,95 +175,76 @@ def _called(call: Message, name: str, arguments: dict[str, str] | str) -> Messag
     return {**call, "function": {"name": name, "arguments": arguments}}
 
 
-def _with_system(messages: list[Message], template: _Template) -> tuple[list[Message], str]:
-    """The messages, the system message in the first user turn where the template has none; and their text."""
-    system = messages[0]["content"] if messages[0]["role"] in ("system", "developer") else None
-    try:
-        text, refusal = template.write(messages), None
-    except MalformedRow as error:
-        text, refusal = "", error
-    if refusal is None and (system or "").strip() in text:
-        return messages, text
-    user = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
-    if system is not None and user:
-        content = messages[user]["content"]
-        joined = {"role": "user", "content": f"{system}\n\n{content}" if system.strip() else content}
-        folded = [*messages[1:user], joined, *messages[user + 1 :]]
-        try:
-            return folded, template.write(folded)
-        except MalformedRow as error:
-            refusal = refusal and error
-    if refusal is not None:
-        raise refusal
-    return messages, text
-
-
 def _check_tools_are_shown(messages: list[Message], template: _Template) -> None:
     """Raises MalformedRow where the template leaves out what tools are there, or what they are asked, or answer.
 
     It is tried with marks in their places: that an answer of "7" is somewhere in the text would say nothing.
     """
-    marks: dict[str, str] = {}  # mark -> what it stands for
+    marks: list[str] = []  # what each stands for
 
     def mark(what: str) -> str:
-        new = f"medusa{len(marks)}mark"
-        marks[new] = what
-        return new
+        marks.append(what)
+        return f"medusa{len(marks)}mark"
 
     def marked(message: Message) -> Message:
         if message["role"] == "tool":
             return {**message, "content": mark("what a tool answers")}
-        if "tool_calls" not in message:
-            return message
+        message = {**message}
+        if "tool_calls" in message and message.get("content"):
+            message["content"] = mark("what is said beside a tool call")
         calls = []
-        for call in message["tool_calls"]:
-            name, arguments = mark("a tool call"), {mark(arguments_shown): mark(arguments_shown)}
+        for call in message.get("tool_calls", ()):
+            name, key, value = map(mark, ("a tool call", *["the arguments of a tool call"] * 2))
             as_text = isinstance(call["function"]["arguments"], str)
-            calls.append(_called(call, name, json.dumps(arguments) if as_text else arguments))
-        said = {"content": mark("what is said beside a tool call")} if message.get("content") else {}
-        return {**message, **said, "tool_calls": calls}
+            calls.append(_called(call, name, json.dumps({key: value}) if as_text else {key: value}))
+        return {**message, "tool_calls": calls} if calls else message
 
-    arguments_shown = "the arguments of a tool call"
     trial = [marked(message) for message in messages]
     tools = tuple({**tool, "function": {**tool["function"], "name": mark("the tools")}} for tool in template.tools)
     if not marks:
         return
-    text = replace(template, tools=tools).write(trial)
-    for found, what in marks.items():
+    _, text = replace(template, tools=tools).write(trial)
+    for number, what in enumerate(marks, start=1):
+        name = f"medusa{number}mark"
         # A call written as Python does it, {'city': 'Paris'}, is not what a model writes: the template was not made for
         # objects there.
-        as_python = what != "the tools" and (f"{{'{found}':" in text or f"'name': '{found}'" in text)
-        if found not in text or as_python:
+        as_python = what != "the tools" and (f"{{'{name}':" in text or f"'name': '{name}'" in text)
+        if name not in text or as_python:
             raise MalformedRow(f"the chat template of {template.name} does not show {what}")
 
 
-def _answers(messages: list[Message], given: int, text: str, template: _Template) -> list[tuple[int, int]]:
-    r"""Where in the text the answers are, in characters, ends of turns included; of the first `given` messages none.
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The text of a conversation up to the end of an answer, and where in it the answer starts."""
+
+    text: str
+    start: int
+
+
+def _answers(messages: list[Message], given: int, template: _Template) -> list[_Answer]:
+    r"""What the model saw and wrote, answer for answer, the ends of turns included; of the first `given` messages none.
 
     head      ...<|im_start|>assistant\n                     what the template writes before an answer
     opening   ...<|im_start|>assistant\n                     the prompt at which the model begins to write it
     written   ...<|im_start|>assistant\nHello!<|im_end|>\n   the text once it has written it
     tail                                      <|im_end|>\n   what the template writes after any answer
     """
-    spans = []
+    answers = []
     for i, message in enumerate(messages):
         if i < given or message["role"] != "assistant":
             continue
         before = messages[:i]
         written = template.part(messages[: i + 1])
-        shown = template.part([*before, {"role": "assistant", "content": ANSWER}])
-        if written is None or shown is None:
-            continue
-        head, found, tail = shown.rpartition(ANSWER)
-        if not found:
+        head, mark, tail = (template.part([*before, _MARKED]) or "").rpartition(ANSWER)
+        if written is None or not mark:
             continue
         end = _end_of_turn_in(written, tail, template.tokenizer, calls="tool_calls" in message)
         opening = template.part(before, answer=True)
         if opening is None or not written.startswith(opening):
             opening = head
-        if written.startswith(opening) and len(opening) < end and text.startswith(written[:end]):
-            spans.append((len(opening), end))
-    return spans
+        if written.startswith(opening) and len(opening) < end:
+            answers.append(_Answer(written[:end], len(opening)))
+    return answers
 
 
 def _end_of_turn_in(written: str, tail: str, tokenizer: PreTrainedTokenizerBase, *, calls: bool) -> int:
@@ -273,8 +273,7 @@ def _marked_answers(messages: list[Message], given: int, text: str, template: _T
     if rendered != [text]:
         raise MalformedRow("the chat template does not write the same text twice")
     before = messages[:-1]
-    shown = template.part([*before, {"role": "assistant", "content": ANSWER}]) or ""
-    closing = end_of_turn(template.tokenizer, shown.rpartition(ANSWER)[2])
+    closing = end_of_turn(template.tokenizer, (template.part([*before, _MARKED]) or "").rpartition(ANSWER)[2])
     opening = (template.part(before, answer=True) or "").removeprefix(template.part(before) or "")
     spans: list[tuple[int, int]] = []
     for start, end in blocks[0]:
@@ -305,5 +304,5 @@ def _token_spans(spans: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, 
         # Byte-level tokenizers leave a token's leading space out of its offsets; the token begins at that space.
         starts.append(max(starts[-1] if starts else 0, min(start, covered)))
         covered = max(covered, end)
-    found = ((bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans)
-    return tuple((start, end) for start, end in found if start < end)
+    in_tokens = ((bisect_left(starts, start), bisect_left(starts, end)) for start, end in spans)
+    return tuple((start, end) for start, end in in_tokens if start < end)

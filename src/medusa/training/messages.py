@@ -76,10 +76,10 @@ def present(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def one_of(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The one of the names that is a field; if there are several, they must say the same."""
-    found = [name for name in names if name in fields]
-    if any(fields[name] != fields[found[0]] for name in found[1:]):
-        raise MalformedRow(f"{' and '.join(quoted(name) for name in found)} differ")
-    return found[0] if found else None
+    given = [name for name in names if name in fields]
+    if any(fields[name] != fields[given[0]] for name in given[1:]):
+        raise MalformedRow(f"{' and '.join(map(quoted, given))} differ")
+    return given[0] if given else None
 
 
 def quoted(name: str) -> str:
@@ -87,7 +87,11 @@ def quoted(name: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    return ", ".join(quoted(name) for name in names)
+    return ", ".join(map(quoted, names))
+
+
+def _names(fields: Mapping[str, Any]) -> str:
+    return listed(sorted(fields)[:6]) or "nothing"
 
 
 def text_of(fields: Mapping[str, Any], name: str) -> str:
@@ -113,8 +117,8 @@ def list_of(fields: Mapping[str, Any], name: str, rule: str) -> list[Any]:
 
 def is_conversation(value: object) -> bool:
     """Whether a value is a list of messages, or the JSON text of one, and not a text or a list of rows."""
-    found = _unpacked(value)
-    return isinstance(found, list) and bool(found) and all(map(is_message, found))
+    items = _unpacked(value)
+    return isinstance(items, list) and bool(items) and all(map(is_message, items))
 
 
 def _unpacked(value: object) -> object:
@@ -132,11 +136,8 @@ def _message(item: object) -> Message:
     if said is not None and fields[said] == []:  # no parts
         said = None
     if not names or (said is None and not calls):
-        has, missing = (
-            listed(sorted(fields)[:6]) or "nothing",
-            ("content", "value", "tool_calls") if names else ("role", "from"),
-        )
-        raise MalformedRow(f"a message needs a role and a content, but has {has} and none of {listed(missing)}")
+        missing = listed(("content", "value", "tool_calls") if names else ("role", "from"))
+        raise MalformedRow(f"a message needs a role and a content, but has {_names(fields)} and none of {missing}")
     for name in ("reasoning_content", "reasoning", "thinking"):
         if fields.get(name):  # a template may show it, and may take it out again from earlier turns
             raise MalformedRow(f"a message has {quoted(name)}: put it into the content, as the model writes it")
@@ -191,8 +192,8 @@ def _call(item: object, where: str) -> Message:
         raise MalformedRow(f'a tool call has the "type" {fields["type"]!r}, not "function"')
     function = fields_of(fields["function"], 'the "function" of a tool call') if "function" in fields else fields
     if not {"name", "arguments"} <= function.keys():
-        has = listed(sorted(function)[:6]) or "nothing"
-        raise MalformedRow(f'a tool call of "{where}" needs a "function" with "name" and "arguments", but has {has}')
+        needs = 'needs a "function" with "name" and "arguments"'
+        raise MalformedRow(f'a tool call of "{where}" {needs}, but has {_names(function)}')
     arguments = _unpacked(function["arguments"] or {})
     if not isinstance(arguments, dict):
         raise MalformedRow(f'the "arguments" of a tool call must be an object, not {kind_of(arguments)}')
@@ -205,16 +206,13 @@ def _call(item: object, where: str) -> Message:
 
 
 def _tool(item: object, where: str) -> Tool:
-    fields = fields_of(item, f'a tool of "{where}"')
-    if fields.get("type", "function") != "function" and "function" in fields:
-        raise MalformedRow(f'a tool of "{where}" has the "type" {fields["type"]!r}, not "function"')
-    function = (
-        fields_of(fields["function"], f'the "function" of a tool of "{where}"') if "function" in fields else fields
-    )
+    function = fields_of(item, f'a tool of "{where}"')
+    if "function" in function:
+        if function.get("type", "function") != "function":
+            raise MalformedRow(f'a tool of "{where}" has the "type" {function["type"]!r}, not "function"')
+        function = fields_of(function["function"], f'the "function" of a tool of "{where}"')
     if "name" not in function:
-        raise MalformedRow(
-            f'a tool of "{where}" needs a "function" with a "name", but has {listed(sorted(function)[:6]) or "nothing"}'
-        )
+        raise MalformedRow(f'a tool of "{where}" needs a "function" with a "name", but has {_names(function)}')
     text_of(function, "name")
     _whole(json.dumps(function, ensure_ascii=False, default=str), where)
     return {"type": "function", "function": function}

@@ -17,8 +17,11 @@ import gzip
 import importlib
 import json
 import re
+import string
 import zlib
 from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -60,22 +63,12 @@ def rows_of(source: str, path: Path | None, prompts: bool) -> Iterator[tuple[Pla
     if path is None:
         yield from _hub_rows(source)
         return
-    kind = _kind(path).removesuffix(".gz")
+    readers = {".parquet": _parquet_rows, ".csv": _csv_rows, ".json": _json_rows}
+    readers[".txt"] = partial(_text_rows, prompts=prompts)
     try:
-        if kind == ".parquet":
-            yield from _parquet_rows(source, path)
-        elif kind == ".txt":
-            yield from _text_rows(source, path, prompts)
-        elif kind == ".csv":
-            yield from _csv_rows(source, path)
-        elif kind == ".json":
-            yield from _json_rows(source, path)
-        else:
-            yield from _json_lines(source, path)
-    except OSError as error:
-        raise MedusaError(f"cannot read {source}: {error.strerror or error}") from None
-    except (EOFError, zlib.error) as error:  # gzip raises these for a file that is cut short or damaged
-        raise MedusaError(f"cannot read {source}: {error}") from None
+        yield from readers.get(_kind(path).removesuffix(".gz"), _json_lines)(source, path)
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three for a file that is cut short or damaged
+        raise MedusaError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def parse_json(text: str) -> object:
@@ -85,12 +78,15 @@ def parse_json(text: str) -> object:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f'"{twice}" comes twice')
-    return found
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f'"{_twice([name for name, _ in pairs])}" comes twice')
+    return fields
+
+
+def _twice(names: list[str]) -> str:
+    """The first name that comes twice; "" where none does."""
+    return next((name for name in names if name and names.count(name) > 1), "")
 
 
 def _kind(path: Path) -> str:
@@ -160,7 +156,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[tuple[Place, object]]:
                 continue
             if header is None:
                 header = [name.strip() for name in cells]
-                if twice := next((name for name in header if name and header.count(name) > 1), None):
+                if twice := _twice(header):
                     raise MedusaError(f'the header of {source} has "{twice}" twice')
             else:
                 yield f"{source}, line {begun}", _csv_row(header, cells)
@@ -176,29 +172,23 @@ def _csv_row(header: list[str], cells: list[str]) -> object:
     return {name: cell for name, cell in zip(header, cells, strict=True) if name and cell}
 
 
-def _text_rows(source: str, path: Path, prompts: bool) -> Iterator[tuple[Place, object]]:
+def _text_rows(source: str, path: Path, *, prompts: bool) -> Iterator[tuple[Place, object]]:
     """A prompt a line, or a document a paragraph, which ends at a blank line."""
-    paragraph: list[bytes] = []
-    begun = 0
 
-    def row(name: str, data: bytes, number: int) -> tuple[Place, object]:
+    def border(numbered: tuple[int, bytes]) -> tuple[bool, int]:
+        number, line = numbered
+        return not line.strip(), number if prompts else 0
+
+    for (blank, _), lines in groupby(_lines(path), border):
+        if blank:
+            continue
+        (number, *_), parts = zip(*lines, strict=True)
         try:
-            return f"{source}, line {number}", {name: data.decode("utf-8").replace("\r\n", "\n").strip("\n")}
+            text = b"".join(parts).decode("utf-8").replace("\r\n", "\n").strip("\n")
         except UnicodeDecodeError:
-            return f"{source}, line {number}", MalformedRow("not UTF-8 text")
-
-    for number, line in _lines(path):
-        if prompts:
-            if line.strip():
-                yield row("prompt", line.strip(), number)
-        elif line.strip():
-            begun = begun if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield row("text", b"".join(paragraph), begun)
-            paragraph.clear()
-    if paragraph:
-        yield row("text", b"".join(paragraph), begun)
+            yield f"{source}, line {number}", MalformedRow("not UTF-8 text")
+        else:
+            yield f"{source}, line {number}", {"prompt": text.strip(string.whitespace)} if prompts else {"text": text}
 
 
 def _parquet_rows(source: str, path: Path) -> Iterator[tuple[Place, object]]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -82,17 +84,20 @@ def read_text(sources: Sequence[str], lm: LanguageModel, limit: int, report: Cal
     """All that can be learned from, in order, each text cut to `limit` tokens. Raises MedusaError for too little."""
     reader = Reader(lm.tokenizer, lm.name, lm.backend.vocab_size, report)
     limit = min(limit, lm.backend.max_length)
-    examples, silent = [], 0
-    for example in reader.examples(sources):
-        if count_rows(example, limit):
-            examples.append(cut(example, limit))
-        else:
-            silent += 1
-    if silent:
+    conversations = [
+        [cut(row, limit) for row in rows if count_rows(row, limit)]
+        for rows in by_conversation(reader.examples(sources))
+    ]
+    if silent := conversations.count([]):
         report(f"{silent} conversations have nothing to learn from (no answer) and are skipped")
-    if len(examples) < 2:
+    if len(conversations) - silent < 2:
         raise MedusaError("training needs at least two conversations with an answer: one of them measures the heads")
-    return examples
+    return [*chain.from_iterable(conversations)]
+
+
+def by_conversation(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The rows of a conversation, which have the same place, together."""
+    return (list(rows) for _, rows in groupby(examples, key=attrgetter("where")))
 
 
 def cut(example: Example, limit: int) -> Example:
@@ -104,7 +109,10 @@ def cut(example: Example, limit: int) -> Example:
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
     """What is learned from, and every n-th conversation to measure with."""
     every = max(2, round(1 / held_out))
-    return [e for i, e in enumerate(examples) if i % every], [e for i, e in enumerate(examples) if i % every == 0]
+    conversations = list(by_conversation(examples))
+    measured = [row for rows in conversations[::every] for row in rows]
+    del conversations[::every]
+    return [row for rows in conversations for row in rows], measured
 
 
 def text_digest(examples: Sequence[Example]) -> str:

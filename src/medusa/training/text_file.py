@@ -64,15 +64,15 @@ class TextFile:
 
     def _compare(self, header: Mapping[str, Any]) -> None:
         """Raises UsageError where a row came about in another way."""
-        found, wanted = ({**h, **h.get("settings", {})} for h in (header, self.header))
-        if OPENINGS in wanted and OPENINGS not in found:
+        before, now = ({**h, **h.get("settings", {})} for h in (header, self.header))
+        if OPENINGS in now and OPENINGS not in before:
             self.older = True
-            found[OPENINGS] = wanted[OPENINGS]
-        for name in [*wanted, *found]:
-            if name != "settings" and found.get(name) != wanted.get(name):
-                was, now = (shortened(json.dumps(one.get(name))) for one in (found, wanted))
+            before[OPENINGS] = now[OPENINGS]
+        for name in [*now, *before]:
+            if name != "settings" and before.get(name) != now.get(name):
+                was, given = (shortened(json.dumps(values.get(name))) for values in (before, now))
                 raise UsageError(
-                    f"{self.path} was made with {name} {was}, not {now}: "
+                    f"{self.path} was made with {name} {was}, not {given}: "
                     "go on with the same settings, or name a new file"
                 )
 
@@ -115,6 +115,7 @@ class TextFile:
 def _keys(row: Mapping[str, Any]) -> set[str]:
     """What two conversations must not share: the first question, or all that was said."""
     said = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
-    whole = said if said else [repr(row["token_ids"])]
-    parts = ["\n".join(whole), *(said[:1] if len(said) > 1 and said[0].startswith("user") else [])]
+    parts = ["\n".join(said or [repr(row["token_ids"])])]
+    if len(said) > 1 and said[0].startswith("user"):
+        parts.append(said[0])
     return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}

@@ -138,7 +138,7 @@ def test_a_table_becomes_a_csv_file_and_a_picture(kind: str, tmp_path: Path) -> 
         "nodes": ablate.nodes_variants,
         "threshold": lambda lm, how: ablate.threshold_variants(lm, Sampling(temperature=0.7, seed=0)),
     }
-    rows = measured(kind, makers[kind](with_tree(), {}))
+    rows = measured(kind, makers[kind](with_tree(), GREEDY))
     assert rows[0]["speedup"] == pytest.approx(1.0)
     ablate.write_csv(tmp_path / "a.csv", rows)
     with (tmp_path / "a.csv").open(newline="") as file:

@@ -286,5 +286,5 @@ def test_the_first_token_is_chosen_as_any_other(sampling: Sampling) -> None:
     for seed in range(20):
         logits = torch.randn(V, generator=torch.Generator().manual_seed(seed))
         tokens = [1, 0, 3]
-        chosen = first_token(logits, tokens, sampling)
+        chosen = first_token(logits, make_row(tokens, sampling))
         assert accept(logits[None], Draft((3,)), make_row(tokens, sampling)) == Accepted((0,), chosen)

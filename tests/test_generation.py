@@ -639,9 +639,9 @@ def test_many_prompts_give_the_texts_of_each_alone_in_their_order(slots: int) ->
         {"sampling": Sampling(repetition_penalty=1.4)},
         {"raw": True, "max_new_tokens": 3},
     ]
-    alone = make(heads=True)
+    alone = make(heads=True, nodes=6)
     expected = [alone.generate(p, **{"max_new_tokens": 12, **own}) for p, own in zip(prompts, each, strict=True)]
-    many = make(heads=True, backend=TransformersBackend(writer(), num_slots=slots))
+    many = make(heads=True, nodes=6, backend=TransformersBackend(writer(), num_slots=slots))
     found = many.generate_many(prompts, each=each, max_new_tokens=12)
     for one, right in zip(found, expected, strict=True):
         assert (one.text, one.token_ids, one.finish_reason) == (right.text, right.token_ids, right.finish_reason)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from medusa.decoding.sampling import GREEDY
 from medusa.errors import MedusaError
 from medusa.evaluation import gpu_check
 from medusa.evaluation.gpu_check import main, run_one, run_process
@@ -502,10 +503,11 @@ def test_every_drafter_has_said_the_longest_text_before_it_is_timed(
     calls: list[tuple[str, str, int, bool]] = []
     real = LanguageModel.generate
 
-    def watched(self: LanguageModel, prompt: Any, **settings: Any) -> Any:
-        calls.append((self.drafter.name, prompt, settings["max_new_tokens"], settings.get("ignore_eos", False)))
-        return real(self, prompt, **settings)
+    def watched(self: LanguageModel, prompt: Any, sampling: Any, **settings: Any) -> Any:
+        name = settings["stepper"].drafter.name
+        calls.append((name, prompt, settings["max_new_tokens"], settings.get("ignore_eos", False)))
+        return real(self, prompt, sampling, **settings)
 
     monkeypatch.setattr(LanguageModel, "generate", watched)
-    gpu_model._texts(Part(Report(asked.out), "model", 60.0), lm, ["a", "bbb", "cc"], 6, {"temperature": 0.0})
+    gpu_model._texts(Part(Report(asked.out), "model", 60.0), lm, ["a", "bbb", "cc"], 6, GREEDY)
     assert calls[:4] == [(name, "bbb", 6, True) for name in ("none", "heads", "ngram", "union")]

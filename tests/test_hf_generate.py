@@ -268,7 +268,7 @@ def test_after_an_error_the_streamer_is_ended(place: str, monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise RuntimeError("the machine is on fire")
 
-    monkeypatch.setattr("medusa.decoding.loop.Decoder.step", broken)
+    monkeypatch.setattr("medusa.decoding.reference.ReferenceStepper.step", broken)
     streamer = Recorder()
     with pytest.raises(RuntimeError, match="fire"):
         generate(streamer)

@@ -10,17 +10,18 @@ import random
 from collections.abc import Sequence
 from functools import cache
 
-import medusa.decoding.loop as loop
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import medusa.decoding.reference as reference
 from medusa.decoding.accept import Accepted
 from medusa.decoding.draft import Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import decode
 from medusa.decoding.stepper import Request, Row
 from medusa.decoding.tree import Tree
 from medusa.engines.transformers import TransformersBackend
@@ -63,7 +64,7 @@ def heads_drafters(draw: st.DrawFn, backend: TransformersBackend) -> HeadsDrafte
 
 
 def plain(backend: TransformersBackend, prompt: Sequence[int], sampling: Sampling) -> list[int]:
-    steps = loop.decode(ReferenceStepper(backend, NoDrafter(), 1), prompt, sampling, max_new_tokens=NEW_TOKENS)
+    steps = decode(ReferenceStepper(backend, NoDrafter(), 1), prompt, sampling, max_new_tokens=NEW_TOKENS)
     return [token for step in steps for token in step.tokens]
 
 
@@ -140,6 +141,6 @@ def test_an_acceptance_that_trusts_the_drafter_is_noticed(monkeypatch: pytest.Mo
     backend = backend_of("llama")
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
     expected = plain(backend, prompt, Sampling())
-    monkeypatch.setattr(loop, "accept", trusting)
+    monkeypatch.setattr(reference, "accept", trusting)
     (text,), _ = batch(backend, NgramDrafter(), 6, [prompt], Sampling())
     assert not agrees(backend.model, prompt, text, expected)

@@ -203,7 +203,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
         training = {
             "run": config.model_dump(mode="json", by_alias=True),
-            "conversations": len(learned),
+            "conversations": len({example.where for example in learned}),
             "tokens": tokens,
             "text_sha256": text_digest([*learned, *held_out]),
             "steps": trainer.state.step,

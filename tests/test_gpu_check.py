@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 
-from medusa.decoding.sampling import GREEDY
-from medusa.errors import MedusaError
-from medusa.evaluation import gpu_check
-from medusa.evaluation.gpu_check import main, run_one, run_process
-from medusa.evaluation.gpu_model import join_pieces
-from medusa.evaluation.gpu_report import Options, Part, Report, all_well, read
-from medusa.evaluation.gpu_shapes import (
+from gpu_check import __main__ as gpu_check
+from gpu_check.__main__ import main, run_one, run_process
+from gpu_check.model import join_pieces
+from gpu_check.report import Options, Part, Report, all_well, read
+from gpu_check.shapes import (
     SHAPES,
     TINY,
     expected_speedups,
@@ -31,12 +29,20 @@ from medusa.evaluation.gpu_shapes import (
     trained_config,
     weights_read,
 )
-from medusa.evaluation.gpu_table import LINES, table
-from medusa.evaluation.gpu_tiny import write_tiny
+from gpu_check.table import LINES, table
+from gpu_check.tiny import write_tiny
+from medusa.decoding.sampling import GREEDY
+from medusa.errors import MedusaError
 from medusa.settings import HeadsSettings
 from medusa.training.run import DEFAULT_DRAFT_VOCAB, feature_layers
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu-check"
+
+
+@pytest.fixture(autouse=True)
+def found_by_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(Path(__file__).parents[1] / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_texts_on_the_device_are_those_of_plain_decoding(tmp_path: Path, tiny_mo
 def test_a_text_that_differs_in_float32_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: tuple[str, str]
 ) -> None:
-    from medusa.evaluation import gpu_correct
+    from gpu_check import correct as gpu_correct
 
     real, calls = gpu_correct._text, []
 
@@ -272,7 +278,7 @@ def test_a_missing_piece_is_named(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from medusa.evaluation.gpu_report import Part, Report
+from gpu_check.report import Part, Report
 part = Part(Report(Path(sys.argv[1])), "times", 60.0)
 part.set("7B/steps/1", 6.5)
 print("about to hang", flush=True)
@@ -281,7 +287,7 @@ time.sleep(600)
 DEAD = """
 import os, signal, sys
 from pathlib import Path
-from medusa.evaluation.gpu_report import Part, Report
+from gpu_check.report import Part, Report
 part = Part(Report(Path(sys.argv[1])), "times", 60.0)
 part.set("7B/steps/1", 6.5)
 os.kill(os.getpid(), signal.SIGSEGV)
@@ -315,7 +321,7 @@ def test_a_killed_part_takes_its_children_with_it(tmp_path: Path) -> None:
 def test_a_check_that_is_told_to_stop_takes_its_part_with_it(tmp_path: Path) -> None:
     path, log = tmp_path / "report.json", tmp_path / "report.log"
     script = (
-        "import os, sys; from pathlib import Path; from medusa.evaluation import gpu_check\n"
+        "import os, sys; from pathlib import Path; from gpu_check import __main__ as gpu_check\n"
         "with gpu_check.stopping_with_children():\n"
         " gpu_check.run_process('times', [sys.executable, '-c', sys.argv[2]], Path(sys.argv[1]), 60.0, os.environ)\n"
     )
@@ -483,7 +489,7 @@ def test_the_script_runs_parts_in_processes_of_their_own(tmp_path: Path, tiny_mo
 
 
 def test_the_cache_of_a_model_that_is_timed_grows_no_more(tmp_path: Path, tiny_model: tuple[str, str]) -> None:
-    from medusa.evaluation import gpu_model
+    from gpu_check import model as gpu_model
 
     lm = gpu_model.load(options(tmp_path, tiny_model))
     backend: Any = lm.backend
@@ -495,8 +501,8 @@ def test_the_cache_of_a_model_that_is_timed_grows_no_more(tmp_path: Path, tiny_m
 def test_every_drafter_has_said_the_longest_text_before_it_is_timed(
     tmp_path: Path, tiny_model: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from gpu_check import model as gpu_model
     from medusa.api import LanguageModel
-    from medusa.evaluation import gpu_model
 
     asked = options(tmp_path, tiny_model)
     lm = gpu_model.load(asked)

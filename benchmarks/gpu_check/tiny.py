@@ -8,8 +8,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from gpu_check.shapes import SHIPPED, Shape, random_heads, random_model, stir
 from medusa.engines.transformers import TransformersBackend
-from medusa.evaluation.gpu_shapes import SHIPPED, Shape, random_heads, random_model, stir
 from medusa.heads.config import HeadsConfig
 from medusa.heads.file import read_config, save_heads
 

@@ -11,16 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
-from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.sampling import Sampling
-from medusa.decoding.scheduler import decode
-from medusa.device.stepper import DeviceStepper
-from medusa.engines.transformers import TransformersBackend
-from medusa.evaluation.gpu_model import NODES as DEFAULT_NODES
-from medusa.evaluation.gpu_model import PROMPTS, default_model, device_stepper, load
-from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_shapes import (
+from gpu_check.model import NODES as DEFAULT_NODES
+from gpu_check.model import PROMPTS, default_model, device_stepper, load
+from gpu_check.report import Options, Part
+from gpu_check.shapes import (
     Shape,
     capture_facts,
     random_heads,
@@ -28,12 +22,18 @@ from medusa.evaluation.gpu_shapes import (
     shipped_tree,
     trained_config,
 )
-from medusa.evaluation.gpu_timing import exact_float32, free_memory
+from gpu_check.timing import exact_float32, free_memory
+from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import decode
+from medusa.device.stepper import DeviceStepper
+from medusa.engines.transformers import TransformersBackend
 
 if TYPE_CHECKING:
     from medusa.decoding.stepper import Stepper
 
-TESTS = Path(__file__).parents[3] / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 OWN = ("test_device_step.py", "test_device_capture.py")
 RANDOM = Shape(4, 128, 8, 2, 256, 128)  # few tokens, so that it soon says one again
 TINY_RANDOM = Shape(3, 64, 4, 2, 96, 64)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gpu_check.model import default_model, load
+from gpu_check.report import Options, Part
+from gpu_check.timing import free_memory
 from medusa.decoding.draft import Drafter
 from medusa.device.stepper import DeviceStepper
-from medusa.evaluation.gpu_model import default_model, load
-from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_timing import free_memory
 
 if TYPE_CHECKING:
     from medusa.engines.transformers import TransformersBackend

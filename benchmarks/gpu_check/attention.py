@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_check.report import Options, Part
+from gpu_check.shapes import SHAPES, TINY, Shape
+from gpu_check.timing import free_memory, replayed, spread
 from medusa.errors import shortened
-from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_shapes import SHAPES, TINY, Shape
-from medusa.evaluation.gpu_timing import free_memory, replayed, spread
 
 NODES = (1, 8, 64)
 PLACES = (512, 2048)

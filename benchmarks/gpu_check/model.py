@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gpu_check.report import Options, Part
+from gpu_check.shapes import capture_facts
+from gpu_check.timing import exact_float32, free_memory
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import GREEDY, Sampling
 from medusa.device.stepper import DeviceStepper
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.baselines import TransformersMethod
 from medusa.evaluation.batch import Load, compare_loads
-from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_shapes import capture_facts
-from medusa.evaluation.gpu_timing import exact_float32, free_memory
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel

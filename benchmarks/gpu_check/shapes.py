@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+import medusa
+from gpu_check.report import Options, Part
+from gpu_check.timing import device_rates, free_memory, spread, wait
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
@@ -25,8 +28,6 @@ from medusa.decoding.stepper import Request
 from medusa.decoding.tree import Tree
 from medusa.device.stepper import DeviceStepper
 from medusa.engines.transformers import TransformersBackend
-from medusa.evaluation.gpu_report import Options, Part
-from medusa.evaluation.gpu_timing import device_rates, free_memory, spread, wait
 from medusa.heads.config import HeadsConfig
 from medusa.heads.file import read_config
 from medusa.heads.module import Heads
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 NODES = (1, 8, 16, 32, 64)
 CONTEXT = 512  # tokens before the step
 PROMPT, ANSWER = 128, 64  # of transformers' generate
-SHIPPED = Path(__file__).parent.parent / "heads" / "smollm2-135m"
+SHIPPED = Path(medusa.__file__).parent / "heads" / "smollm2-135m"
 DRAFT_VOCAB = 8192
 
 

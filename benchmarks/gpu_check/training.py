@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from medusa.evaluation.gpu_model import default_model
-from medusa.evaluation.gpu_report import Options, Part
+from gpu_check.model import default_model
+from gpu_check.report import Options, Part
 
 SLOTS = (256, 1024)  # conversations side by side
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_check.report import Options, Part, Report, all_well, machine_facts, told
+from gpu_check.table import table
 from medusa.errors import MedusaError, UsageError
-from medusa.evaluation.gpu_report import Options, Part, Report, all_well, machine_facts, told
-from medusa.evaluation.gpu_table import table
 
 # Seconds that a part should take. Together with the starts of the processes they fit into TOTAL.
 PARTS = {
@@ -55,36 +55,36 @@ def run_one(name: str, options: Options, seconds: float) -> int:
 
 def _function(name: str) -> Callable[[Part, Options], None]:
     if name == "correctness":
-        from medusa.evaluation.gpu_correct import correctness_part
+        from gpu_check.correct import correctness_part
 
         return correctness_part
     if name == "attention":
-        from medusa.evaluation.gpu_attention import attention_part
+        from gpu_check.attention import attention_part
 
         return attention_part
     if name in ("model", "batches"):
-        from medusa.evaluation.gpu_model import batches_part, model_part
+        from gpu_check.model import batches_part, model_part
 
         return model_part if name == "model" else batches_part
     if name == "profile":
-        from medusa.evaluation.gpu_profile import profile_part
+        from gpu_check.profile import profile_part
 
         return profile_part
     if name == "training":
-        from medusa.evaluation.gpu_training import training_part
+        from gpu_check.training import training_part
 
         return training_part
     if name == "compiled":
         return compiled_part
-    from medusa.evaluation.gpu_shapes import times_part
+    from gpu_check.shapes import times_part
 
     return times_part
 
 
 def compiled_part(part: Part, options: Options) -> None:
     """With compiled layers: the real model, then steps of random ones."""
-    from medusa.evaluation.gpu_model import compiled_texts
-    from medusa.evaluation.gpu_shapes import compiled_times
+    from gpu_check.model import compiled_texts
+    from gpu_check.shapes import compiled_times
 
     part.attempt("model", lambda: compiled_texts(part, options), needs=20.0)
     compiled_times(part, options)
@@ -160,7 +160,7 @@ def check(
             continue
         hard = min(limits[name] + GRACE, left)
         soft = min(limits[name], max(1.0, left - GRACE))
-        command = [sys.executable, "-m", "medusa.evaluation.gpu_check", "--only", name, "--seconds", f"{soft:.1f}"]
+        command = [sys.executable, "-m", "gpu_check", "--only", name, "--seconds", f"{soft:.1f}"]
         command += ["--out", str(options.out), "--device", options.device, "--heads", options.heads]
         command += ["--model", options.model] if options.model is not None else []
         command += ["--tiny"] if options.tiny else []
@@ -235,7 +235,9 @@ def _limits(asked: Any) -> dict[str, float]:
 def _environment(tiny: bool, scratch: Path) -> dict[str, str]:
     """Of the parts: no network, and one place for a converted model."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    root = Path(__file__).parents[2]
+    paths = [str(root / "src"), str(root / "benchmarks"), env.get("PYTHONPATH", "")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if importlib.util.find_spec("platformdirs") is None:
         env.setdefault("MEDUSA_CACHE", str(scratch / "cache"))
     if tiny:
@@ -245,7 +247,7 @@ def _environment(tiny: bool, scratch: Path) -> dict[str, str]:
 
 def _options(asked: Any, scratch: Path) -> Options:
     """What is asked for, with the model where it can be loaded from; `scratch` lasts as long as the check."""
-    from medusa.evaluation.gpu_model import join_pieces
+    from gpu_check.model import join_pieces
 
     device = asked.device or ("cpu" if asked.tiny else "cuda")
     if device.startswith("cuda"):
@@ -267,7 +269,7 @@ def _options(asked: Any, scratch: Path) -> Options:
     if asked.pieces is not None:
         model = str(join_pieces(asked.pieces, scratch))
     elif asked.tiny and model is None:
-        from medusa.evaluation.gpu_tiny import write_tiny
+        from gpu_check.tiny import write_tiny
 
         model, heads = map(str, write_tiny(scratch))
     return Options(asked.out, device, asked.tiny, model, heads)

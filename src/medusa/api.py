@@ -77,7 +77,7 @@ class LanguageModel:
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
         """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`: then for all
-        decoders of this engine, those made before as well."""
+        steppers of this engine, those made before as well."""
         return self._times.refresh() if refresh else self._times()
 
     def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
@@ -155,7 +155,12 @@ class LanguageModel:
         """
         if each is not None and len(each) != len(prompts):
             raise UsageError(f"each must hold as many sets of options as there are prompts, {len(prompts)}")
-        texts = [self._text(prompt, **{**options, **(each[i] if each else {})}) for i, prompt in enumerate(prompts)]
+        texts = []
+        for i, prompt in enumerate(prompts):
+            try:
+                texts.append(self._text(prompt, **{**options, **(each[i] if each else {})}))
+            except UsageError as error:
+                raise UsageError(f"prompt {i + 1}: {error}") from None
         return self._decode(texts, stepper or self.stepper)
 
     def generate_many(

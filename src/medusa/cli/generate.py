@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medusa.chat.session import Chat
+from medusa.cli.many import AT_ONCE, Wanted, in_order, read_lines
 from medusa.cli.options import AsJson, check_text, load_model, read_prompt, with_options
+from medusa.cli.progress import progress_shown
+from medusa.errors import UsageError
 from medusa.settings import AnswerSettings, EngineSettings, values
 from medusa.terminal import Printer, collect, notice, show_nothing, stats_line
 
 if TYPE_CHECKING:
+    from medusa.api import LanguageModel
     from medusa.completion import Completion
 
 ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Colour the tokens that were drafted.")]
@@ -33,14 +40,28 @@ def generate(
     ] = None,
     show_drafts: ShowDrafts = False,
     as_json: AsJson = False,
+    jsonl: Annotated[
+        bool, typer.Option("--jsonl", help="Many prompts: lines of JSON in and, in their order, lines of JSON out.")
+    ] = False,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Prompts answered at once, with --jsonl.", show_default=f"{AT_ONCE}")
+    ] = None,
     *,
     engine: EngineSettings,
     sampling: AnswerSettings,
 ) -> None:
-    """Answer one prompt."""
-    text = read_prompt(prompt, prompt_file, raw)
+    """Answer one prompt, or many."""
+    text = read_prompt(prompt, prompt_file, raw or jsonl)
     for end in stop or ():
         check_text(end, "the text after --stop")
+    if jsonl:
+        if show_drafts:
+            raise UsageError("--show-drafts is for one answer: leave it out with --jsonl")
+        wanted = read_lines(text, prompt_file or "the input", sampling, stop or (), raw)
+        _answer_all(load_model(engine, num_slots=slots or min(AT_ONCE, len(wanted))), wanted)
+        return
+    if slots is not None:
+        raise UsageError("--slots is for many prompts: add --jsonl")
     lm = load_model(engine)
     printer = Printer(show_drafts)
     answer = collect(
@@ -73,8 +94,26 @@ def chat(
     raise typer.Exit(Chat(lm, system=system, settings=values(sampling), show_drafts=show_drafts).run())
 
 
+def _answer_all(lm: LanguageModel, wanted: Sequence[Wanted]) -> None:
+    """A line of JSON for each prompt, as soon as it and all before it have been answered."""
+    with progress_shown() if sys.stderr.isatty() else nullcontext() as reporter:
+        ended = 0
+
+        def on_end() -> None:
+            nonlocal ended
+            ended += 1
+            if reporter is not None:
+                reporter.progress(ended, len(wanted), "")
+
+        if reporter is not None:
+            reporter.stage("Answering")
+        chunks = lm.stream_many([prompt for prompt, _ in wanted], each=[options for _, options in wanted])
+        for answer in in_order(chunks, len(wanted), on_end):
+            print(json.dumps(_as_json(answer)), flush=True)
+
+
 def _as_json(answer: Completion) -> dict[str, object]:
-    """The line that `generate --json` prints."""
+    """The line that `generate --json` and `--jsonl` print."""
     stats = answer.stats
     return {
         "text": answer.text,

@@ -192,6 +192,7 @@ class ToyBackend:
     hidden_size = 2
     num_layers = 1
     max_nodes = 256
+    same_bits = True
     padding = 0
 
     def __init__(self, model: ToyModel, *, num_slots: int = 1, max_length: int = 64) -> None:

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import ChainDrafter, ToyBackend, ToyModel, always_agrees, drafts, make_row, never_agrees
-from medusa.decoding.budget import Asking, MachineTimes, NodeBudget, PassTimes, places
+from medusa.decoding.budget import Asking, NodeBudget, places
 from medusa.decoding.draft import Draft, NgramDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.stepper import Request, Row
+from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
 from medusa.heads.config import HeadsConfig

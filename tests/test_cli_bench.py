@@ -13,8 +13,9 @@ import pytest
 import medusa
 from medusa.cli import main
 from medusa.cli.bench import KINDS
-from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.budget import NodeBudget
 from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.times import PassTimes
 from medusa.engines.transformers import TransformersBackend
 from tiny_lm import make, with_tree, writer
 

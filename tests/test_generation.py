@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 
 import medusa
 from medusa.api import Chunk, LanguageModel
-from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Draft
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.times import PassTimes
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.config import vocabulary_hash

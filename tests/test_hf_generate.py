@@ -352,7 +352,7 @@ def test_other_ways_to_give_stop_strings() -> None:
 
 
 def test_times_are_measured_once_for_each_state_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from medusa.decoding.budget import PassTimes
+    from medusa.decoding.times import PassTimes
 
     measured: list[object] = []
 

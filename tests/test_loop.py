@@ -24,12 +24,13 @@ from helpers import (
     slow_probabilities,
 )
 from medusa.decoding.accept import Accepted
-from medusa.decoding.budget import NodeBudget, PassTimes
+from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.scheduler import decode
 from medusa.decoding.stepper import NO_TIME, Request, Row, Step
+from medusa.decoding.times import PassTimes
 from medusa.errors import UsageError
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from medusa.completion import Chunk, Completion, Stats, TextOfSteps
-from medusa.decoding.budget import MachineTimes, NodeBudget, PassTimes
+from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Drafter
 from medusa.decoding.sampling import GREEDY, Sampling
 from medusa.decoding.scheduler import Scheduler
 from medusa.decoding.slots import Slots
 from medusa.decoding.stepper import Request, Row
+from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.errors import UsageError
 from medusa.settings import EngineSettings, takes
 from medusa.steppers import Nodes, check_nodes, make_drafter, make_stepper, which_tree

@@ -251,6 +251,11 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def lossy(self) -> bool:
+        """Whether what is drafted decides what is said."""
+        return not self.greedy and self.acceptance == "typical"
+
     def seeded(self) -> Sampling:
         """The same, with a seed drawn from the system where none was given."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(63))

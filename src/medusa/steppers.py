@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, cast, get_args
 
-from medusa.decoding.budget import MachineTimes, NodeBudget
+from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.times import MachineTimes
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import MAX_NODES
 from medusa.errors import UsageError

@@ -47,7 +47,7 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
         # A node is penalised for its own path, not its siblings'; the root is of the text already.
         return _scores(logits[node], row, [draft.tokens[i] for i in draft.path(node)[1:]])
 
-    if not sampling.greedy and sampling.acceptance == "typical":
+    if sampling.lossy:
         return _typical(node_logits, draft, sampling)
     if sampling.greedy:
         if as_they_are:
@@ -61,7 +61,7 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
 def first_token(logits: Tensor, row: Row) -> int:
     """The token after the prompt, from its last logits [V]: there is no draft yet."""
     scores = _scores(logits, row, ())
-    if row.sampling.greedy or row.sampling.acceptance == "typical":
+    if row.sampling.greedy or row.sampling.lossy:
         return int(scores.argmax())
     return sample(scores, row.sampling, len(row.tokens))
 

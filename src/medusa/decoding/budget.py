@@ -2,8 +2,9 @@
 
 A draft of N nodes is expected to give E(N) = 1 + the sum of its probabilities, best nodes first, in t(N) seconds; the
 N with the most tokens per second is verified. Where nothing pays, that is N = 1: plain decoding. Drafters judge
-themselves (see `draft.py`), so their probabilities are taken as they are; times come from a measurement made before
-(`engines/times.py`), never from a clock while decoding: the same text is drafted the same way again.
+themselves (see `draft.py`), so their probabilities are taken as they are. Times come from a measurement made before,
+corrected by what steps take (`times.py`) where the text is the same for any N; where it is not (typical acceptance, and
+backends on which the width of a pass changes how sums are rounded) the clock has no say, and a seed gives a text again.
 
 Two things that t depends on beside N: how long the texts are that the rows follow on (`PassTimes.after`), and whether
 the backend computes the nodes of a batch or, padded, as many for each row as the largest tree has (`places`).
@@ -12,131 +13,15 @@ the backend computes the nodes of a batch or, padded, as many for each row as th
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from medusa.decoding.draft import Draft, Drafter
 from medusa.decoding.stepper import Row
-from medusa.errors import UsageError
+from medusa.decoding.times import MOST, Clock, MachineTimes, PassTimes
 
-LONGEST = 64  # nodes up to which times are tabulated; a straight line from there
-MOST = 24  # nodes asked of drafters
 HIGHEST_BAR = 0.5  # nodes that are likelier are too few to look for, which takes time too
 USUAL_TOKENS = 2.0  # that the time of a plain pass gives with drafts
-FEWEST_ASKED = 9  # the root and one chain of the n-gram drafter, whatever a node costs
-
-Clock = Callable[[int], float]  # the time of a pass over so many tokens
-
-
-@dataclass(frozen=True, slots=True)
-class PassTimes:
-    """`seconds[N - 1]` is the time of a pass over N tokens of one text, after `context` others; it never falls.
-    `draft_seconds` is what the drafters that cost time (heads) take for a draft; 0 where there are none. Only ratios
-    matter, so any unit will do.
-
-    Longer texts take longer: each further position takes `row_seconds` once for a row (its keys and values are read)
-    and `node_seconds` for each token of the pass (which attends to it). 0 where that was not measured.
-    """
-
-    seconds: tuple[float, ...]
-    draft_seconds: float = 0.0
-    context: int = 0
-    row_seconds: float = 0.0
-    node_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        falls = any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False))
-        if len(self.seconds) < 2 or falls or not self.seconds[0] > 0 or not self.draft_seconds >= 0:
-            raise UsageError("times of passes must be positive and not fall, for 1 token and more")
-        if not (self.context >= 0 and self.row_seconds >= 0 and self.node_seconds >= 0):
-            raise UsageError("the time of a further position cannot be negative")
-
-    @classmethod
-    def measured(
-        cls,
-        seconds: Mapping[int, float],
-        draft_seconds: float = 0.0,
-        *,
-        context: int = 0,
-        far: Mapping[int, float] | None = None,
-        far_context: int = 0,
-    ) -> PassTimes:
-        """Straight lines between the sizes that were measured, of which 1 is one, and on past the last. A time below
-        that of fewer tokens is noise, and raised to it.
-
-        `far` holds the times of two sizes after a longer text. What they took more is a row's part and a part of each
-        token: two unknowns. A part below zero is noise too.
-        """
-        sizes = sorted(seconds)
-        times: list[float] = []
-        for n in range(1, LONGEST + 1):
-            right = min(max(1, sum(size < n for size in sizes)), len(sizes) - 1)
-            a, b = sizes[max(0, right - 1)], sizes[right]
-            slope = (seconds[b] - seconds[a]) / (b - a) if b > a else 0.0
-            times.append(max(seconds[a] + slope * (n - a), *times[-1:], 0.0))
-        row = node = 0.0
-        if far:
-            few, many = min(far), max(far)
-            more = [(far[n] - times[n - 1]) / (far_context - context) for n in (few, many)]  # for each position
-            node = max(0.0, min((more[1] - more[0]) / (many - few), more[1] / many))  # all of it at most
-            row = max(0.0, more[0] - few * node)
-        return cls(tuple(times), draft_seconds, context, row, node)
-
-    @classmethod
-    def typical(cls) -> PassTimes:
-        """Where nothing was measured: the native engine in bfloat16 on the machine of docs/decisions.md."""
-        return cls.measured({1: 1.0, 4: 1.06, 8: 1.2, 12: 1.6, 16: 2.2, 32: 4.4}, draft_seconds=0.15)
-
-    def __call__(self, nodes: int) -> float:
-        if nodes <= len(self.seconds):
-            return self.seconds[nodes - 1]
-        last, before = self.seconds[-1], self.seconds[-2]
-        return last + (nodes - len(self.seconds)) * (last - before)
-
-    def after(self, contexts: Sequence[int]) -> Clock:
-        """The time of a pass over so many tokens in all, whose rows follow on texts of these lengths. The tokens are
-        taken to attend to the mean of them, so that a node costs the same in each row."""
-        total = sum(contexts)
-        fixed = self.row_seconds * max(0, total - self.context)
-        each = self.node_seconds * max(0.0, total / len(contexts) - self.context)
-        return lambda tokens: self(tokens) + fixed + each * tokens
-
-    @property
-    def most(self) -> int:
-        """How many nodes to ask of drafters, 9 to 24: up to where one more costs a tenth of a pass over one token.
-
-        What is asked for and not verified was drafted in vain. The i-th best node of a tree is right about once in
-        2 (i - 1) steps, so nodes past that point pay only in the few steps that are all but certain.
-        """
-        costly = (n for n in range(FEWEST_ASKED + 1, MOST + 1) if self(n) - self(n - 1) > 0.1 * self(1))
-        return next(costly, MOST + 1) - 1
-
-    def free_drafts(self) -> PassTimes:
-        """The same for drafters that cost no time."""
-        return replace(self, draft_seconds=0.0)
-
-
-class MachineTimes:
-    """The times of this machine: one value for all who ask, measured when it is first asked for. Whoever holds this
-    object has the new value after `refresh`.
-
-    Args:
-        measure: from the cache, or anew where it is given True; None where it cannot be measured just now.
-    """
-
-    def __init__(self, measure: Callable[[bool], PassTimes | None]) -> None:
-        self._measure = measure
-        self._known: PassTimes | None = None
-
-    def __call__(self) -> PassTimes:
-        if self._known is None:
-            self._known = self._measure(False) or PassTimes.typical()
-        return self._known
-
-    def refresh(self) -> PassTimes:
-        """Measured anew. Where that cannot be done, what was known stays."""
-        self._known = self._measure(True) or self()
-        return self._known
 
 
 def places(counts: Sequence[int], padding: int) -> int:
@@ -214,6 +99,8 @@ class NodeBudget:
         self._free = free
         self._max_nodes = max_nodes
         self._padding = padding
+        self._contexts: list[int] = []  # of the last step
+        self._asked = 0  # rows of it for which drafters that cost time drafted
         _ = self.times  # measured now, where it must be: not in the middle of a text
 
     @property
@@ -296,14 +183,16 @@ class NodeBudget:
         contexts = [len(row.tokens) - 1 for row in rows]
         if self._padding:  # so are the texts
             contexts = [max(contexts)] * len(rows)
-        clock = self.times.after(contexts)
+        self._contexts, self._asked = contexts, 0
+        times = self._times_for(rows)
+        clock = times.after(contexts)
         if self.bar(len(rows), clock) > HIGHEST_BAR:
             return [Draft((row.tokens[-1],)) for row in rows]
-        cost = self.draft_seconds
+        cost = times.draft_seconds
         if not cost:
-            drafts = self._drafts(drafter, rows, frugal=False)
+            drafts = self._drafts(drafter, rows, times, frugal=False)
             return self._pruned(drafts, self.share(drafts, 0.0, clock))
-        drafts = self._drafts(drafter, rows, frugal=True)
+        drafts = self._drafts(drafter, rows, times, frugal=True)
         share = self.share(drafts, 0.0, clock)
         asked: list[tuple[int, Asking]] = []
         for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
@@ -312,10 +201,9 @@ class NodeBudget:
             if row.room > 0 and asking.due():
                 asked.append((b, asking))
         if asked:
-            without = share
-            for (b, _), draft in zip(
-                asked, self._drafts(drafter, [rows[b] for b, _ in asked], frugal=False), strict=True
-            ):
+            without, self._asked = share, len(asked)
+            richer = self._drafts(drafter, [rows[b] for b, _ in asked], times, frugal=False)
+            for (b, _), draft in zip(asked, richer, strict=True):
                 drafts[b] = draft
             share = self.share(drafts, cost * len(asked), clock)  # few rows fill a pass of heads
             price = without.rate * (share.seconds - without.seconds) / len(asked)
@@ -323,11 +211,25 @@ class NodeBudget:
                 asking.learn(share.tokens[b] - without.tokens[b] - price)
         return self._pruned(drafts, share)
 
-    def _drafts(self, drafter: Drafter, rows: Sequence[Row], *, frugal: bool) -> list[Draft]:
+    def learn(self, drafts: Sequence[Draft], drafting: float, verifying: float) -> None:
+        """Takes the seconds that the last step's drafting and pass took (see `MachineTimes.learn`)."""
+        if isinstance(self._times, MachineTimes):
+            tokens = places([len(draft) for draft in drafts], self._padding)
+            self._times.learn(tokens, self._contexts, verifying)
+            if self._asked:
+                self._times.learn_draft(self._asked, drafting)
+
+    def _times_for(self, rows: Sequence[Row]) -> PassTimes:
+        """The times as they are now, or as they were measured where a text depends on what is drafted."""
+        lossy = any(row.sampling.lossy for row in rows)
+        times = self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times
+        return times.free_drafts() if self._free else times
+
+    def _drafts(self, drafter: Drafter, rows: Sequence[Row], times: PassTimes, *, frugal: bool) -> list[Draft]:
         for row in rows:
-            plain = self.times.after([len(row.tokens) - 1])(1)
-            row.frugal, row.price = frugal, USUAL_TOKENS * self.draft_seconds / plain  # of a whole draft, in tokens
-        most = self.most
+            plain = times.after([len(row.tokens) - 1])(1)
+            row.frugal, row.price = frugal, USUAL_TOKENS * times.draft_seconds / plain  # of a whole draft, in tokens
+        most = min(times.most, self._max_nodes)
         drafts = drafter.propose(rows, most)
         return [draft.pruned(nodes=most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 

@@ -76,6 +76,8 @@ class ReferenceStepper:
         chosen = time.perf_counter()
         self.backend.keep(slots, [choice.path[: len(tokens)] for choice, tokens in zip(accepted, added, strict=True)])
         phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
+        if isinstance(self.nodes, NodeBudget) and self.backend.same_bits:
+            self.nodes.learn(drafts, phases.draft, phases.verify)
         return [
             Step.of(draft, choice.path, tokens, row.finish_reason, phases)
             for row, draft, choice, tokens in zip(rows, drafts, accepted, added, strict=True)

@@ -98,6 +98,7 @@ class NativeBackend:
         self.max_length = check_max_length(max_length, config.context)
         check_feature_layers(feature_layers, self.num_layers)
         self.max_nodes: int = module.MAX_NODES
+        self.same_bits = True
         self._chunk: int = module.CHUNK
         names = _Names(config, tensors)
         _check_memory(names.matrix_size(), dtype)

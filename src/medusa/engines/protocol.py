@@ -59,6 +59,7 @@ class Backend(Protocol):
     hidden_size: int
     num_layers: int
     max_nodes: int  # of one tree
+    same_bits: bool  # the numbers of a node do not depend on what else is in its pass
     padding: int  # 0: a pass computes the nodes of its trees; else each row as many as the largest tree, or the next
     # multiple of this (the root alone is never padded): what `budget.py` prices
 

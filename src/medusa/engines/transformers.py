@@ -80,6 +80,7 @@ class TransformersBackend:
 
     name = "transformers"
     max_nodes = SLACK
+    same_bits = False  # the width of a pass changes how sums are rounded
 
     def __init__(
         self,

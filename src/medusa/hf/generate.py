@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from medusa.api import measured_times
-from medusa.decoding.budget import MachineTimes, PassTimes
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.scheduler import decode
+from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.errors import UsageError
 from medusa.hf.settings import (
     Stops,

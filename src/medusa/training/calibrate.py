@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import medusa
-from medusa.decoding.budget import PassTimes
+from medusa.decoding.times import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import Backend
 from medusa.errors import MedusaError, UsageError

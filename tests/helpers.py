@@ -288,6 +288,11 @@ def plain_decode(
     tokens, eos = list(prompt), set(eos)
     while True:
         logits = slow_penalised(model(tokens), tokens, sampling.repetition_penalty)
+        for token in set(tokens[len(prompt) :]):
+            count = tokens[len(prompt) :].count(token)
+            logits[token] -= sampling.presence_penalty + count * sampling.frequency_penalty
+        for token, bias in sampling.logit_bias:
+            logits[token] += bias
         if sampling.greedy:
             tokens.append(logits.index(max(logits)))
         else:

@@ -704,3 +704,17 @@ def test_a_conversation_continues_from_what_its_slot_holds(drafter: str, monkeyp
     assert all(now < anew / 2 for now, anew in zip(read[0][1:], read[1][1:], strict=True))
     keeping.generate([{"role": "user", "content": "Anew."}], max_new_tokens=12)
     assert keeping.backend.length(0) < 60, "what no longer fits is cut off"
+
+
+def test_what_the_stepper_of_a_device_does_not_run_is_given_to_the_reference() -> None:
+    from medusa.device.stepper import DeviceStepper
+
+    model = make(drafter="ngram", nodes=4)
+    expected = model.generate(PROMPT, max_new_tokens=20, frequency_penalty=0.5)
+    backend: Any = model.backend
+    model.stepper = DeviceStepper(backend, model.stepper.drafter, 4)
+    with pytest.raises(UsageError, match="use the reference"):
+        model.generate(PROMPT, frequency_penalty=0.5, stepper=model.stepper)
+    assert model.generate(PROMPT, max_new_tokens=20, frequency_penalty=0.5).token_ids == expected.token_ids
+    assert all(chunk.step.logprobs for chunk in model.stream(PROMPT, max_new_tokens=5, logprobs=1))
+    assert model.generate(PROMPT, max_new_tokens=20).token_ids == make().generate(PROMPT, max_new_tokens=20).token_ids

@@ -108,6 +108,15 @@ any_sampling = st.one_of(
     sampled,
     st.builds(lambda penalty: Sampling(repetition_penalty=penalty), penalised),
     st.builds(lambda base, penalty: replace(base, repetition_penalty=penalty), sampled, penalised),
+    st.builds(
+        lambda base, presence, frequency, bias: replace(
+            base, presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias
+        ),
+        st.one_of(greedy, sampled),
+        st.sampled_from([0.0, 0.5, -1.0]),
+        st.sampled_from([0.0, 0.25]),
+        st.sampled_from([(), ((0, 1.5), (1, -100.0))]),
+    ),
 )
 # A model of low order repeats itself, so that the n-gram drafter has something to say.
 models = st.builds(ToyModel, vocab=st.integers(2, 9), seed=st.integers(0, 99), order=st.sampled_from([None, 1, 2]))

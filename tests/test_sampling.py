@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,16 @@ from transformers.generation.logits_process import (
 )
 
 from helpers import chi_square_p, slow_penalised, slow_probabilities
-from medusa.decoding.sampling import Sampling, _random_words, _winner, candidates, gumbel_noise, penalise, sample
+from medusa.decoding.sampling import (
+    Sampling,
+    _random_words,
+    _winner,
+    adjust,
+    candidates,
+    gumbel_noise,
+    penalise,
+    sample,
+)
 from medusa.errors import UsageError
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -381,3 +391,40 @@ def test_a_sample_is_never_a_token_that_was_filtered_out() -> None:
     logits = torch.tensor(LOGITS)
     assert {sample(logits, Sampling(temperature=5.0, top_k=2, seed=0), i) for i in range(200)} == {4, 11}
     assert {sample(logits, Sampling(temperature=5.0, top_k=1, seed=0), i) for i in range(50)} == {4}
+
+
+# --- penalties of what was said, and bias -----------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.floats(-5, 5), min_size=4, max_size=4),
+    st.lists(st.integers(0, 3), max_size=9),
+    st.floats(-2, 2),
+    st.floats(-2, 2),
+    st.lists(st.tuples(st.integers(0, 3), st.floats(-100, 100)), max_size=3),
+)
+def test_penalties_count_what_was_said_and_a_bias_is_added(
+    logits: list[float], said: list[int], presence: float, frequency: float, bias: list[tuple[int, float]]
+) -> None:
+    sampling = Sampling(presence_penalty=presence, frequency_penalty=frequency, logit_bias=tuple(bias))
+    before = torch.tensor(logits)
+    after = adjust(before, said, sampling)
+    for token in range(4):
+        expected = logits[token] - presence * (token in said) - frequency * said.count(token)
+        expected += sum(value for other, value in bias if other == token)
+        assert float(after[token]) == pytest.approx(expected, abs=1e-3)
+    assert before.tolist() == torch.tensor(logits).tolist(), "the row is left as it was"
+
+
+def test_a_bias_for_a_token_that_is_not_there_is_refused() -> None:
+    with pytest.raises(UsageError, match="logit_bias names the token 9, but the vocabulary has 4"):
+        adjust(torch.zeros(4), [], Sampling(logit_bias=((9, 1.0),)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"presence_penalty": 2.5}, {"frequency_penalty": -3.0}, {"logit_bias": ((1, 101.0),)}, {"logit_bias": ((1,),)}],
+)
+def test_penalties_out_of_bounds_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(change))):
+        Sampling(**change)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.scheduler import Scheduler, Task
 from medusa.decoding.slots import Slots
-from medusa.decoding.stepper import Request
+from medusa.decoding.stepper import Request, TokenLogprobs
 from medusa.errors import UsageError
 
 ROOM = 40
@@ -207,6 +208,41 @@ def test_a_prompt_gets_the_slot_that_holds_most_of_it(case: str) -> None:
     slots, backend = slots_with(kept, *texts)
     assert slots.take(prompt) == expected
     assert backend.text == left
+
+
+# --- log-probabilities ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("alternatives", [0, 2])
+def test_log_probabilities_are_the_models_own_whoever_drafted_the_token(temperature: float, alternatives: int) -> None:
+    """Before temperature, penalties and bias; for the first token too, and for none past the end of the text."""
+    model = ToyModel(6, seed=4)
+    sampling = Sampling(temperature=temperature, seed=3, presence_penalty=1.0, repetition_penalty=1.3)
+    stepper = ReferenceStepper(ToyBackend(model), RandomTreeDrafter(model, seed=1, right=0.8), 9)
+    scheduler = Scheduler(stepper)
+    task = scheduler.submit(Request([1, 2], sampling, 20, frozenset({5}), logprobs=alternatives))
+    found: list[TokenLogprobs] = []
+    accepted = 0
+    while not scheduler.idle:
+        ((_, step),) = scheduler.step()
+        assert step.logprobs is not None
+        assert len(step.logprobs) == len(step.tokens)
+        found += step.logprobs
+        accepted += len(step.tokens) - 1
+    assert accepted > 0
+    for i, (token, known) in enumerate(zip(task.new_tokens, found, strict=True)):
+        right = torch.tensor(model([1, 2, *task.new_tokens[:i]]), dtype=torch.float64).log_softmax(0)
+        assert known.logprob == pytest.approx(float(right[token]), abs=1e-5)
+        assert [token for token, _ in known.top] == right.argsort(descending=True)[:alternatives].tolist()
+        assert [value for _, value in known.top] == pytest.approx(
+            right.sort(descending=True)[0][:alternatives].tolist()
+        )
+
+
+def test_log_probabilities_cost_nothing_where_nobody_asks() -> None:
+    ((_, step), *_) = Scheduler(toy(1)).run([Request([1], max_new_tokens=3)])
+    assert step.logprobs is None
 
 
 # --- constraints ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.completion import Chunk, Completion, Stats, TextOfSteps
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Drafter
+from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import GREEDY, Sampling
 from medusa.decoding.scheduler import Scheduler
 from medusa.decoding.slots import Slots
@@ -20,7 +21,7 @@ from medusa.decoding.stepper import Request, Row
 from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.errors import UsageError
 from medusa.settings import EngineSettings, takes
-from medusa.steppers import Nodes, check_nodes, make_drafter, make_stepper, which_tree
+from medusa.steppers import Nodes, check_nodes, choose_nodes, make_drafter, make_stepper, which_tree
 from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
 from medusa.text.stream import StopStrings
 
@@ -66,6 +67,7 @@ class LanguageModel:
         self._times = MachineTimes(times)
         self._facts = dict(facts or {})
         self.stepper = self.make_stepper(drafter)
+        self._reference: Stepper | None = None  # for what the other does not run
 
     def make_stepper(self, drafter: str | Drafter, *, tree: str | None = None, nodes: Nodes | None = None) -> Stepper:
         """Another way to decode on this engine, for the argument `stepper` of `stream`: with a drafter by name or one
@@ -75,6 +77,16 @@ class LanguageModel:
             tree = which_tree(tree, self.heads, self.backend) if tree else self.tree
             drafter = make_drafter(drafter, self.heads, tree)
         return make_stepper(self.backend, drafter, self.nodes if nodes is None else nodes, self._times)
+
+    def stepper_for(self, requests: Sequence[Request]) -> Stepper:
+        """The model's stepper, or the reference with the same drafter where that does not run all of the requests."""
+        if all(map(self.stepper.runs, requests)):
+            return self.stepper
+        if self._reference is None:
+            drafter = self.stepper.drafter
+            nodes = choose_nodes(self.nodes, drafter, self._times, self.backend)
+            self._reference = ReferenceStepper(self.backend, drafter, nodes)
+        return self._reference
 
     def pass_times(self, refresh: bool = False) -> PassTimes:
         """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`: then for all
@@ -115,6 +127,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
         stepper: Stepper | None = None,
         **settings: Any,
     ) -> Iterator[Chunk]:
@@ -128,13 +141,26 @@ class LanguageModel:
             stop: strings that end the text; they are not part of it.
             ignore_eos: go on after the end-of-text token.
             constraint: what the text may become, a grammar say.
+            logprobs: `chunk.step.logprobs` then holds each token's log-probability and those of so many of the
+                likeliest.
             stepper: another way to decode, made by `make_stepper`.
             settings: fields of `Sampling` by name: `temperature` (0 is greedy; above, sampling with `top_k`, `top_p`,
-                `min_p` and `seed`), `repetition_penalty`, `acceptance` ("exact" gives what plain decoding gives;
-                "typical" is faster and lossy, above temperature 0 only) with `epsilon` and `delta`.
+                `min_p` and `seed`), `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `logit_bias`,
+                `acceptance` ("exact" gives what plain decoding gives; "typical" is faster and lossy, above temperature
+                0 only) with `epsilon` and `delta`.
         """
-        text = self._text(prompt, sampling, raw, max_new_tokens, stop, ignore_eos, constraint=constraint, **settings)
-        return (chunk for _, chunk in self._decode([text], stepper or self.stepper))
+        text = self._text(
+            prompt,
+            sampling,
+            raw,
+            max_new_tokens,
+            stop,
+            ignore_eos,
+            constraint=constraint,
+            logprobs=logprobs,
+            **settings,
+        )
+        return (chunk for _, chunk in self._decode([text], stepper))
 
     def generate(self, prompt: str | Sequence[Message], *arguments: Any, **options: Any) -> Completion:
         """The whole answer; takes the arguments of `stream`."""
@@ -162,7 +188,7 @@ class LanguageModel:
                 texts.append(self._text(prompt, **{**options, **(each[i] if each else {})}))
             except UsageError as error:
                 raise UsageError(f"prompt {i + 1}: {error}") from None
-        return self._decode(texts, stepper or self.stepper)
+        return self._decode(texts, stepper)
 
     def generate_many(
         self, prompts: Sequence[str | Sequence[Message]], *, progress: bool = False, **options: Any
@@ -233,6 +259,7 @@ class LanguageModel:
         ignore_eos: bool = False,
         *,
         constraint: Constraint | None = None,
+        logprobs: int | None = None,
         **settings: Any,
     ) -> tuple[Request, TextOfSteps]:
         """What is to be decoded and what makes characters of it. Raises UsageError for bad arguments."""
@@ -240,13 +267,15 @@ class LanguageModel:
         stops = StopStrings(stop)
         ids = self.encode(prompt, raw=raw)
         ends = frozenset(() if ignore_eos else self.eos_token_ids)
-        request = Request(ids, sampling, max_new_tokens, ends, constraint)
+        request = Request(ids, sampling, max_new_tokens, ends, constraint, logprobs)
         request.check(self.backend.max_length)
         return request, TextOfSteps(self.tokenizer, stops, ends, len(ids))
 
-    def _decode(self, texts: Sequence[tuple[Request, TextOfSteps]], stepper: Stepper) -> Iterator[tuple[int, Chunk]]:
+    def _decode(
+        self, texts: Sequence[tuple[Request, TextOfSteps]], stepper: Stepper | None
+    ) -> Iterator[tuple[int, Chunk]]:
         begun = time.perf_counter()
-        scheduler = Scheduler(stepper, self.slots)
+        scheduler = Scheduler(stepper or self.stepper_for([request for request, _ in texts]), self.slots)
         running = {scheduler.submit(request): (i, text) for i, (request, text) in enumerate(texts)}
         call = begun
         try:

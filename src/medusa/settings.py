@@ -230,6 +230,19 @@ class Sampling:
     repetition_penalty: float = setting(
         1.0, "Above 1, used tokens become less likely.", gt=0, lt=math.inf, rule="above 0 (1 is off)"
     )
+    presence_penalty: float = setting(
+        0.0, "Above 0, tokens that were said become less likely.", ge=-2, le=2, rule="from -2 to 2 (0 is off)"
+    )
+    frequency_penalty: float = setting(
+        0.0, "The same for each time they were said.", ge=-2, le=2, rule="from -2 to 2 (0 is off)"
+    )
+    logit_bias: tuple[tuple[int, float], ...] = setting(
+        (),
+        "(token, what is added to its logit), ...",
+        good=lambda value: all(len(pair) == 2 and abs(pair[1]) <= 100 for pair in value),
+        rule="pairs of a token and a number from -100 to 100",
+        option=None,
+    )
     seed: int | None = setting(
         None,
         "The same seed gives the same text.",
@@ -250,6 +263,16 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before a token is chosen, by what the text holds or by a bias."""
+        return bool(self.repetition_penalty != 1 or self.adjusts_output)
+
+    @property
+    def adjusts_output(self) -> bool:
+        """The same, but for the repetition penalty."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
     @property
     def lossy(self) -> bool:

@@ -84,7 +84,7 @@ def bench(
     as_json: AsJson = False,
     *,
     engine: Annotated[EngineSettings, But("drafter", "tree")],
-    sampling: AnswerSettings,
+    sampling: Annotated[AnswerSettings, But("presence_penalty", "frequency_penalty")],  # baselines have none
 ) -> None:
     """Compare ways to decode, question by question, with plain decoding."""
     from medusa.evaluation import baselines as others
@@ -101,7 +101,7 @@ def bench(
     facts = {
         "questions": str(questions) if questions else "built in",
         **_engine_facts(engine),
-        **{name: value for name, value in values(chosen).items() if name not in ("acceptance", "epsilon", "delta")},
+        **{name: value for name, value in values(chosen).items() if name not in _NO_FACTS},
         **({"epsilon": sampling.epsilon, "delta": sampling.delta} if "typical" in names else {}),
         "max_new_tokens": sampling.max_new_tokens,
         "turns": turns,
@@ -277,6 +277,10 @@ class _Ablation:
 
 
 # --- what the two share -----------------------------------------------------------------------------------------------
+
+
+# Of sampling: "typical" tells the first three of itself, and no benchmark sets the others.
+_NO_FACTS = ("acceptance", "epsilon", "delta", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
 def _engine_facts(engine: EngineSettings) -> dict[str, Any]:

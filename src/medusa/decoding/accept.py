@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medusa.decoding.sampling import Sampling, candidates, penalise, sample
+from medusa.decoding.sampling import Sampling, adjust, candidates, penalise, sample
+from medusa.decoding.stepper import TokenLogprobs
 from medusa.errors import MedusaError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Accepted:
 def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
     """Applies the rule that `row.sampling` asks for to logits [N, V] of `draft`."""
     sampling = row.sampling
-    as_they_are = sampling.repetition_penalty == 1 and row.constraint is None
+    as_they_are = not sampling.adjusts and row.constraint is None
 
     def node_logits(node: int) -> Tensor:
         if as_they_are:
@@ -73,14 +74,28 @@ def _scores(logits: Tensor, row: Row, path: Sequence[int]) -> Tensor:
     """
     import torch
 
-    if row.sampling.repetition_penalty != 1:
-        logits = penalise(logits.float(), {*row.tokens, *path}, row.sampling.repetition_penalty)
+    sampling = row.sampling
+    if sampling.adjusts:
+        logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        logits = penalise(logits, {*row.tokens, *path}, sampling.repetition_penalty)
+    if sampling.adjusts_output:
+        logits = adjust(logits, [*row.tokens[row.prompt_tokens :], *path], sampling)
     allowed = None if row.constraint is None else row.constraint.allowed(path)
     if allowed is None:
         return logits
     if not allowed.any():
         raise MedusaError("the constraint allows no token here, not even one that ends the text")
     return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -math.inf)
+
+
+def logprobs_of(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:
+    """By the model's own logits [V], before temperature, penalties and constraints."""
+    scores = logits.detach().float().cpu().numpy().astype(np.float64)
+    scores -= scores.max()
+    scores -= math.log(np.exp(scores).sum())
+    best = np.argsort(-scores, kind="stable")[:alternatives] if alternatives else ()
+    return TokenLogprobs(float(scores[token]), tuple((int(i), float(scores[i])) for i in best))
 
 
 def _argmax(logits: Tensor) -> Callable[[int], int]:

@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from medusa.decoding.accept import accept, first_token
+from medusa.decoding.accept import accept, first_token, logprobs_of
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter
-from medusa.decoding.stepper import Phases, Request, Row, Step
+from medusa.decoding.stepper import Phases, Request, Row, Step, TokenLogprobs
 from medusa.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class ReferenceStepper:
         self.drafter = drafter
         self.nodes = nodes
 
+    def runs(self, request: Request) -> bool:
+        return True
+
     def start(self, slot: int, request: Request, held: int = 0) -> tuple[Row, Step]:
         request.check(self.backend.max_length)
         if self.backend.length(slot) != held:
@@ -68,19 +71,22 @@ class ReferenceStepper:
         accepted = [
             accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
         ]
-        added = []
+        added, logprobs = [], []
         for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
             row.features = features[b, choice.path[-1]]
-            added.append(row.extend((*(draft.tokens[node] for node in choice.path[1:]), choice.next_token)))
+            tokens = row.extend((*(draft.tokens[node] for node in choice.path[1:]), choice.next_token))
+            added.append(tokens)
+            logprobs.append(_logprobs(row, logits[b], choice.path, tokens))
         # keep: all of a row's tokens but the last, which is the next root
         chosen = time.perf_counter()
-        self.backend.keep(slots, [choice.path[: len(tokens)] for choice, tokens in zip(accepted, added, strict=True)])
+        paths = [choice.path[: len(tokens)] for choice, tokens in zip(accepted, added, strict=True)]
+        self.backend.keep(slots, paths)
         phases = Phases(drafted - begun, verified - drafted, chosen - verified, time.perf_counter() - chosen)
         if isinstance(self.nodes, NodeBudget) and self.backend.same_bits:
             self.nodes.learn(drafts, phases.draft, phases.verify)
         return [
-            Step.of(draft, choice.path, tokens, row.finish_reason, phases)
-            for row, draft, choice, tokens in zip(rows, drafts, accepted, added, strict=True)
+            Step.of(draft, choice.path, tokens, row.finish_reason, phases, known)
+            for row, draft, choice, tokens, known in zip(rows, drafts, accepted, added, logprobs, strict=True)
         ]
 
     def finish(self, row: Row) -> None:
@@ -104,6 +110,15 @@ class ReferenceStepper:
             sampling=request.sampling.seeded(),
             features=features,
             constraint=request.constraint,
+            logprobs=request.logprobs,
         )
         tokens = row.extend((first_token(logits, row),))
-        return row, Step(tokens, (MODEL,), row.finish_reason)
+        logprobs = _logprobs(row, logits[None], (0,), tokens)
+        return row, Step(tokens, (MODEL,), row.finish_reason, logprobs=logprobs)
+
+
+def _logprobs(row: Row, logits: Tensor, path: Sequence[int], tokens: Sequence[int]) -> tuple[TokenLogprobs, ...] | None:
+    """Of tokens, each by the logits [N, V] of the node of `path` before it, where the row asks for them."""
+    if row.logprobs is None:
+        return None
+    return tuple(logprobs_of(logits[node], token, row.logprobs) for node, token in zip(path, tokens, strict=False))

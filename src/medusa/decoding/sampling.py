@@ -7,11 +7,13 @@ distribution is the same. Nothing here knows of drafts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medusa.errors import UsageError
 from medusa.settings import Sampling as Sampling  # to be had here too
 
 if TYPE_CHECKING:
@@ -29,6 +31,19 @@ def penalise(logits: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
     logits = logits.clone()
     score = logits[ids]
     logits[ids] = torch.where(score < 0, score * penalty, score / penalty)
+    return logits
+
+
+def adjust(logits: Tensor, said: Sequence[int], sampling: Sampling) -> Tensor:
+    """Presence and frequency penalties for the tokens that the model has said, and the bias, of one row [V] in
+    float32; as OpenAI defines them."""
+    logits = logits.clone()
+    for token, times in Counter(said).items():
+        logits[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < len(logits):
+            raise UsageError(f"logit_bias names the token {token}, but the vocabulary has {len(logits)}")
+        logits[token] += bias
     return logits
 
 

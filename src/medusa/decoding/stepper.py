@@ -50,6 +50,7 @@ class Request:
     max_new_tokens: int = 256
     eos_token_ids: frozenset[int] = frozenset()
     constraint: Constraint | None = None  # of this text alone: it follows what the text becomes
+    logprobs: int | None = None  # for each token its log-probability and those of so many of the likeliest; None: none
 
     def check(self, max_length: int) -> None:
         """Raises UsageError for an empty prompt or max_new_tokens < 1, ContextFullError (one too) for a prompt that
@@ -77,6 +78,7 @@ class Row:
     sampling: Sampling
     features: Tensor  # [F*H] of the last accepted token
     constraint: Constraint | None = None
+    logprobs: int | None = None
     finish_reason: FinishReason | None = None
     frugal: bool = False  # only drafters that cost no time are to draft for it: see `budget.py`
     price: float = 0.0  # of drafting: the tokens that its time would give otherwise; 0: no matter, see `budget.py`
@@ -104,6 +106,13 @@ class Row:
         if self.constraint is not None:
             self.constraint.keep(tokens)
         return tokens
+
+
+class TokenLogprobs(NamedTuple):
+    """The log-probability of a token in the model's own distribution, and the likeliest (token, log-probability)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 class Phases(NamedTuple):
@@ -135,6 +144,7 @@ class Step:
     draft: Draft | None = None  # what was verified; None for the prefill
     path: tuple[int, ...] = ()  # the nodes of it that were accepted, from the root on
     phases: Phases = NO_TIME  # of the whole pass, which the rows of a batch share
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of `tokens`, where the request asks for them
 
     @classmethod
     def of(
@@ -144,11 +154,12 @@ class Step:
         tokens: tuple[int, ...],
         finish_reason: FinishReason | None,
         phases: Phases,
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
     ) -> Step:
         """Of a verified draft: `tokens` are those of its accepted path and the model's next one, or the first of them
         where one ended the text."""
         sources = (*(draft.sources[node] for node in path[1:]), MODEL)[: len(tokens)]
-        return cls(tokens, sources, finish_reason, draft, path, phases)
+        return cls(tokens, sources, finish_reason, draft, path, phases, logprobs)
 
     @property
     def drafted(self) -> int:
@@ -170,12 +181,16 @@ class Stepper(Protocol):
         """The most nodes of a tree, the root included; or who chooses at each step."""
         ...
 
+    def runs(self, request: Request) -> bool:
+        """Whether it can do what a request asks for; the reference can do all."""
+        ...
+
     def start(self, slot: int, request: Request, held: int = 0) -> tuple[Row, Step]:
         """Reads a prompt into a slot, of which it holds the first `held` tokens. The step holds the first token.
 
         Raises:
-            UsageError: see `Request.check`; the slot holds another number of tokens; a constraint that this stepper
-                cannot follow. After any error in reading the prompt the slot is empty.
+            UsageError: see `Request.check`; the slot holds another number of tokens; a request that this stepper
+                does not run. After any error in reading the prompt the slot is empty.
         """
         ...
 

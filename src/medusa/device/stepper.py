@@ -70,9 +70,14 @@ class DeviceStepper(ReferenceStepper):
 
     # --- as of any stepper --------------------------------------------------------------------------------------------
 
+    def runs(self, request: Request) -> bool:
+        return request.constraint is None and request.logprobs is None and not request.sampling.adjusts_output
+
     def start(self, slot: int, request: Request, held: int = 0) -> tuple[Row, Step]:
-        if request.constraint is not None:
-            raise UsageError("a step on the device follows no constraint: load the model with tree='dynamic'")
+        if not self.runs(request):
+            raise UsageError(
+                "a step on the device knows no constraint, logprobs, bias nor penalty of output: use the reference"
+            )
         return super().start(slot, request, held)
 
     def step(self, rows: Sequence[Row]) -> list[Step]:

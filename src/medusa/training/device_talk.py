@@ -317,6 +317,6 @@ def talk_on_device(
 def _checked(turn: Turn) -> Sampling:
     """How a turn samples. Raises UsageError for what the device does not do."""
     sampling = turn.sampling.seeded()
-    if sampling.top_k or sampling.min_p or sampling.repetition_penalty != 1:
+    if sampling.top_k or sampling.min_p or sampling.adjusts:
         raise UsageError("on a device conversations are sampled by temperature and top_p alone")
     return sampling

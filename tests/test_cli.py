@@ -120,7 +120,8 @@ def test_options_reach_load_and_stream(run: Run, model: StubModel) -> None:
         "--nodes 7 --compile"
     )
     sampling = (
-        "--temperature 0.7 --top-p 0.9 --top-k 40 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.5 --frequency-penalty -0.5 --seed 5 "
+        "--temperature 0.7 --top-p 0.9 --top-k 40 --min-p 0.1 --repetition-penalty 1.1 "
+        "--presence-penalty 0.5 --frequency-penalty -0.5 --seed 5 "
         "--acceptance typical --epsilon 0.1 --delta 0.2 --max-new-tokens 9 --raw --stop=a --stop=b"
     )
     code, _, _ = run("generate", "hi", *engine.split(), *sampling.split())

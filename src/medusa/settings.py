@@ -59,34 +59,26 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
 
 def check(settings: Any, where: str = "") -> None:
     """Raises UsageError for the first bad value, in a sentence that begins with `where`."""
-    for name, optional, known, facts in _checked(type(settings)):  # type: ignore[arg-type]  # classes are hashable
-        value = getattr(settings, name)
-        if value is None and optional:
+    for name, (declared, hint) in typed_fields(type(settings)).items():  # type: ignore[arg-type]  # classes are hashable
+        value, facts, known = getattr(settings, name), declared.metadata, choices(hint)
+        if value is None and declared.default is None:
             continue
+        bounds = {bound: facts[bound] for bound in _BOUNDS if bound in facts}
         try:
-            good = all(_BOUNDS[bound][0](value, facts[bound]) for bound in _BOUNDS if bound in facts)
+            good = all(_BOUNDS[bound][0](value, limit) for bound, limit in bounds.items())
             good = good and (not known or value in known) and facts.get("good", lambda value: True)(value)
         except TypeError:  # it is of a kind that has no bounds
             good = False
-        if good:
-            continue
-        if known and "rule" not in facts:
+        if not good and known and "rule" not in facts:
             raise UsageError(f"{where}unknown {name} {value}: use one of {', '.join(known)}")
-        rule = facts.get("rule") or " and ".join(f"{_BOUNDS[b][1]} {facts[b]:g}" for b in _BOUNDS if b in facts)
-        raise UsageError(f"{where}{name} must be {rule}, not {value}")
+        if not good:
+            rule = " and ".join(f"{_BOUNDS[bound][1]} {limit:g}" for bound, limit in bounds.items())
+            raise UsageError(f"{where}{name} must be {facts.get('rule', rule)}, not {value}")
 
 
 @functools.cache
-def _checked(settings: Any) -> list[tuple[str, bool, tuple[Any, ...], dict[str, Any]]]:
-    """The fields that have something to check: name, whether None is good, all that is known or (), metadata."""
-    found = [
-        (f.name, f.default is None, choices(hint), dict(f.metadata)) for f, hint in typed_fields(settings).values()
-    ]
-    return [facts for facts in found if facts[2] or {*facts[3]} & {*_BOUNDS, "good"}]
-
-
-def typed_fields(settings: type) -> dict[str, tuple[Field[Any], Any]]:
-    """Name -> field and type."""
+def typed_fields(settings: Any) -> dict[str, tuple[Field[Any], Any]]:
+    """Name -> field and type, of a dataclass."""
     hints = get_type_hints(settings)
     return {f.name: (f, hints[f.name]) for f in fields(settings)}
 
@@ -103,24 +95,21 @@ def values(settings: Any, of: Any = None) -> dict[str, Any]:
 def takes(settings: Callable[P, S]) -> Callable[[Callable[[S], T]], Callable[P, T]]:
     """Lets a function of settings be called with the settings themselves, as keyword arguments. For type checkers,
     `help()` and editors these are its parameters; {settings} in its docstring becomes a list of them."""
-    assert isinstance(settings, type)
-    typed = typed_fields(settings)
-    of_settings = inspect.signature(settings).parameters
-    parameters = [of_settings[name].replace(annotation=hint) for name, (_, hint) in typed.items()]
+    typed, of_settings = typed_fields(settings), inspect.signature(settings).parameters
 
     def decorate(function: Callable[[S], T]) -> Callable[P, T]:
-        signature = inspect.Signature(parameters, return_annotation=inspect.signature(function).return_annotation)
-
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                signature.bind(*args, **kwargs)
-            except TypeError as error:
-                raise TypeError(f"{function.__name__}() {error}") from None
-            return function(settings(*args, **kwargs))
+                made = settings(*args, **kwargs)
+            except TypeError as error:  # an unknown name, say
+                raise TypeError(function.__name__ + str(error).partition(".__init__")[2]) from None
+            return function(made)
 
-        call.__signature__ = signature  # type: ignore[attr-defined]
-        lines = (_described(f, hint) for f, hint in typed.values())
+        call.__signature__ = inspect.signature(function).replace(  # type: ignore[attr-defined]
+            parameters=[of_settings[name].replace(annotation=hint) for name, (_, hint) in typed.items()]
+        )
+        lines = (_described(declared, hint) for declared, hint in typed.values())
         call.__doc__ = (function.__doc__ or "").replace("{settings}", "\n".join(lines).lstrip())
         return call
 
@@ -135,10 +124,19 @@ def _described(f: Field[Any], hint: Any) -> str:
     return textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
-# --- what runs a model --------------------------------------------------------------------------------------------
+# --- what runs a model ------------------------------------------------------------------------------------------------
 
 
-# A class of two others has first the fields of the second, then those of the first, then its own.
+class Settings:
+    """Checked where they are built."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+# A class of two others has first the fields of the second, then those of the first, then its own: so they are shown.
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BackendSettings:
+class BackendSettings(Settings):
     """What runs the model."""
 
     backend: BackendName = setting(
@@ -162,9 +160,6 @@ class BackendSettings:
     dtype: Dtype = setting("bfloat16", "Number format of the weights; int4 is for native.")
     device: str = setting("cpu", "cpu, cuda, cuda:1, ...; auto spreads the model.")
     threads: int | None = setting(None, "CPU threads.", unset="all cores", ge=1)
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,11 +195,11 @@ class TrainingEngine(BackendSettings):
     slots: int | None = setting(None, "Conversations side by side.", unset="24; 1,024 on a GPU", ge=1)
 
 
-# --- how it decodes -----------------------------------------------------------------------------------------------
+# --- how it decodes ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
+class Sampling(Settings):
     """How the next token is chosen. The default is greedy.
 
     epsilon and delta are the thresholds of typical acceptance; `exact` is lossless and needs none.
@@ -217,11 +212,7 @@ class Sampling:
         rule="0 (greedy) or at least 1e-6",
     )
     top_p: float = setting(
-        1.0,
-        "Sample from the likeliest tokens of this total.",
-        gt=0,
-        le=1,
-        rule="above 0 and at most 1 (off)",
+        1.0, "Sample from the likeliest tokens of this total.", gt=0, le=1, rule="above 0 and at most 1 (off)"
     )
     top_k: int = setting(0, "Sample from the likeliest K tokens; 0 is all.", ge=0, rule="0 (off) or more")
     min_p: float = setting(
@@ -244,21 +235,13 @@ class Sampling:
         option=None,
     )
     seed: int | None = setting(
-        None,
-        "The same seed gives the same text.",
-        unset="random",
-        ge=0,
-        lt=2**64,
-        rule="from 0 to 2**64 - 1",
+        None, "The same seed gives the same text.", unset="random", ge=0, lt=2**64, rule="from 0 to 2**64 - 1"
     )
     acceptance: AcceptanceRule = setting(
         "exact", "exact keeps the model's distribution; typical is faster.", rule="exact or typical"
     )
     epsilon: float = setting(0.09, "Threshold of typical acceptance.", ge=0, le=1, rule="from 0 to 1")
     delta: float = setting(0.3, "Entropy factor of typical acceptance.", ge=0, lt=math.inf, rule="0 or more")
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def greedy(self) -> bool:
@@ -296,11 +279,11 @@ class AnswerSettings(Sampling, LengthSettings):
     """How one answer is decoded: arguments of `LanguageModel.stream`."""
 
 
-# --- text to learn from -------------------------------------------------------------------------------------------
+# --- text to learn from -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConversationSettings:
+class ConversationSettings(Settings):
     """The shape of conversations that a model writes."""
 
     seed: int = setting(0, "The same seed gives the same text.", ge=0, lt=2**63, rule="from 0 to 2**63 - 1")
@@ -346,9 +329,7 @@ class SourceSettings:
     prompts: str | None = setting(
         None, "Let the model answer these prompts.", unset="it invents them", metavar="FILE|HUB-ID"
     )
-    tokens: int | None = setting(
-        None, "Tokens of answers to write.", unset="300000, fewer for few steps", ge=1
-    )  # see TrainConfig.resolved
+    tokens: int | None = setting(None, "Tokens of answers to write.", unset="300000, fewer for few steps", ge=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,11 +345,11 @@ class TextSettings(ConversationSettings, SourceSettings):
         return DistillSettings(**{name: getattr(self, name) for name in DistillSettings.__dataclass_fields__})
 
 
-# --- heads, and how they are trained ------------------------------------------------------------------------------
+# --- heads, and how they are trained ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsShape:
+class HeadsShape(Settings):
     """What heads are, whatever the model (see `HeadsConfig` for the rest)."""
 
     kind: HeadsKind = setting("recurrent", "What a head is made of.")
@@ -389,12 +370,9 @@ class HeadsSettings(HeadsShape):
         None, "Hidden states to read beside the final one.", unset="those a third and two thirds of the way up"
     )
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OptimiserSettings:
+class OptimiserSettings(Settings):
     """The training itself; see training/trainer.py."""
 
     epochs: int = setting(3, "How often the text is read.", ge=1)
@@ -419,12 +397,9 @@ class OptimiserSettings:
     save_every: int = setting(200, "Steps between checkpoints.", ge=1)
     seed: int = setting(0, "Of weights and order.", ge=0, lt=2**32)
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
+class LoraSettings(Settings):
     """Training the base too, by adapters, once the heads stand (Medusa-2; see training/lora.py)."""
 
     rank: int = setting(16, "Of the adapters.", ge=1)
@@ -438,6 +413,3 @@ class LoraSettings:
     warmup: float = setting(0.1, "Share of the steps in which that weight and the rates rise.", ge=0, lt=1)
     base_loss: Literal["kl", "ce"] = setting("kl", "To the frozen model, or the cross-entropy of the text.")
     merge: bool = setting(True, "Save the whole model with the adapters merged in, or the adapter alone.")
-
-    def __post_init__(self) -> None:
-        check(self)

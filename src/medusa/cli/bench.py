@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from medusa.cli.options import But, load_model, options_of, with_options
+from medusa.cli.options import Only, load_model, options_of, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
 from medusa.settings import AnswerSettings, EngineSettings, Sampling, values
@@ -30,6 +30,8 @@ KINDS = get_args(Kind)
 # What a run of each ablation asks, where nothing else is said: enough to see the shape in some minutes on two cores.
 QUESTIONS = {"tree": 12, "threshold": 14, "heads": 20, "nodes": 20, "drafters": 24, "batch": 40}
 TOKENS = {"tree": 64, "threshold": 128, "heads": 128, "nodes": 128, "drafters": 128, "batch": 128}
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")  # what baselines have too
+ENGINE = ("model", "heads", "backend", "dtype", "device", "threads", "nodes", "compile")  # all but who drafts
 BATCH_STEPS = 16  # of each number of texts, in each of three rounds
 
 Questions = Annotated[
@@ -83,8 +85,8 @@ def bench(
     charts: Charts = "svg",
     as_json: AsJson = False,
     *,
-    engine: Annotated[EngineSettings, But("drafter", "tree")],
-    sampling: Annotated[AnswerSettings, But("presence_penalty", "frequency_penalty")],  # baselines have none
+    engine: Annotated[EngineSettings, Only(*ENGINE)],
+    sampling: Annotated[AnswerSettings, Only("max_new_tokens", *SAMPLING, "acceptance", "epsilon", "delta")],
 ) -> None:
     """Compare ways to decode, question by question, with plain decoding."""
     from medusa.evaluation import baselines as others
@@ -100,8 +102,8 @@ def bench(
     how = running.BenchSettings(sampling.max_new_tokens, turns, follow)
     facts = {
         "questions": str(questions) if questions else "built in",
-        **_engine_facts(engine),
-        **{name: value for name, value in values(chosen).items() if name not in _NO_FACTS},
+        **options_of(engine, ENGINE),
+        **{name: getattr(chosen, name) for name in SAMPLING},
         **({"epsilon": sampling.epsilon, "delta": sampling.delta} if "typical" in names else {}),
         "max_new_tokens": sampling.max_new_tokens,
         "turns": turns,
@@ -205,8 +207,15 @@ class _Ablation:
     def open(self, resume: bool, source: str, draft_model: str | None) -> None:
         from medusa.evaluation.bench import open_run
 
-        facts = {"ablation": self.kind, "questions": source, "limit": len(self.asked), **_engine_facts(self.engine)}
-        facts |= {**self._sampled(), "max_new_tokens": self.tokens, "draft_model": draft_model}
+        facts = {
+            "ablation": self.kind,
+            "questions": source,
+            "limit": len(self.asked),
+            **options_of(self.engine, ENGINE),
+            **self._sampled(),
+            "max_new_tokens": self.tokens,
+            "draft_model": draft_model,
+        }
         if self.kind in ("threshold", "nodes", "batch"):
             tree = self.engine.tree
             if tree == "auto" and not self.engine.device.startswith("cuda"):
@@ -240,7 +249,9 @@ class _Ablation:
                 variants = makers[self.kind](lm, self.sampling)
             how = BenchSettings(self.tokens)
             methods = [variant.method for variant in variants]
-            report = _run(lm, methods, self.asked, how, self.out, {**_engine_facts(self.engine), **self._sampled()})
+            report = _run(
+                lm, methods, self.asked, how, self.out, {**options_of(self.engine, ENGINE), **self._sampled()}
+            )
         quality: dict[str, dict[str, Any]] = {}
         if self.kind == "threshold":
             quality = _quality(lm, report.rows, self.asked, judge_url, judge_model)
@@ -277,14 +288,6 @@ class _Ablation:
 
 
 # --- what the two share -----------------------------------------------------------------------------------------------
-
-
-# Of sampling: "typical" tells the first three of itself, and no benchmark sets the others.
-_NO_FACTS = ("acceptance", "epsilon", "delta", "presence_penalty", "frequency_penalty", "logit_bias")
-
-
-def _engine_facts(engine: EngineSettings) -> dict[str, Any]:
-    return options_of(engine, but=("drafter", "tree"))
 
 
 def _method_names(wanted: str | None, sampled: bool, draft_model: str | None, url: str | None) -> list[str]:

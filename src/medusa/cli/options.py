@@ -11,7 +11,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
 from types import GenericAlias
@@ -45,10 +45,6 @@ class Only:
         self.names = names
 
 
-class But(Only):
-    """Marks a parameter that is a dataclass of settings, of which a command has all but these as options."""
-
-
 def with_options(function: Callable[..., None]) -> Callable[..., None]:
     """Show Typer a command's dataclass parameters as options, one per field; call it with the dataclasses. Options of
     the parameter `engine` are in the panel Engine of the help."""
@@ -60,9 +56,7 @@ def with_options(function: Callable[..., None]) -> Callable[..., None]:
         mark = marks[0] if marks else None
         if dataclasses.is_dataclass(kind):
             typed = typed_fields(kind)  # type: ignore[arg-type]
-            names = [n for n, (field, _) in typed.items() if _option(field)]
-            if isinstance(mark, Only):
-                names = [n for n in names if n not in mark.names] if isinstance(mark, But) else [*mark.names]
+            names = mark.names if isinstance(mark, Only) else _options(kind)
             groups[name] = kind, {_option(typed[n][0]): n for n in names}
             for field, hint in (typed[n] for n in names):
                 default = None if isinstance(field.default, tuple) else field.default
@@ -92,6 +86,11 @@ def _option(field: Field[Any]) -> str:
     return field.metadata.get("option", field.name) or ""
 
 
+def _options(settings: Any) -> list[str]:
+    """Names of the settings that a command line can say."""
+    return [name for name, (field, _) in typed_fields(settings).items() if _option(field)]
+
+
 def _parameter(field: Field[Any], name: str, hint: Any, default: Any, panel: str | None = None) -> inspect.Parameter:
     """What Typer makes an option of."""
     facts, parts = field.metadata, (hint, *get_args(hint))
@@ -116,9 +115,9 @@ def _number_or_auto(text: str) -> int | str:
     raise typer.BadParameter(f"give auto or a whole number from 1, not {text}")
 
 
-def options_of(settings: Any, *, but: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Name -> value of all that a command line can say."""
-    return {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if _option(f) and f.name not in but}
+def options_of(settings: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+    """Name -> value of these settings, or of all that a command line can say."""
+    return {name: getattr(settings, name) for name in names or _options(type(settings))}
 
 
 def load_model(engine: EngineSettings, **more: Any) -> LanguageModel:

@@ -6,9 +6,9 @@
 
 A file that is damaged or of something else is measured anew; where none can be written, nothing is kept.
 
-Other work on the machine makes passes slower, never faster. Three rules follow. A time is the lower quartile of its
-turns. What was measured while others took more than a tenth of the machine is used and not kept. And what is kept is
-measured anew where one pass now is much faster than it says: so times from bad company do not outlive it.
+Other work on the machine makes passes and drafts slower, never faster. Three rules follow. A time is the lower quartile
+of many. What was measured while others took more than a tenth of the machine is used and not kept. And what is kept is
+measured anew where a pass or a draft is much faster now than it says: so times from bad company do not outlive it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FAR_CONTEXT = 1024
 FAR_SIZE = 16  # the larger of the two sizes, at most; the other is 1
 FAR_SECONDS = 0.75  # to read the text, and again to measure
 BUSY = 0.1  # share of all cores that others may take
-REFUTED = 1.5  # how much longer than a pass now a kept time may be
+REFUTED = 1.5  # how much longer than it takes now a kept time may be
 FORMAT = 2  # raise it when what is measured changes
 
 
@@ -94,7 +94,8 @@ def profile(
         sizes: rising numbers of tokens.
         seconds: about how long it may take: past that, sizes after the fourth are left out, and repeats after the
             second.
-        draft: takes features [F*H] and drafts, to be measured beside the passes.
+        draft: takes features [F*H] and drafts. It is measured after each pass, which is where drafts are made: their
+            weights have left the processor's caches by then.
 
     Raises:
         UsageError: the slot is in use, or the context has no room.
@@ -127,10 +128,10 @@ def profile(
                 logits, _ = backend.verify([slot], [trees[size]])
                 float(logits[0, 0, 0])  # a device other than the CPU may still be at it
                 times[size].append(time.perf_counter() - started)
-            if draft is not None:
-                started = time.perf_counter()
-                draft(features)
-                drafting.append(time.perf_counter() - started)
+                if draft is not None:
+                    started = time.perf_counter()
+                    draft(features)
+                    drafting.append(time.perf_counter() - started)
             if native is not None and seconds == math.inf and turn % 5 == 0:
                 limits.append(_bandwidth(native))
     finally:
@@ -175,7 +176,7 @@ def measured_profile(
     context = min(QUICK_CONTEXT, backend.max_length - max(QUICK_SIZES).bit_length())
     if context < 1 or backend.length(0):
         return kept
-    if kept is not None and not _refuted(kept, backend):
+    if kept is not None and not _refuted(kept, backend, draft):
         return kept
     if progress:
         print("measuring this machine once ...", file=sys.stderr, flush=True)
@@ -201,10 +202,14 @@ def _with_far(found: Profile, backend: Backend) -> Profile:
     return replace(found, far=far.seconds, far_context=far.context)
 
 
-def _refuted(kept: Profile, backend: Backend) -> bool:
-    """Whether a pass over one token is so much faster now that others must have been at work when it was measured."""
-    now = profile(backend, sizes=(1,), context=min(8, kept.context), repeats=2)
-    return REFUTED * now.seconds[1] < kept.seconds[1]
+def _refuted(kept: Profile, backend: Backend, draft: Callable[[Tensor], object] | None) -> bool:
+    """Whether a pass over one token, or a draft, is so much faster now that others must have been at work when it was
+    measured."""
+    now = profile(backend, sizes=(1,), context=min(8, kept.context), repeats=2, draft=draft)
+    slow = REFUTED * now.seconds[1] < kept.seconds[1]
+    if now.draft_seconds is not None and kept.draft_seconds is not None:
+        slow = slow or REFUTED * now.draft_seconds < kept.draft_seconds
+    return slow
 
 
 class _Others:

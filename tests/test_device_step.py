@@ -348,7 +348,7 @@ def test_a_pass_on_the_device_gives_the_logits_of_verify(
     mask = torch.from_numpy(shape.mask.copy()).to(DEVICE)
     depths = torch.from_numpy(shape.depths.copy()).to(DEVICE).expand(2, -1)
     with torch.inference_mode():
-        masks = backend.device_masks(lengths, depths, mask, 64)
+        masks = backend.masks.make_on_device(lengths, depths, mask, 64)
         places = lengths[:, None] + torch.arange(len(parents), device=DEVICE)
         logits, features = backend.device_pass(
             tokens.to(DEVICE), lengths[:, None] + depths, masks, DeviceCursor(places, 64)

@@ -54,7 +54,7 @@ def medusa_step(
     # verify
     depths = shape.depths.expand(batch, -1)
     places = lengths[:, None] + torch.arange(len(shape), device=lengths.device)
-    masks = backend.device_masks(lengths, depths, shape.ancestors, used)
+    masks = backend.masks.make_on_device(lengths, depths, shape.ancestors, used)
     positions = (lengths[:, None] + depths).clamp_max(backend.max_length - 1)  # past it there is nothing to accept
     logits, features = backend.device_pass(
         tokens, positions, masks, DeviceCursor(places, used, static=backend.compiled)
@@ -86,7 +86,7 @@ def medusa_step(
 
     # keep
     path = shape.paths[last]  # [B, D + 1]
-    backend.device_keep(lengths, path)
+    backend.cache.device_keep(lengths, path)
     if needs.penalty:
         said = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
         slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, said, True) & active[:, None]

@@ -211,7 +211,7 @@ class DeviceStepper(ReferenceStepper):
 
     @torch.inference_mode()
     def _fill_with_noise(self, batch: int, context: int) -> None:
-        self.backend.fill_with_noise(batch, context)
+        self.backend.cache.fill_with_noise(batch, context)
         self._slots.lengths[:batch] = context
         self._slots.features[:batch].normal_()
         for slot in range(batch):

@@ -122,7 +122,7 @@ def refusal(backend: TransformersBackend) -> str:
         return "it needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not know {dtype}"
-    if backend.slides:
+    if backend.masks.window is not None:
         return "it would see past a sliding window"
     if backend.model.config._attn_implementation not in ("sdpa", "medusa_grouped"):
         return "the model attends in a way of its own"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from medusa.errors import MedusaError, shortened
@@ -32,32 +33,20 @@ _GATES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": 
 Understood = Callable[[Any], bool]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _a(*kinds: type) -> Understood:
+    """A value of these types. True and False are no numbers here."""
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+_is_int, _is_bool, _is_text, _is_token = _a(int), _a(bool), _a(str), _a(int, NoneType)
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return _a(int, float)(value) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
     return _is_int(value) and value > 0
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_token(value: Any) -> bool:
-    return value is None or _is_int(value)
-
-
-def _is_tokens(value: Any) -> bool:
-    return _is_token(value) or (isinstance(value, list) and all(map(_is_int, value)))
 
 
 def _is_dtype(value: Any) -> bool:
@@ -89,9 +78,9 @@ _READ: dict[str, Understood] = {
     "rms_norm_eps": lambda value: isinstance(value, float) and 0 < value < 1,
     "hidden_act": _one_of(*_GATES),
     "tie_word_embeddings": _is_bool,
-    "rope_parameters": lambda value: isinstance(value, dict),
+    "rope_parameters": _a(dict),
     "architectures": lambda value: value is None or (bool(value) and _is_list_of(_is_text)(value)),
-    "eos_token_id": _is_tokens,
+    "eos_token_id": lambda value: _is_token(value) or _is_list_of(_is_int)(value),
     "pad_token_id": _is_token,
 }
 # Read too, in these families; what stands in brackets may be absent from a file.
@@ -214,10 +203,9 @@ def native_config(config: Any) -> NativeConfig:
     Raises:
         UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand.
     """
-    kind: str = config.model_type
+    c, kind = config, config.model_type
     if kind not in FAMILIES:
         raise UnsupportedError(f"it runs {', '.join(FAMILIES)} models, not {kind}")
-    c = config
     if getattr(c, "quantization_config", None):
         raise UnsupportedError("the checkpoint is quantised")
     if not _READ["hidden_act"](c.hidden_act):
@@ -232,7 +220,7 @@ def native_config(config: Any) -> NativeConfig:
         raise UnsupportedError(
             f"it does not know {c.num_attention_heads} heads of {head_dim} numbers, {c.num_key_value_heads} of keys"
         )
-    frequencies, scale = _frequencies(config, rotary, rope, head_dim)
+    frequencies, scale = _frequencies(c, rotary, rope, head_dim)
     biased = kind == "qwen2" or bool(getattr(c, "attention_bias", False))
     return NativeConfig(
         hidden_size=c.hidden_size,
@@ -293,12 +281,12 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
 
     try:
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-        found = tuple(frequencies.tolist()), float(scale)
+        inverse, factor = tuple(frequencies.tolist()), float(scale)
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError):
-        found = (), math.nan
-    if len(found[0]) != head_dim // 2 or not all(map(math.isfinite, (*found[0], found[1]))):
+        inverse, factor = (), math.nan
+    if len(inverse) != head_dim // 2 or not all(map(math.isfinite, (*inverse, factor))):
         raise UnsupportedError(f"it does not understand the rotary embeddings {shortened(rope)}")
-    return found
+    return inverse, factor
 
 
 def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
@@ -313,6 +301,5 @@ def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
         raise UnsupportedError(f"it has {count} layers, but tells of {len(kinds)} and {len(rotates)}")
     if "sliding_attention" in kinds and not window:
         raise UnsupportedError("it has layers of sliding attention, but no sliding_window")
-    return tuple(
-        (bool(turn), (window or 0) if of == "sliding_attention" else 0) for turn, of in zip(rotates, kinds, strict=True)
-    )
+    windows = [(window or 0) if layer == "sliding_attention" else 0 for layer in kinds]
+    return tuple(zip(map(bool, rotates), windows, strict=True))

@@ -122,7 +122,7 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    with _bar(f"Packing {source.name}", settings.progress) as tell, ThreadPoolExecutor(1) as background:
+    with _bar(f"Packing {source.name}", settings.progress) as on_progress, ThreadPoolExecutor(1) as background:
         packing = background.submit(
             NativeBackend,
             native,
@@ -132,7 +132,7 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
             max_length=settings.max_length,
             feature_layers=settings.feature_layers,
             threads=settings.threads,
-            progress=tell,
+            on_progress=on_progress,
         )
         meanwhile()
         backend = packing.result()
@@ -212,18 +212,14 @@ def _eos(directory: Path, of_model: int | Sequence[int] | None) -> tuple[int, ..
 
 
 @contextlib.contextmanager
-def _bar(title: str, progress: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal; nothing elsewhere."""
+def _bar(title: str, progress: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; nothing elsewhere. Yields on_progress(done, total)."""
     if not (progress and sys.stderr.isatty()):
-        yield None
+        yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(title)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield tell
+        yield lambda done, total: bar.update(task, completed=done, total=total)

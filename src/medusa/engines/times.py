@@ -180,26 +180,26 @@ def measured_profile(
         return kept
     if progress:
         print("measuring this machine once ...", file=sys.stderr, flush=True)
-    others = _Others()
-    found = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
-    found = _with_far(found, backend)
-    if others.share() <= BUSY:
-        _write(path, key, found)
+    before = _processor_times()
+    measured = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
+    measured = _with_far(measured, backend)
+    if _share_of_others(before) <= BUSY:
+        _write(path, key, measured)
     elif progress:
         print("other programs kept it busy: it will be measured again next time", file=sys.stderr, flush=True)
-    return found
+    return measured
 
 
-def _with_far(found: Profile, backend: Backend) -> Profile:
+def _with_far(near: Profile, backend: Backend) -> Profile:
     """The profile and two sizes after a longer text, if there is room and time for one."""
-    largest = max(found.seconds)
-    readable = int(FAR_SECONDS * largest / found.seconds[largest])  # tokens of a prompt take no longer than these
-    few, many = 1, max(size for size in found.seconds if size <= FAR_SIZE)
+    largest = max(near.seconds)
+    readable = int(FAR_SECONDS * largest / near.seconds[largest])  # tokens of a prompt take no longer than these
+    few, many = 1, max(size for size in near.seconds if size <= FAR_SIZE)
     context = min(FAR_CONTEXT, readable, backend.max_length - many.bit_length())
     if context < 4 * QUICK_CONTEXT or few == many:  # what so few positions add is lost in the noise
-        return found
+        return near
     far = profile(backend, sizes=(few, many), context=context, seconds=FAR_SECONDS)
-    return replace(found, far=far.seconds, far_context=far.context)
+    return replace(near, far=far.seconds, far_context=far.context)
 
 
 def _refuted(kept: Profile, backend: Backend, draft: Callable[[Tensor], object] | None) -> bool:
@@ -212,30 +212,24 @@ def _refuted(kept: Profile, backend: Backend, draft: Callable[[Tensor], object] 
     return slow
 
 
-class _Others:
-    """How much of all cores other programs take, from when this is made."""
+def _share_of_others(before: tuple[float, float]) -> float:
+    """How much of all cores other programs have taken since `before`; 0 where the system does not say."""
+    every, others = (now - then for now, then in zip(_processor_times(), before, strict=True))
+    return others / every if every > 0 else 0.0
 
-    def __init__(self) -> None:
-        self._start = self._times()
 
-    def share(self) -> float:
-        """0 where the system does not say."""
-        all_cores, others = (after - before for after, before in zip(self._times(), self._start, strict=True))
-        return others / all_cores if all_cores > 0 else 0.0
+def _processor_times() -> tuple[float, float]:
+    """Seconds of all cores together, and those of them that others took (a host of this machine, too)."""
+    import psutil
 
-    @staticmethod
-    def _times() -> tuple[float, float]:
-        """Seconds of all cores together, and those of them that others took (a host of this machine, too)."""
-        import psutil
-
-        try:
-            every, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        except (OSError, psutil.Error):
-            return 0.0, 0.0
-        # Guests are counted as users already.
-        times = {name: taken for name, taken in every._asdict().items() if not name.startswith("guest")}
-        total = sum(times.values())
-        return total, total - times["idle"] - times.get("iowait", 0.0) - own.user - own.system
+    try:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    except (OSError, psutil.Error):
+        return 0.0, 0.0
+    # Guests are counted as users already.
+    times = {name: taken for name, taken in every._asdict().items() if not name.startswith("guest")}
+    total = sum(times.values())
+    return total, total - times["idle"] - times.get("iowait", 0.0) - own.user - own.system
 
 
 def profiles_dir() -> Path:
@@ -261,8 +255,8 @@ def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:
         "vocabulary": backend.vocab_size,
         "versions": [medusa.__version__, torch.__version__, engine],
     }
-    known: dict[str, Any] = json.loads(_canonical(key))
-    return known
+    as_json: dict[str, Any] = json.loads(_canonical(key))
+    return as_json
 
 
 def _canonical(key: Mapping[str, object]) -> str:
@@ -287,38 +281,29 @@ def _read(path: Path, key: Mapping[str, Any], *, drafting: bool) -> Profile | No
     """The profile kept in `path`; None where it is missing, damaged, of something else, or lacks the drafting."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {int(size): float(taken) for size, taken in data["seconds"].items()}
-        draft = data["draft_seconds"]
-        draft_seconds = None if draft is None else float(draft)
-        context, far_context = int(data["context"]), int(data["far_context"])
-        far = {int(size): float(taken) for size, taken in data["far"].items()}
         ours = data["key"] == key
+        draft = None if data["draft_seconds"] is None else float(data["draft_seconds"])
+        seconds, far = ({int(n): float(taken) for n, taken in data[name].items()} for name in ("seconds", "far"))
+        context, far_context = int(data["context"]), int(data["far_context"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    times = [*seconds.values(), *far.values(), *([] if draft_seconds is None else [draft_seconds])]
-    if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1:
+    if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1 or (drafting and draft is None):
         return None
-    if not all(math.isfinite(taken) and taken > 0 for taken in times) or (drafting and draft_seconds is None):
+    times = [*seconds.values(), *far.values(), *([] if draft is None else [draft])]
+    if not all(math.isfinite(taken) and taken > 0 for taken in times):
         return None
     if far and (len(far) != 2 or not far.keys() <= seconds.keys() or far_context <= context):
         return None
-    return Profile(context, seconds, None, None, draft_seconds, far, far_context)
+    return Profile(context, seconds, None, None, draft, far, far_context)
 
 
-def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
+def _write(path: Path, key: Mapping[str, Any], measured: Profile) -> None:
     """Whole or not at all; a cache that cannot be written keeps nothing."""
-    data = {
-        "key": key,
-        "context": found.context,
-        "seconds": {str(size): taken for size, taken in found.seconds.items()},
-        "draft_seconds": found.draft_seconds,
-        "far_context": found.far_context,
-        "far": {str(size): taken for size, taken in found.far.items()},
-    }
+    data = {name: getattr(measured, name) for name in ("context", "seconds", "draft_seconds", "far_context", "far")}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as scratch:
-            scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps({"key": key, **data}, indent=1) + "\n", encoding="utf-8")
 
 
 def _bandwidth(backend: NativeBackend) -> float:

@@ -88,8 +88,8 @@ def medusa_step(
     path = shape.paths[last]  # [B, D + 1]
     backend.cache.device_keep(lengths, path)
     if needs.penalty:
-        said = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
-        slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, said, True) & active[:, None]
+        new = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
+        slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, new, True) & active[:, None]
     count = shape.depths[last] + 1  # tokens that the cache gains: the accepted path, root included
     slots.roots[:batch] = torch.where(active, following, slots.roots[:batch])
     slots.features[:batch] = torch.where(active[:, None], features[row, last], slots.features[:batch])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -54,7 +54,7 @@ class DeviceStepper(ReferenceStepper):
         self._budget: NodesByTime | None = None
         self._shapes: dict[int, FixedShape] = {}
         if nodes == "auto" and not isinstance(drafter, NoDrafter):
-            self._budget = NodesByTime({n: self._gain(n) for n in SIZES}, lambda rows, n: self._measure(rows, n))
+            self._budget = NodesByTime({n: self._gain(n) for n in SIZES}, self._measure)
         device = backend.device
         size = backend.hidden_size * (1 + len(backend.feature_layers))
         self._slots = Slots(backend.num_slots, backend.vocab_size, size, backend.model.dtype, device)
@@ -65,7 +65,7 @@ class DeviceStepper(ReferenceStepper):
         shape = backend.num_slots, CHAIN + LONGEST_CHAIN
         self._sent = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self._table = self._sent.numpy()  # the same memory: rows of plain numbers are written faster so
-        self._sent_there = self._sent.to(device) if pinned else self._sent
+        self._sent_on_device = self._sent.to(device) if pinned else self._sent
         self._read = torch.zeros(backend.num_slots * (2 + MAX_NODES), dtype=torch.int64, pin_memory=pinned)
 
     # --- as of any stepper --------------------------------------------------------------------------------------------
@@ -119,8 +119,7 @@ class DeviceStepper(ReferenceStepper):
         for row in rows:
             chain = chains[row.slot]
             tokens = () if chain is None else chain.tokens[1:]
-            missing = [-1] * (LONGEST_CHAIN - len(tokens))
-            self._table[row.slot] = [1, row.room, *tokens, *missing]
+            self._table[row.slot] = [1, row.room, *tokens, *[-1] * (LONGEST_CHAIN - len(tokens))]
         return chains
 
     @torch.inference_mode()
@@ -129,25 +128,21 @@ class DeviceStepper(ReferenceStepper):
         longest = max(self.backend.length(slot) for slot in range(batch))
         self._ready(longest + len(shape))
         used = min(bucket(longest + len(shape)), self.backend.capacity)
-        if self._sent_there is not self._sent:
-            self._sent_there[:batch].copy_(self._sent[:batch], non_blocking=True)
+        if self._sent_on_device is not self._sent:
+            self._sent_on_device[:batch].copy_(self._sent[:batch], non_blocking=True)
         heads = self._heads.heads if self._heads is not None and shape.levels else None
-        needs, slots, sent = self._needs, self._slots, self._sent_there[:batch]
+        needs, slots, sent = self._needs, self._slots, self._sent_on_device[:batch]
 
         def function() -> Tensor:
             return medusa_step(self.backend, heads, shape, slots, sent, used, needs)
 
-        def undo() -> Callable[[], None]:
-            saved = slots.saved()
-            return lambda: slots.restore(saved)
-
-        out = self.captured.run((batch, len(shape), shape.chain, used, needs), function, undo)
+        out = self.captured.run((batch, len(shape), shape.chain, used, needs), function, slots.saved)
         if out.device.type != "cuda":
             return out
-        there = self._read[: out.numel()].view_as(out)
-        there.copy_(out, non_blocking=True)
+        read = self._read[: out.numel()].view_as(out)
+        read.copy_(out, non_blocking=True)
         torch.cuda.current_stream(out.device).synchronize()
-        return there
+        return read
 
     def _ready(self, places: int) -> None:
         """Room for so many places. Where the cache has moved, by this or another stepper, all graphs are void."""
@@ -233,12 +228,12 @@ class DeviceStepper(ReferenceStepper):
 
 def parts(drafter: Drafter) -> tuple[HeadsDrafter | None, NgramDrafter | None]:
     """What a drafter is made of. Raises UsageError for one that the step does not know."""
-    found: tuple[Drafter, ...] = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
     if isinstance(drafter, NoDrafter):
-        found = ()
-    heads = [part for part in found if isinstance(part, HeadsDrafter)]
-    ngrams = [part for part in found if isinstance(part, NgramDrafter)]
-    if len(heads) > 1 or len(ngrams) > 1 or len(heads) + len(ngrams) < len(found):
+        return None, None
+    pieces: tuple[Drafter, ...] = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
+    heads = [part for part in pieces if isinstance(part, HeadsDrafter)]
+    ngrams = [part for part in pieces if isinstance(part, NgramDrafter)]
+    if len(heads) > 1 or len(ngrams) > 1 or len(heads) + len(ngrams) < len(pieces):
         raise UsageError(f"a step on the device drafts with heads and n-grams, not with {drafter.name}")
     if heads and heads[0].tree is None:
         raise UsageError("a step on the device needs heads with a fixed tree: use --tree static")

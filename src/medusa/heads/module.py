@@ -129,17 +129,11 @@ class Heads(nn.Module):
         if config.kind == "recurrent":
             self.block = Block(3 * size, size, config.mlp_width)
         else:
-            self.blocks = nn.ModuleList(
-                nn.ModuleList(  # the layers of head k
-                    Block(
-                        size * (1 + (k if config.kind == "sequential" and layer == 0 else 0)),
-                        size,
-                        config.mlp_width,
-                    )
-                    for layer in range(config.num_layers)
-                )
-                for k in range(1, config.num_heads + 1)
-            )
+            self.blocks = nn.ModuleList()
+            for k in range(1, config.num_heads + 1):
+                first = size * (1 + k) if config.kind == "sequential" else size
+                sizes = [first, *[size] * (config.num_layers - 1)]
+                self.blocks.append(nn.ModuleList(Block(in_size, size, config.mlp_width) for in_size in sizes))
         rows = base.lm_head if draft_ids is None else base.lm_head[draft_ids.to(base.lm_head.device)]
         self.register_buffer("embedding", base.embedding.detach(), persistent=False)
         if config.tie_lm_head:

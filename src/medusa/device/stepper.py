@@ -77,7 +77,7 @@ class DeviceStepper(ReferenceStepper):
 
     def step(self, rows: Sequence[Row]) -> list[Step]:
         begun = time.perf_counter()
-        batch = self._bucket(max(row.slot for row in rows) + 1)
+        batch = self._padded(max(row.slot for row in rows) + 1)
         self._needs = Needs.of(rows)
         nodes = self.nodes if self._budget is None else self._budget.choose(batch)
         assert isinstance(nodes, int)
@@ -151,7 +151,7 @@ class DeviceStepper(ReferenceStepper):
             self.captured.clear()
             self._capacity = self.backend.capacity
 
-    def _bucket(self, rows: int) -> int:
+    def _padded(self, rows: int) -> int:
         """Rows are computed in powers of two, so that few graphs serve all batches."""
         return min(1 << (rows - 1).bit_length(), self.backend.num_slots)
 
@@ -198,19 +198,16 @@ class DeviceStepper(ReferenceStepper):
             raise UsageError(f"the context must be from 1 to {self.backend.max_length - 1}, not {context}")
         try:
             self._ready(context + nodes)
-            self._fill_with_noise(batch, context)
+            with torch.inference_mode():
+                self.backend.cache.fill_with_noise(batch, context)
+                self._slots.lengths[:batch] = context
+                self._slots.features[:batch].normal_()
+            for slot in range(batch):
+                self.backend.set_length(slot, context)
             return self._measure(batch, nodes, repeats)
         finally:
             for slot in range(batch):
                 self.backend.release(slot)
-
-    @torch.inference_mode()
-    def _fill_with_noise(self, batch: int, context: int) -> None:
-        self.backend.cache.fill_with_noise(batch, context)
-        self._slots.lengths[:batch] = context
-        self._slots.features[:batch].normal_()
-        for slot in range(batch):
-            self.backend.set_length(slot, context)
 
     def _measure(self, batch: int, nodes: int, repeats: int = 7) -> float:
         """Steps in which no row takes part: they take as long, and change nothing."""

@@ -65,16 +65,15 @@ def _anything(value: Any) -> bool:
     return True
 
 
+def _all_are(understood: Understood, *names: str) -> dict[str, Understood]:
+    return dict.fromkeys(names, understood)
+
+
 # Read by `native_config`, in every family. A file that says all of it needs no defaults of transformers.
 _READ: dict[str, Understood] = {
     "model_type": _one_of(*FAMILIES),
-    "hidden_size": _is_count,
-    "num_attention_heads": _is_count,
-    "num_key_value_heads": _is_count,
-    "intermediate_size": _is_count,
-    "vocab_size": _is_count,
-    "max_position_embeddings": _is_count,
-    "num_hidden_layers": _is_count,
+    **_all_are(_is_count, "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    **_all_are(_is_count, "vocab_size", "max_position_embeddings", "num_hidden_layers"),
     "rms_norm_eps": lambda value: isinstance(value, float) and 0 < value < 1,
     "hidden_act": _one_of(*_GATES),
     "tie_word_embeddings": _is_bool,
@@ -99,43 +98,30 @@ _FAMILY: dict[str, dict[str, Understood]] = {
 # Not read, and of no effect on the numbers of a pass.
 _HARMLESS: dict[str, Understood] = {
     "head_dim": _is_count,  # read, but a family may do without
-    "bos_token_id": _is_token,
-    "unk_token_id": _is_token,
+    **_all_are(_is_token, "bos_token_id", "unk_token_id"),
     "initializer_range": lambda value: isinstance(value, float) and 0 <= value <= 1,
     "attention_dropout": _is_number,
     "use_cache": _is_bool,
     "pretraining_tp": _one_of(1),
-    "dtype": _is_dtype,
-    "torch_dtype": _is_dtype,
-    "transformers_version": _is_text,
-    "_name_or_path": _is_text,
-    "_model_name_or_path": _is_text,
+    **_all_are(_is_dtype, "dtype", "torch_dtype"),
+    **_all_are(_is_text, "transformers_version", "_name_or_path", "_model_name_or_path"),
     "use_sliding_window": _is_bool,  # layer_types say the same, layer by layer
-    "max_window_layers": _is_int,
-    "no_rope_layer_interval": _is_int,
+    **_all_are(_is_int, "max_window_layers", "no_rope_layer_interval"),
     # Notes that exporters leave.
     "transformers.js_config": _anything,
     "is_llama_config": _one_of(True),
-    "rope_interleaved": _one_of(False),
-    "use_mrope": _one_of(False),
+    **_all_are(_one_of(False), "rope_interleaved", "use_mrope"),
     "unsloth_fixed": _is_bool,
     "unsloth_version": _is_text,
 }
 # What transformers' own object holds besides.
 _RESOLVED: dict[str, Understood] = {
     "pretraining_tp": _anything,  # of no effect since transformers 5
-    "transformers_version": _anything,
-    "id2label": _anything,
-    "label2id": _anything,
-    "problem_type": _anything,
-    "output_attentions": _one_of(None, True, False),
-    "output_hidden_states": _one_of(None, True, False),
-    "return_dict": _one_of(None, True, False),
+    **_all_are(_anything, "transformers_version", "id2label", "label2id", "problem_type"),
+    **_all_are(_anything, "attention_dropout", "initializer_range", "use_cache"),
+    **_all_are(_one_of(None, True, False), "output_attentions", "output_hidden_states", "return_dict"),
     "is_encoder_decoder": _one_of(False),
     "chunk_size_feed_forward": _one_of(0),
-    "attention_dropout": _anything,
-    "initializer_range": _anything,
-    "use_cache": _anything,
     "auto_map": _anything,  # code beside the weights, which is never run
     "quantization_config": _one_of(None),
 }

@@ -117,15 +117,11 @@ class Heads(nn.Module):
         check_shape(config, *base.embedding.shape)
         if (draft_ids is None) != (config.draft_vocab == 0):
             raise UsageError("heads: draft_ids are needed exactly when draft_vocab is not 0")
-        if draft_ids is not None:
-            self.register_buffer("draft_ids", draft_ids.to(torch.int64))
-        else:
-            self.draft_ids = None
+        self.register_buffer("draft_ids", None if draft_ids is None else draft_ids.to(torch.int64))
         if config.feature_layers:
             self.project = nn.Linear(config.feature_size, size, bias=False)
-            with torch.no_grad():
-                self.project.weight.zero_()
-                self.project.weight[:, -size:] = torch.eye(size)
+            nn.init.zeros_(self.project.weight)
+            nn.init.eye_(self.project.weight.detach()[:, -size:])
         if config.kind == "recurrent":
             self.block = Block(3 * size, size, config.mlp_width)
         else:
@@ -139,9 +135,8 @@ class Heads(nn.Module):
         if config.tie_lm_head:
             self.register_buffer("lm_head", rows.detach(), persistent=False)
         else:
-            self.lm_heads = nn.ParameterList(
-                nn.Parameter(rows.detach().clone().float()) for _ in range(config.num_heads)
-            )
+            own = [nn.Parameter(rows.detach().clone().float()) for _ in range(config.num_heads)]
+            self.lm_heads = nn.ParameterList(own)
 
     def begin(self, features: Tensor) -> HeadsState:
         """features [B, F*H] of the last accepted token -> the state from which level 1 is drafted."""

@@ -166,7 +166,7 @@ def test_filters_keep_what_the_reference_keeps(samplings: list[Sampling], seed: 
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(len(samplings), 2, VOCAB, generator=generator) * coarse).round(decimals=1) / coarse  # ties
     slots = slots_for(samplings, [[1, 2]] * len(samplings))
-    scores = logits.to(DEVICE) / slots.of("temperature", len(samplings)).float()
+    scores = logits.to(DEVICE) / slots.setting("temperature", len(samplings)).float()
     found = accept.filtered(scores, slots).cpu()
     for b, sampling in enumerate(samplings):
         for node in range(2):

@@ -59,7 +59,7 @@ class Slots:
         self._numbers = torch.ones(count, len(_NUMBERS), dtype=torch.float64, device=device)
         self._vocab_size = vocab_size
 
-    def of(self, name: str, batch: int) -> Tensor:
+    def setting(self, name: str, batch: int) -> Tensor:
         """A setting of the first rows, float64 [B, 1, 1]."""
         return self._numbers[:batch, _NUMBERS.index(name), None, None]
 

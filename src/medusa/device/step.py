@@ -65,7 +65,7 @@ def medusa_step(
     if needs.penalty:
         logits = accept.penalised(logits, tokens, shape, slots)
     if needs.exact or needs.typical:
-        scores = logits.float() / slots.of("temperature", batch).float()
+        scores = logits.float() / slots.setting("temperature", batch).float()
         scores = accept.filtered(scores, slots) if needs.filters else scores
     noise = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
     chosen = accept.choose(logits, scores, shape, slots, needs, noise)  # [B, N]

@@ -110,7 +110,7 @@ class DeviceStepper(ReferenceStepper):
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def _send(self, rows: Sequence[Row], shape: FixedShape) -> dict[int, Draft | None]:
-        """Writes what the step is told; gives what the n-gram drafter proposes for each slot."""
+        """Writes what the host sends to the step. Returns what the n-gram drafter proposes for each slot."""
         self._table[:, ACTIVE] = 0
         chains: dict[int, Draft | None] = dict.fromkeys(row.slot for row in rows)
         if shape.chain and self._ngrams is not None:

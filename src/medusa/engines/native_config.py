@@ -184,11 +184,8 @@ def is_complete(data: Mapping[str, Any]) -> bool:
 
 
 def native_config(config: Any) -> NativeConfig:
-    """Reads the configuration of a model: a PreTrainedConfig, or a namespace of a file that `is_complete`.
-
-    Raises:
-        UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand.
-    """
+    """Reads the configuration of a model: a PreTrainedConfig, or a namespace of a file that `is_complete`. Raises
+    UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand."""
     c, kind = config, config.model_type
     if kind not in FAMILIES:
         raise UnsupportedError(f"it runs {', '.join(FAMILIES)} models, not {kind}")

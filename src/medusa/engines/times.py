@@ -44,8 +44,8 @@ CONTEXT = 200
 QUICK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 QUICK_CONTEXT = 64
 QUICK_SECONDS = 1.5
-# What a longer text adds is told by two sizes after a longer text, where that is read in a moment. Where it is not, the
-# model is large and its weights take the time.
+# What a longer text adds is measured by two sizes after one, where that is read in a moment. Where it is not, the model
+# is large and its weights take the time.
 FAR_CONTEXT = 1024
 FAR_SIZE = 16  # the larger of the two sizes, at most; the other is 1
 FAR_SECONDS = 0.75  # to read the text, and again to measure
@@ -86,9 +86,8 @@ def profile(
     repeats: int = 15,
     seconds: float = math.inf,
     draft: Callable[[Tensor], object] | None = None,
-    slot: int = 0,
 ) -> Profile:
-    """Measures passes over binary trees; the sizes take turns, so that a drift of the machine hits all alike.
+    """Measures passes over binary trees in slot 0; the sizes take turns, so that a drift of the machine hits all alike.
 
     Args:
         sizes: rising numbers of tokens.
@@ -100,8 +99,8 @@ def profile(
     Raises:
         UsageError: the slot is in use, or the context has no room.
     """
-    if backend.length(slot):
-        raise UsageError(f"slot {slot} is in use: finish what is being decoded there first")
+    if backend.length(0):
+        raise UsageError("slot 0 is in use: finish what is being decoded there first")
     deepest = max(sizes).bit_length()
     if context + deepest > backend.max_length:
         raise UsageError(f"a profile needs {context + deepest} positions, but a slot holds {backend.max_length}")
@@ -112,11 +111,11 @@ def profile(
     native = backend if isinstance(backend, NativeBackend) else None
     end = time.perf_counter() + seconds
     try:
-        _, features = backend.extend(slot, [(7 * i + 3) % backend.vocab_size for i in range(context)])
+        _, features = backend.extend(0, [(7 * i + 3) % backend.vocab_size for i in range(context)])
         for size in sizes:  # warm-up
             if len(times) >= 4 and time.perf_counter() > end:
                 break
-            backend.verify([slot], [trees[size]])
+            backend.verify([0], [trees[size]])
             times[size] = []
         if draft is not None:
             draft(features)
@@ -125,7 +124,7 @@ def profile(
                 break
             for size in times:
                 started = time.perf_counter()
-                logits, _ = backend.verify([slot], [trees[size]])
+                logits, _ = backend.verify([0], [trees[size]])
                 float(logits[0, 0, 0])  # a device other than the CPU may still be at it
                 times[size].append(time.perf_counter() - started)
                 if draft is not None:
@@ -135,7 +134,7 @@ def profile(
             if native is not None and seconds == math.inf and turn % 5 == 0:
                 limits.append(_bandwidth(native))
     finally:
-        backend.release(slot)
+        backend.release(0)
     return Profile(
         context=context,
         seconds={size: _lower_quartile(taken) for size, taken in times.items()},
@@ -162,7 +161,7 @@ def measured_profile(
     """The profile kept in the cache, or a quick one of about 3 seconds, which is then kept if the machine was quiet.
 
     Args:
-        facts: what the times depend on and the backend does not tell: dtype, device, threads, heads and the like.
+        facts: what the times depend on and the backend does not say: dtype, device, threads, heads and the like.
         draft: see `profile`.
         refresh: measure, whatever is kept.
         progress: say on stderr that it is being measured.

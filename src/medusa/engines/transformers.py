@@ -322,11 +322,8 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
 
 
 def check_tree_attention(backend: TransformersBackend) -> None:
-    """The self-check: a tree in one pass against its paths alone.
-
-    Raises:
-        SelfCheckError: they differ, or the model fails in whatever way (but for want of memory): it is not decoded.
-    """
+    """The self-check: a tree in one pass against its paths alone. Raises SelfCheckError: they differ, or the model
+    fails in whatever way (but for want of memory): it is not decoded."""
     try:
         _compare_paths(backend)
     except (MedusaError, MemoryError, torch.OutOfMemoryError):

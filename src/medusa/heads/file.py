@@ -22,9 +22,8 @@ FORMAT = 1
 
 
 def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all.
-
-    Heads that are there already are replaced, with all that lies beside them.
+    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all. Heads that are there
+    already are replaced, with all that lies beside them.
 
     Raises:
         UsageError: `directory` holds something else, which replacing it would delete.

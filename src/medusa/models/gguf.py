@@ -74,11 +74,8 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks all but the weights.
-
-    Raises:
-        MedusaError: the file is damaged, one of several, no language model, or holds what would be left out.
-    """
+    """Reads and checks all but the weights. Raises MedusaError: the file is damaged, one of several, no language model,
+    or holds what would be left out."""
     from gguf import GGUFReader
 
     try:
@@ -153,7 +150,7 @@ def _check_tokenizer(header: Header) -> None:
                 raise header.refuse(f"it holds {name}, which would be left out")
         elif not 0 <= value < len(tokens):
             raise header.refuse(f"{name} is {value}, but there are {len(tokens)} tokens")
-    # What transformers does for each kind of vocabulary; what it is told otherwise it does not hear.
+    # What transformers does for each kind of vocabulary, whatever the file says.
     space = kind == "llama" and not header.architecture.startswith("gemma")
     for key, does in (("add_space_prefix", space), ("remove_extra_whitespaces", False), ("add_sep_token", False)):
         wanted = metadata.get(f"tokenizer.ggml.{key}")

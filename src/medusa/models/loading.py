@@ -18,7 +18,6 @@ from medusa.models import zoo
 from medusa.settings import EngineSettings
 
 if TYPE_CHECKING:
-
     from medusa.engines.protocol import Backend
     from medusa.heads.config import HeadsConfig
     from medusa.heads.module import HeadsRunner

@@ -56,8 +56,8 @@ def prepared(family: str, kind: str) -> Callable[[Needs], torch.Tensor]:
     heads = Heads(config, backend.base_weights(), torch.arange(9))
     for module in (model, heads):
         module.to(META)
-    backend._device = META  # where a model is does not change once it is loaded, but here
-    for layer in backend._cache.slot_layers:
+    backend.device = META  # where a model is does not change once it is loaded, but here
+    for layer in backend.cache.slot_layers:
         layer.keys, layer.values = (None if t is None else t.to(META) for t in (layer.keys, layer.values))
     backend.reserve(512)
     shape = FixedShape(Tree.cartesian(2, 2, 1), 8, META)

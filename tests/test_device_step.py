@@ -166,7 +166,7 @@ def test_filters_keep_what_the_reference_keeps(samplings: list[Sampling], seed: 
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(len(samplings), 2, VOCAB, generator=generator) * coarse).round(decimals=1) / coarse  # ties
     slots = slots_for(samplings, [[1, 2]] * len(samplings))
-    scores = logits.to(DEVICE) / slots.of("temperature", len(samplings)).float()
+    scores = logits.to(DEVICE) / slots.setting("temperature", len(samplings)).float()
     found = accept.filtered(scores, slots).cpu()
     for b, sampling in enumerate(samplings):
         for node in range(2):
@@ -348,7 +348,7 @@ def test_a_pass_on_the_device_gives_the_logits_of_verify(
     mask = torch.from_numpy(shape.mask.copy()).to(DEVICE)
     depths = torch.from_numpy(shape.depths.copy()).to(DEVICE).expand(2, -1)
     with torch.inference_mode():
-        masks = backend.device_masks(lengths, depths, mask, 64)
+        masks = backend.masks.make_on_device(lengths, depths, mask, 64)
         places = lengths[:, None] + torch.arange(len(parents), device=DEVICE)
         logits, features = backend.device_pass(
             tokens.to(DEVICE), lengths[:, None] + depths, masks, DeviceCursor(places, 64)

@@ -340,7 +340,7 @@ def test_a_short_max_length_works(length: int) -> None:
 
 def test_progress_is_told_layer_by_layer() -> None:
     told: list[tuple[int, int]] = []
-    native(shared_model("llama"), progress=lambda done, total: told.append((done, total)))
+    native(shared_model("llama"), on_progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 

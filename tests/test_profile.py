@@ -88,7 +88,7 @@ def measured_fixture(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return Profile(options["context"], {1: calls[-1], 8: 9.5}, None, None, drafting)
 
     monkeypatch.setattr(profile_module, "profile", pretend)
-    monkeypatch.setattr(profile_module, "_refuted", lambda kept, backend: False)
+    monkeypatch.setattr(profile_module, "_refuted", lambda kept, backend, draft: False)
     return calls
 
 
@@ -293,6 +293,55 @@ def test_times_are_right_though_every_second_turn_is_disturbed(clocked: Clocked)
     backend.disturbed = lambda turn: 18.0 if turn // 5 % 2 else 1.0
     found = profile(backend, sizes=(1, 2, 4, 8, 16), context=64)
     assert found.seconds == pytest.approx({n: linear(n, 64) for n in (1, 2, 4, 8, 16)})
+
+
+class ClockedDraft:
+    """A draft that takes 3.6 ms of the backend's clock; `disturbed` says how much longer its n-th call takes."""
+
+    def __init__(self, backend: ClockedBackend, disturbed: Callable[[int], float] = lambda call: 1.0) -> None:
+        self.backend, self.disturbed = backend, disturbed
+        self.after: list[int] = []  # the passes before each call
+
+    def __call__(self, features: object) -> None:
+        self.backend.now += 3.6e-3 * self.disturbed(len(self.after))
+        self.after.append(self.backend.forwards)
+
+
+def test_a_draft_is_timed_after_every_pass_as_it_is_decoded(clocked: Clocked) -> None:
+    backend = clocked(linear)
+    draft = ClockedDraft(backend)
+    found = profile(backend, sizes=(1, 2, 4, 8, 16), context=64, repeats=3, draft=draft)
+    assert found.draft_seconds == pytest.approx(3.6e-3)
+    passes = [after - draft.after[0] for after in draft.after]
+    assert passes == [0, *range(1, 16)], "once to warm up, then after each of 5 passes in 3 turns"
+
+
+def test_the_time_of_a_draft_is_right_though_most_of_the_first_drafts_are_disturbed(clocked: Clocked) -> None:
+    backend = clocked(linear)
+    draft = ClockedDraft(backend, disturbed=lambda call: 2.0 if call <= 16 or call % 8 == 0 else 1.0)
+    found = profile(backend, sizes=profile_module.QUICK_SIZES, context=64, repeats=3, draft=draft)
+    assert len(draft.after) == 1 + 3 * 8
+    assert found.draft_seconds == pytest.approx(3.6e-3)
+
+
+def test_a_kept_draft_that_one_now_refutes_is_measured_anew(clocked: Clocked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile_module, "REFUTED", 1.5)
+    backend = clocked(linear)
+    draft = ClockedDraft(backend, disturbed=lambda call: 2.0)
+
+    def drafting() -> float | None:
+        found = measured_profile(backend, FACTS, draft=draft)
+        assert found is not None
+        return found.draft_seconds
+
+    assert drafting() == pytest.approx(7.2e-3)
+    draft.disturbed = lambda call: 1.5
+    assert drafting() == pytest.approx(7.2e-3), "not so different"
+    draft.disturbed = lambda call: 1.0
+    assert drafting() == pytest.approx(3.6e-3)
+    drafts = len(draft.after)
+    assert drafting() == pytest.approx(3.6e-3)
+    assert len(draft.after) - drafts == 3, "a look at two drafts after one to warm up, and no more"
 
 
 @pytest.fixture(name="processor")

@@ -23,7 +23,7 @@ from medusa.decoding.sampling import Sampling
 from medusa.decoding.stepper import Request
 from medusa.engines import transformers as transformers_backend
 from medusa.engines.kv_cache import FIRST_CAPACITY
-from medusa.engines.transformers import SLACK, TransformersBackend
+from medusa.engines.transformers import MAX_NODES, TransformersBackend
 from medusa.errors import UsageError
 from test_transformers_backend import TOLERANCE, Nodes, assert_one_sentence, cache_rows
 from tiny_models import VOCAB, make_model, shared_model
@@ -227,7 +227,7 @@ def test_samples_of_one_prompt_are_those_of_prompts_read_anew() -> None:
 # --- release ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "capacity"), [(30, FIRST_CAPACITY), (1025, 2048), (2800, 2816 + SLACK)])
+@pytest.mark.parametrize(("length", "capacity"), [(30, FIRST_CAPACITY), (1025, 2048), (2800, 2816 + MAX_NODES)])
 def test_slots_keep_room_for_less_than_twice_the_longest_text(length: int, capacity: int) -> None:
     backend = TransformersBackend(make_model(max_position_embeddings=2816), num_slots=2)
     backend.extend(0, [1] * length)

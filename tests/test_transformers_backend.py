@@ -77,7 +77,7 @@ def cache_rows(backend: TransformersBackend, slot: int) -> list[torch.Tensor]:
     length = backend.length(slot)
     return [
         rows[slot, :, :length].clone()
-        for layer in backend._cache.slot_layers
+        for layer in backend.cache.slot_layers
         for rows in (layer.keys, layer.values)
         if rows is not None
     ]
@@ -327,7 +327,7 @@ def test_the_cache_grows_by_doubling_and_keeps_every_slot(monkeypatch: pytest.Mo
     backend = TransformersBackend(model, num_slots=2, max_length=200)
 
     def capacities() -> set[int]:
-        tensors = [rows for layer in backend._cache.slot_layers for rows in (layer.keys, layer.values)]
+        tensors = [rows for layer in backend.cache.slot_layers for rows in (layer.keys, layer.values)]
         return {rows.shape[2] for rows in tensors if rows is not None}
 
     assert capacities() == {16}, "a short text takes the first capacity only"
@@ -357,7 +357,7 @@ def test_a_long_context_costs_no_memory_before_it_is_used() -> None:
     fill(backend, 0, list(range(20)))
     assert all(
         rows is not None and rows.shape[2] == kv_cache.FIRST_CAPACITY
-        for layer in backend._cache.slot_layers
+        for layer in backend.cache.slot_layers
         for rows in (layer.keys, layer.values)
     )
 
@@ -514,7 +514,7 @@ def test_the_most_nodes_work_at_the_end_of_the_context_and_one_more_is_an_error(
     backend = TransformersBackend(model)
     text = random_text(random.Random(15), backend.max_length - 2)
     fill(backend, 0, text)
-    most = transformers_backend.SLACK
+    most = transformers_backend.MAX_NODES
     wide = Nodes(tuple(i % VOCAB for i in range(most)), (-1, *([0] * (most - 1))))
     logits, _ = backend.verify([0], [wide])
     expected = plain_logits(model, [*text, wide.tokens[0], wide.tokens[-1]])[-2:]

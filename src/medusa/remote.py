@@ -27,14 +27,9 @@ def openai_client(url: str) -> Iterator[OpenAI]:
         import openai
     except ModuleNotFoundError:
         raise MedusaError("a server is asked with the package openai: pip install openai") from None
-    client = openai.OpenAI(
-        base_url=url,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
-        max_retries=RETRIES,
-        timeout=TIMEOUT_SECONDS,
-    )
+    key = os.environ.get("OPENAI_API_KEY") or "none"
     try:
-        with client:
+        with openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS) as client:
             yield client
     except openai.APIConnectionError:
         raise MedusaError(f"cannot reach {url}: is the server running, and is this the address?") from None

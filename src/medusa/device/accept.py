@@ -21,7 +21,7 @@ def penalised(logits: Tensor, tokens: Tensor, shape: FixedShape, slots: Slots) -
     batch, _, vocab = logits.shape
     path = tokens[:, shape.paths]  # [B, N, D + 1]
     seen = slots.seen[:batch].unsqueeze(1).expand(-1, len(shape), vocab).clone().scatter_(2, path, True)
-    penalty = slots.of("repetition_penalty", batch).float()
+    penalty = slots.setting("repetition_penalty", batch).float()
     logits = logits.float()
     lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(seen & (penalty != 1), lowered, logits)
@@ -31,7 +31,7 @@ def filtered(scores: Tensor, slots: Slots) -> Tensor:
     """Scores [B, N, V], which are logits / temperature, with -inf for what top-k, top-p and min-p drop. Where the last
     place falls among equals, the lower ids are kept."""
     batch, _, vocab = scores.shape
-    top_k, top_p, min_p = (slots.of(name, batch) for name in ("top_k", "top_p", "min_p"))
+    top_k, top_p, min_p = (slots.setting(name, batch) for name in ("top_k", "top_p", "min_p"))
     best, ids = scores.sort(dim=-1, descending=True, stable=True)
     weights = torch.exp(best - best[..., :1])  # probabilities, but for a factor
     within = (torch.arange(vocab, device=scores.device) < top_k) | (top_k == 0)
@@ -77,7 +77,7 @@ def likely(scores: Tensor, tokens: Tensor, shape: FixedShape, slots: Slots) -> t
     batch = len(scores)
     log_p = torch.log_softmax(scores.double(), dim=-1)  # [B, N, V]
     entropy = -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0).sum(-1)  # [B, N]; 0 log 0 is 0
-    epsilon, delta = (slots.of(name, batch).squeeze(-1) for name in ("epsilon", "delta"))
+    epsilon, delta = (slots.setting(name, batch).squeeze(-1) for name in ("epsilon", "delta"))
     threshold = torch.minimum(epsilon, delta * torch.exp(-entropy))
     own = log_p[:, shape.above].gather(2, tokens.unsqueeze(-1)).squeeze(-1)  # [B, N] of each node after its parent
     own[:, 0] = 0.0

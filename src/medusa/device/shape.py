@@ -60,7 +60,9 @@ class FixedShape:
         self.depths = torch.from_numpy(shape.depths.copy()).to(device)
         self.ancestors = torch.from_numpy(shape.mask.copy()).to(device)
         self.above = torch.tensor(self.parents, device=device).clamp_min(0)
-        self.path_list = tuple(_path(self.parents, node) for node in range(len(self)))
+        self.path_list: list[tuple[int, ...]] = [(0,)]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            self.path_list.append((*self.path_list[parent], node))
         longest = self.depth + 1
         padded = [(*path, *[path[-1]] * (longest - len(path))) for path in self.path_list]
         self.paths = torch.tensor(padded, device=device)
@@ -77,15 +79,7 @@ class FixedShape:
 
 
 def _level(tree: Tree, k: int, device: torch.device) -> Level:
-    place = {node: i for i, node in enumerate(tree.levels[k - 1])}
-    nodes = tree.levels[k]
+    above, nodes = list(tree.levels[k - 1]), tree.levels[k]
+    places = [above.index(tree.parents[node]) for node in nodes]
     ranks = [tree.ranks[node] for node in nodes]
-    places = torch.tensor([place[tree.parents[node]] for node in nodes], device=device)
-    return Level(places, torch.tensor(ranks, device=device), max(ranks) + 1)
-
-
-def _path(parents: Parents, node: int) -> tuple[int, ...]:
-    nodes = [node]
-    while nodes[-1]:
-        nodes.append(parents[nodes[-1]])
-    return tuple(reversed(nodes))
+    return Level(torch.tensor(places, device=device), torch.tensor(ranks, device=device), max(ranks) + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,13 @@ class Needs:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Needs:
-        asked = [row.sampling for row in rows]
-        warm = [sampling for sampling in asked if not sampling.greedy]
+        samplings = [row.sampling for row in rows]
+        warm = [sampling for sampling in samplings if not sampling.greedy]
         return cls(
             exact=any(sampling.acceptance == "exact" for sampling in warm),
             typical=any(sampling.acceptance == "typical" for sampling in warm),
             filters=any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in warm),
-            penalty=any(sampling.repetition_penalty != 1 for sampling in asked),
+            penalty=any(sampling.repetition_penalty != 1 for sampling in samplings),
         )
 
 
@@ -59,7 +59,7 @@ class Slots:
         self._numbers = torch.ones(count, len(_NUMBERS), dtype=torch.float64, device=device)
         self._vocab_size = vocab_size
 
-    def of(self, name: str, batch: int) -> Tensor:
+    def setting(self, name: str, batch: int) -> Tensor:
         """A setting of the first rows, float64 [B, 1, 1]."""
         return self._numbers[:batch, _NUMBERS.index(name), None, None]
 
@@ -82,13 +82,13 @@ class Slots:
             self.seen[slot] = False
             self.seen[slot, torch.tensor(row.tokens, device=self.seen.device)] = True
 
-    def saved(self) -> list[Tensor]:
-        """A copy of what a step changes."""
-        return [tensor.clone() for tensor in self._changing()]
+    def saved(self) -> Callable[[], None]:
+        """Remembers what a step changes; what it returns puts that back."""
+        changing = self.lengths, self.roots, self.features, self.seen
+        copies = [tensor.clone() for tensor in changing]
 
-    def restore(self, saved: Sequence[Tensor]) -> None:
-        for tensor, old in zip(self._changing(), saved, strict=True):
-            tensor.copy_(old)
+        def restore() -> None:
+            for tensor, copy in zip(changing, copies, strict=True):
+                tensor.copy_(copy)
 
-    def _changing(self) -> tuple[Tensor, ...]:
-        return self.lengths, self.roots, self.features, self.seen
+        return restore

@@ -54,7 +54,7 @@ def medusa_step(
     # verify
     depths = shape.depths.expand(batch, -1)
     places = lengths[:, None] + torch.arange(len(shape), device=lengths.device)
-    masks = backend.device_masks(lengths, depths, shape.ancestors, used)
+    masks = backend.masks.make_on_device(lengths, depths, shape.ancestors, used)
     positions = (lengths[:, None] + depths).clamp_max(backend.max_length - 1)  # past it there is nothing to accept
     logits, features = backend.device_pass(
         tokens, positions, masks, DeviceCursor(places, used, static=backend.compiled)
@@ -65,7 +65,7 @@ def medusa_step(
     if needs.penalty:
         logits = accept.penalised(logits, tokens, shape, slots)
     if needs.exact or needs.typical:
-        scores = logits.float() / slots.of("temperature", batch).float()
+        scores = logits.float() / slots.setting("temperature", batch).float()
         scores = accept.filtered(scores, slots) if needs.filters else scores
     noise = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
     chosen = accept.choose(logits, scores, shape, slots, needs, noise)  # [B, N]
@@ -86,10 +86,10 @@ def medusa_step(
 
     # keep
     path = shape.paths[last]  # [B, D + 1]
-    backend.device_keep(lengths, path)
+    backend.cache.device_keep(lengths, path)
     if needs.penalty:
-        said = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
-        slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, said, True) & active[:, None]
+        new = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
+        slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, new, True) & active[:, None]
     count = shape.depths[last] + 1  # tokens that the cache gains: the accepted path, root included
     slots.roots[:batch] = torch.where(active, following, slots.roots[:batch])
     slots.features[:batch] = torch.where(active[:, None], features[row, last], slots.features[:batch])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -54,7 +54,7 @@ class DeviceStepper(ReferenceStepper):
         self._budget: NodesByTime | None = None
         self._shapes: dict[int, FixedShape] = {}
         if nodes == "auto" and not isinstance(drafter, NoDrafter):
-            self._budget = NodesByTime({n: self._gain(n) for n in SIZES}, lambda rows, n: self._measure(rows, n))
+            self._budget = NodesByTime({n: self._gain(n) for n in SIZES}, self._measure)
         device = backend.device
         size = backend.hidden_size * (1 + len(backend.feature_layers))
         self._slots = Slots(backend.num_slots, backend.vocab_size, size, backend.model.dtype, device)
@@ -65,7 +65,7 @@ class DeviceStepper(ReferenceStepper):
         shape = backend.num_slots, CHAIN + LONGEST_CHAIN
         self._sent = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self._table = self._sent.numpy()  # the same memory: rows of plain numbers are written faster so
-        self._sent_there = self._sent.to(device) if pinned else self._sent
+        self._sent_on_device = self._sent.to(device) if pinned else self._sent
         self._read = torch.zeros(backend.num_slots * (2 + MAX_NODES), dtype=torch.int64, pin_memory=pinned)
 
     # --- as of any stepper --------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class DeviceStepper(ReferenceStepper):
 
     def step(self, rows: Sequence[Row]) -> list[Step]:
         begun = time.perf_counter()
-        batch = self._bucket(max(row.slot for row in rows) + 1)
+        batch = self._padded(max(row.slot for row in rows) + 1)
         self._needs = Needs.of(rows)
         nodes = self.nodes if self._budget is None else self._budget.choose(batch)
         assert isinstance(nodes, int)
@@ -115,7 +115,7 @@ class DeviceStepper(ReferenceStepper):
     # --- the step -----------------------------------------------------------------------------------------------------
 
     def _send(self, rows: Sequence[Row], shape: FixedShape) -> dict[int, Draft | None]:
-        """Writes what the step is told; gives what the n-gram drafter proposes for each slot."""
+        """Writes what the host sends to the step. Returns what the n-gram drafter proposes for each slot."""
         self._table[:, ACTIVE] = 0
         chains: dict[int, Draft | None] = dict.fromkeys(row.slot for row in rows)
         if shape.chain and self._ngrams is not None:
@@ -124,8 +124,7 @@ class DeviceStepper(ReferenceStepper):
         for row in rows:
             chain = chains[row.slot]
             tokens = () if chain is None else chain.tokens[1:]
-            missing = [-1] * (LONGEST_CHAIN - len(tokens))
-            self._table[row.slot] = [1, row.room, *tokens, *missing]
+            self._table[row.slot] = [1, row.room, *tokens, *[-1] * (LONGEST_CHAIN - len(tokens))]
         return chains
 
     @torch.inference_mode()
@@ -134,25 +133,21 @@ class DeviceStepper(ReferenceStepper):
         longest = max(self.backend.length(slot) for slot in range(batch))
         self._ready(longest + len(shape))
         used = min(bucket(longest + len(shape)), self.backend.capacity)
-        if self._sent_there is not self._sent:
-            self._sent_there[:batch].copy_(self._sent[:batch], non_blocking=True)
+        if self._sent_on_device is not self._sent:
+            self._sent_on_device[:batch].copy_(self._sent[:batch], non_blocking=True)
         heads = self._heads.heads if self._heads is not None and shape.levels else None
-        needs, slots, sent = self._needs, self._slots, self._sent_there[:batch]
+        needs, slots, sent = self._needs, self._slots, self._sent_on_device[:batch]
 
         def function() -> Tensor:
             return medusa_step(self.backend, heads, shape, slots, sent, used, needs)
 
-        def undo() -> Callable[[], None]:
-            saved = slots.saved()
-            return lambda: slots.restore(saved)
-
-        out = self.captured.run((batch, len(shape), shape.chain, used, needs), function, undo)
+        out = self.captured.run((batch, len(shape), shape.chain, used, needs), function, slots.saved)
         if out.device.type != "cuda":
             return out
-        there = self._read[: out.numel()].view_as(out)
-        there.copy_(out, non_blocking=True)
+        read = self._read[: out.numel()].view_as(out)
+        read.copy_(out, non_blocking=True)
         torch.cuda.current_stream(out.device).synchronize()
-        return there
+        return read
 
     def _ready(self, places: int) -> None:
         """Room for so many places. Where the cache has moved, by this or another stepper, all graphs are void."""
@@ -161,7 +156,7 @@ class DeviceStepper(ReferenceStepper):
             self.captured.clear()
             self._capacity = self.backend.capacity
 
-    def _bucket(self, rows: int) -> int:
+    def _padded(self, rows: int) -> int:
         """Rows are computed in powers of two, so that few graphs serve all batches."""
         return min(1 << (rows - 1).bit_length(), self.backend.num_slots)
 
@@ -208,19 +203,16 @@ class DeviceStepper(ReferenceStepper):
             raise UsageError(f"the context must be from 1 to {self.backend.max_length - 1}, not {context}")
         try:
             self._ready(context + nodes)
-            self._fill_with_noise(batch, context)
+            with torch.inference_mode():
+                self.backend.cache.fill_with_noise(batch, context)
+                self._slots.lengths[:batch] = context
+                self._slots.features[:batch].normal_()
+            for slot in range(batch):
+                self.backend.set_length(slot, context)
             return self._measure(batch, nodes, repeats)
         finally:
             for slot in range(batch):
                 self.backend.release(slot)
-
-    @torch.inference_mode()
-    def _fill_with_noise(self, batch: int, context: int) -> None:
-        self.backend.fill_with_noise(batch, context)
-        self._slots.lengths[:batch] = context
-        self._slots.features[:batch].normal_()
-        for slot in range(batch):
-            self.backend.set_length(slot, context)
 
     def _measure(self, batch: int, nodes: int, repeats: int = 7) -> float:
         """Steps in which no row takes part: they take as long, and change nothing."""
@@ -238,12 +230,12 @@ class DeviceStepper(ReferenceStepper):
 
 def parts(drafter: Drafter) -> tuple[HeadsDrafter | None, NgramDrafter | None]:
     """What a drafter is made of. Raises UsageError for one that the step does not know."""
-    found: tuple[Drafter, ...] = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
     if isinstance(drafter, NoDrafter):
-        found = ()
-    heads = [part for part in found if isinstance(part, HeadsDrafter)]
-    ngrams = [part for part in found if isinstance(part, NgramDrafter)]
-    if len(heads) > 1 or len(ngrams) > 1 or len(heads) + len(ngrams) < len(found):
+        return None, None
+    pieces: tuple[Drafter, ...] = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
+    heads = [part for part in pieces if isinstance(part, HeadsDrafter)]
+    ngrams = [part for part in pieces if isinstance(part, NgramDrafter)]
+    if len(heads) > 1 or len(ngrams) > 1 or len(heads) + len(ngrams) < len(pieces):
         raise UsageError(f"a step on the device drafts with heads and n-grams, not with {drafter.name}")
     if heads and heads[0].tree is None:
         raise UsageError("a step on the device needs heads with a fixed tree: use --tree static")

@@ -46,10 +46,7 @@ def _call(layer: nn.Module, view: _LayerView, hidden: Tensor, options: dict[str,
 
 def compile_layers(model: PreTrainedModel, cache: SlotCache) -> None:
     """From now on each decoder layer runs compiled where the cache's cursor is static, and as before elsewhere.
-
-    Raises:
-        MedusaError: the model has no list of decoder layers to be found.
-    """
+    Raises MedusaError: the model has no list of decoder layers to be found."""
     layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == len(cache)), None)
     if layers is None:
         raise MedusaError(f"{type(model).__name__} has no list of {len(cache)} decoder layers: leave --compile out")

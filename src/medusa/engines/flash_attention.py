@@ -98,20 +98,11 @@ def flash(
     lengths = (positions + 1).int().repeat_interleave(kv_heads, output_size=batch * kv_heads)
     whole = (batch * kv_heads * capacity, 1, size)  # slots, heads and places of the buffer, one after another
     keys, values = (t.as_strided(whole, (size, size, 1), t.storage_offset()) for t in (key, value))
+    longest, dropout, causal, debug_mask = query.shape[1] // kv_heads, 0.0, False, False
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        query.reshape(-1, 1, size),
-        keys,
-        values,
-        query_bounds,
-        key_bounds,
-        query.shape[1] // kv_heads,
-        used,
-        0.0,
-        False,
-        False,
-        scale=scaling,
-        seqused_k=lengths,
-    )[0]
+        query.reshape(-1, 1, size), keys, values, query_bounds, key_bounds, longest, used, dropout, causal, debug_mask,
+        scale=scaling, seqused_k=lengths,
+    )[0]  # fmt: skip
     return out.reshape(query.shape)
 
 
@@ -122,7 +113,7 @@ def refusal(backend: TransformersBackend) -> str:
         return "it needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it does not know {dtype}"
-    if backend.slides:
+    if backend.masks.window is not None:
         return "it would see past a sliding window"
     if backend.model.config._attn_implementation not in ("sdpa", "medusa_grouped"):
         return "the model attends in a way of its own"
@@ -146,8 +137,8 @@ def error(heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: torc
     positions = torch.tensor([0, 7, 63, 200, 255], device=device)
     key, value = buffers[0][:batch, :, :used], buffers[1][:batch, :, :used]
     groups = heads // kv_heads
-    found = flash(query, key, value, positions, *bounds(batch, kv_heads, groups, capacity, device), None)
+    actual = flash(query, key, value, positions, *bounds(batch, kv_heads, groups, capacity, device), None)
     allowed = torch.arange(used, device=device) <= positions[:, None, None, None]
     keys, values = (t.float().repeat_interleave(groups, dim=1) for t in (key, value))
     expected = F.scaled_dot_product_attention(query.float(), keys, values, attn_mask=allowed)
-    return float((found.float() - expected).abs().max())
+    return float((actual.float() - expected).abs().max())

@@ -24,11 +24,11 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys = self._allocate(key_states)
-        self.values = self._allocate(value_states)
+        self.keys, self.values = self.allocate(key_states), self.allocate(value_states)
         self.is_initialized = True
 
-    def _allocate(self, states: Tensor) -> Tensor:
+    def allocate(self, states: Tensor) -> Tensor:
+        """An empty buffer for such states, of the cache's capacity."""
         _, heads, _, size = states.shape
         return states.new_zeros(self.cache.num_slots, heads, self.cache.capacity, size)
 
@@ -36,39 +36,12 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Writes [B, KV heads, N, head size] at the cache's cursor and returns all rows up to the used length."""
-        if self.keys is None or self.values is None:
+        if self.keys is None:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         cursor = self.cache.cursor
         return cursor.write(self.keys, key_states), cursor.write(self.values, value_states)
-
-    def grow(self) -> None:
-        """Moves to buffers of the cache's new capacity."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (self._grown(old) for old in (self.keys, self.values))
-
-    def _grown(self, old: Tensor) -> Tensor:
-        new = self._allocate(old)
-        new[:, :, : old.shape[2]] = old
-        return new
-
-    def clear(self) -> None:
-        """Gives the buffers back; the next pass makes new ones."""
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def move(self, slot: int, source: Tensor, target: int) -> None:
-        """Copies the rows `source` of a slot to `target` and the places after it."""
-        for rows in (self.keys, self.values):
-            if rows is not None:
-                rows[slot, :, target : target + len(source)] = rows[slot, :, source.to(rows.device)]
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` rows of a slot become those of another."""
-        for rows in (self.keys, self.values):
-            if rows is not None:
-                rows[target, :, :length] = rows[source, :, :length]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.cursor.used, 0
@@ -162,34 +135,42 @@ class SlotCache(Cache):
             self.capacity *= 2
         self.capacity = min(self.capacity, max(length, self.max_length))
         self.stacks = []
-        for layer in self.slot_layers:
-            layer.grow()
+        for layer, name, rows in self._buffers():
+            grown = layer.allocate(rows)
+            grown[:, :, : rows.shape[2]] = rows
+            setattr(layer, name, grown)
 
     def clear(self, num_slots: int) -> None:
         """Forgets all and gives the memory back; there are `num_slots` slots then."""
         self.num_slots, self.capacity = num_slots, min(FIRST_CAPACITY, self.max_length)
         self.stacks = []
         for layer in self.slot_layers:
-            layer.clear()
+            layer.keys = layer.values = None
+            layer.is_initialized = False
 
     def stack(self) -> None:
         """Puts the keys and values of all layers of one shape into one piece of memory, so that rows of all of them
-        are moved at once. Layers that no pass has reached yet, or that share another's cache, have none."""
+        are moved at once."""
         if self.stacks:
             return
         shapes: dict[torch.Size, list[tuple[SlotLayer, str]]] = {}
-        for layer in self.slot_layers:
-            for name in ("keys", "values"):
-                if (rows := getattr(layer, name)) is not None:
-                    shapes.setdefault(rows.shape, []).append((layer, name))
+        for layer, name, rows in self._buffers():
+            shapes.setdefault(rows.shape, []).append((layer, name))
         for members in shapes.values():
             stack = torch.stack([getattr(layer, name) for layer, name in members])
             self.stacks.append(stack)
             for (layer, name), rows in zip(members, stack, strict=True):
                 setattr(layer, name, rows)
 
+    def _buffers(self) -> list[tuple[SlotLayer, str, Tensor]]:
+        """The keys and values of all layers. Those that no pass has reached yet, or that share another's cache, have
+        none."""
+        named = [(layer, name, getattr(layer, name)) for layer in self.slot_layers for name in ("keys", "values")]
+        return [(layer, name, rows) for layer, name, rows in named if rows is not None]
+
     def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
-        """Rows `paths` [B, D] after `lengths` [B] move to the places right after the lengths, in all layers."""
+        """Rows `paths` [B, D] after `lengths` [B] move to the places right after the lengths, in all layers that are
+        stacked. What is past the end of a path is moved too and lies past the new length."""
         slots = torch.arange(len(lengths), device=lengths.device)[:, None]
         places = lengths[:, None] + torch.arange(paths.shape[1], device=lengths.device)
         for stack in self.stacks:
@@ -197,6 +178,7 @@ class SlotCache(Cache):
             rows[:, slots, places] = rows[:, slots, lengths[:, None] + paths]
 
     def fill_with_noise(self, slots: int, places: int) -> None:
+        """Random keys and values in the first slots: to time a pass with, as zeros may be quicker."""
         for stack in self.stacks:
             stack[:, :slots, :, :places].normal_()
 
@@ -206,11 +188,11 @@ class SlotCache(Cache):
         while stay < len(path) and path[stay] == stay:
             stay += 1
         if stay < len(path):
-            source = torch.tensor(path[stay:]) + start
-            for layer in self.slot_layers:
-                layer.move(slot, source, start + stay)
+            source, end = torch.tensor(path[stay:]) + start, start + len(path)
+            for _, _, rows in self._buffers():
+                rows[slot, :, start + stay : end] = rows[slot, :, source.to(rows.device)]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """The first `length` rows of a slot become those of another."""
-        for layer in self.slot_layers:
-            layer.copy(source, target, length)
+        for _, _, rows in self._buffers():
+            rows[target, :, :length] = rows[source, :, :length]

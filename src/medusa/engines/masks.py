@@ -11,9 +11,11 @@ from torch import Tensor
 
 from medusa.errors import MedusaError
 
+Masks = Tensor | dict[str, Tensor]  # additive [B, 1, N, used]: of the one kind of attention, or by the kind
+
 
 class MaskMaker:
-    """Additive masks [B, 1, N, used], one for each kind of attention the model mixes."""
+    """Masks for each kind of attention that the model mixes."""
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -32,25 +34,23 @@ class MaskMaker:
 
     def make(
         self, lengths: Sequence[int], depths: np.ndarray, visible: np.ndarray, used: int, device: torch.device
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Masks:
+        """Masks of N nodes a row after texts of `lengths`: depths [B, N], and visible [B, N, N] among the nodes."""
         batch, count, _ = visible.shape
         allowed = np.zeros((batch, count, used), dtype=np.bool_)
         for b, length in enumerate(lengths):
             allowed[b, :, :length] = True
             allowed[b, :, length : length + count] = visible[b]
-        masks = {"full_attention": allowed}
+        near = None
         if self.window is not None:
-            places = np.broadcast_to(np.arange(used), (batch, used)).copy()  # position of the token at each place
+            keys = np.broadcast_to(np.arange(used), (batch, used)).copy()  # position of the token at each place
             queries = np.asarray(lengths)[:, None] + depths  # [B, N]
             for b, length in enumerate(lengths):
-                places[b, length : length + count] = queries[b]
-            masks["sliding_attention"] = allowed & (queries[:, :, None] - places[:, None, :] < self.window)
-        made = {kind: self._additive(masks[kind], device) for kind in self.kinds}
-        return made if len(made) > 1 else next(iter(made.values()))
+                keys[b, length : length + count] = queries[b]
+            near = torch.from_numpy(queries[:, :, None] - keys[:, None] < self.window)
+        return self._additive(torch.from_numpy(allowed), near, device)
 
-    def make_on_device(
-        self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int
-    ) -> Tensor | dict[str, Tensor]:
+    def make_on_device(self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int) -> Masks:
         """The same of tensors alone: lengths [B], depths [B, N], and one ancestor mask [N, N] for all rows."""
         count = len(ancestors)
         places = torch.arange(used, device=lengths.device)
@@ -59,16 +59,18 @@ class MaskMaker:
         drafted = (offsets >= 0) & (offsets < count)
         own = ancestors[:, nodes].transpose(0, 1) & drafted[:, None]  # [B, N, used]
         allowed = own | (offsets < 0)[:, None]
-        masks = {"full_attention": allowed}
+        near = None
         if self.window is not None:
             keys = torch.where(drafted, lengths[:, None] + depths.gather(1, nodes), places)
             queries = lengths[:, None] + depths  # [B, N]
-            masks["sliding_attention"] = allowed & (queries[:, :, None] - keys[:, None] < self.window)
-        zero = torch.zeros((), dtype=self.dtype, device=lengths.device)
-        made = {kind: zero.masked_fill(~masks[kind], torch.finfo(self.dtype).min).unsqueeze(1) for kind in self.kinds}
-        return made if len(made) > 1 else next(iter(made.values()))
+            near = queries[:, :, None] - keys[:, None] < self.window
+        return self._additive(allowed, near, lengths.device)
 
-    def _additive(self, allowed: np.ndarray, device: torch.device) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=self.dtype)
-        mask.masked_fill_(torch.from_numpy(~allowed), torch.finfo(self.dtype).min)
-        return mask.unsqueeze(1).to(device)
+    def _additive(self, allowed: Tensor, near: Tensor | None, device: torch.device) -> Masks:
+        """Of what a node may see [B, N, used], and of what lies within the window."""
+        zero = torch.zeros((), dtype=self.dtype, device=allowed.device)
+        masks = {}
+        for kind in self.kinds:
+            seen = allowed if near is None or kind == "full_attention" else allowed & near
+            masks[kind] = zero.masked_fill(~seen, torch.finfo(self.dtype).min).unsqueeze(1).to(device)
+        return masks if len(masks) > 1 else next(iter(masks.values()))

@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 
 from medusa.engines.native_config import NativeConfig, UnsupportedError
-from medusa.engines.protocol import (
-    TokenTree,
-    check_feature_layers,
-    check_max_length,
-    check_room,
-    check_slots,
-)
+from medusa.engines.protocol import TokenTree, check_feature_layers, check_max_length, check_room, check_slots
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.module import BaseWeights
 
@@ -61,7 +55,7 @@ class NativeBackend:
         feature_layers: hidden states that the heads read beside the final one (see HeadsConfig).
         threads: None takes torch's number.
         isa: the instruction set; None takes $MEDUSA_NATIVE_ISA, or the best.
-        progress: called with (done, total) as layers are packed.
+        on_progress: called with (done, total) as layers are packed.
 
     Raises:
         UsageError: a bad argument. UnsupportedError: the checkpoint is not what `config` says.
@@ -82,7 +76,7 @@ class NativeBackend:
         feature_layers: Sequence[int] = (),
         threads: int | None = None,
         isa: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         module = native_module()
         if module is None:
@@ -126,12 +120,10 @@ class NativeBackend:
             )
             for i in range(self.num_layers):
                 self.engine.load_layer(i, names.layer(i))
-                if progress is not None:
-                    progress(i + 1, self.num_layers + 1)
+                on_progress(i + 1, self.num_layers + 1)
             self._embedding, self._lm_head = names.embedding, names.lm_head
             self.engine.load_ends(self._embedding, names.final_norm, self._lm_head)
-            if progress is not None:
-                progress(self.num_layers + 1, self.num_layers + 1)
+            on_progress(self.num_layers + 1, self.num_layers + 1)
         self.parameters = names.parameters
 
     # --- the protocol -------------------------------------------------------------------------------------------
@@ -152,8 +144,8 @@ class NativeBackend:
                 if self.engine.length(slot) > held:  # else nothing has changed, and what was verified can be kept
                     self.engine.copy(slot, slot, held)
                 raise
-        found = torch.from_numpy(np.concatenate(rows))
-        return torch.from_numpy(logits)[0, 0], found if every else found[0]
+        read = torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(logits)[0, 0], read if every else read[0]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
         with _explained():
@@ -214,14 +206,13 @@ class _Names:
             # The file is right and the configuration wrong, say transformers and whoever trained the LM head.
             raise UnsupportedError("tie_word_embeddings is set, but the LM head differs from the embeddings")
         self.final_norm = self._get("model.norm.weight")
-        parts = [f"{part}.{kind}" for part, kind in self._parts().values()]
-        known = {f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in parts}
+        self._parts = _parts(config)
+        known = {f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in self._parts.values()}
         known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
         # Old checkpoints hold the frequencies of the rotary embedding.
-        if unknown := sorted(
-            name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")
-        ):
-            raise UnsupportedError(f"the checkpoint holds {unknown[0]}, which the engine does not know")
+        unknown = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
+        if unknown:
+            raise UnsupportedError(f"the checkpoint holds {min(unknown)}, which the engine does not know")
 
     def matrix_size(self) -> int:
         """How many weights the packed matrices hold, by the configuration."""
@@ -235,20 +226,7 @@ class _Names:
         return sum(self._sizes.values())
 
     def layer(self, index: int) -> dict[str, Tensor]:
-        return {name: self._get(f"model.layers.{index}.{part}.{kind}") for name, (part, kind) in self._parts().items()}
-
-    def _parts(self) -> dict[str, tuple[str, str]]:
-        c = self._config
-        parts = {name: (f"self_attn.{name}_proj", "weight") for name in ("q", "k", "v", "o")}
-        parts |= {name: (f"mlp.{name}_proj", "weight") for name in ("gate", "up", "down")}
-        biased = (*("qkv" if c.attention_bias else ""), *("o" if c.output_bias else ""))
-        parts |= {f"{name}_bias": (f"self_attn.{name}_proj", "bias") for name in biased}
-        if c.mlp_bias:
-            parts |= {f"{name}_bias": (f"mlp.{name}_proj", "bias") for name in ("gate", "up", "down")}
-        if c.qk_norm:
-            parts |= {"q_norm": ("self_attn.q_norm", "weight"), "k_norm": ("self_attn.k_norm", "weight")}
-        parts |= {"input_norm": ("input_layernorm", "weight"), "post_norm": ("post_attention_layernorm", "weight")}
-        return parts
+        return {name: self._get(f"model.layers.{index}.{part}") for name, part in self._parts.items()}
 
     def _get(self, name: str) -> Tensor:
         try:
@@ -257,6 +235,17 @@ class _Names:
             raise UnsupportedError(f"the weights are incomplete: {name} is missing") from None
         self._sizes[name] = tensor.numel()
         return tensor
+
+
+def _parts(c: NativeConfig) -> dict[str, str]:
+    """The tensors of a layer: the engine's name -> that of the checkpoint."""
+    mlp = ("gate", "up", "down")
+    modules = {name: f"self_attn.{name}_proj" for name in "qkvo"} | {name: f"mlp.{name}_proj" for name in mlp}
+    biased = (*("qkv" if c.attention_bias else ""), *("o" if c.output_bias else ""), *(mlp if c.mlp_bias else ()))
+    parts = {name: f"{module}.weight" for name, module in modules.items()}
+    parts |= {f"{name}_bias": f"{modules[name]}.bias" for name in biased}
+    parts |= {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in ("qk" if c.qk_norm else "")}
+    return parts | {"input_norm": "input_layernorm.weight", "post_norm": "post_attention_layernorm.weight"}
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -279,29 +268,29 @@ class Checkpoint(Mapping[str, Tensor]):
             raise UnsupportedError(f"{ADAPTER} lies beside the weights, and the engine applies no adapters")
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         self._files: dict[str, Any] = {}
+        held: set[tuple[str, str]] = set()  # (tensor, file)
+        listed = None
         try:
             if single.is_file():
-                weight_map = None
-                names = [single.name]
+                names = {single.name}
             elif index.is_file():
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                names = sorted(set(weight_map.values()))
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+                names = {name for _, name in listed}
             else:
                 raise UnsupportedError("the checkpoint is not in safetensors files")
-            held: list[tuple[str, str]] = []
-            for name in names:
+            for name in sorted(names):
                 path = directory / name
                 if not path.is_file():
                     raise MedusaError(f"the weights are incomplete: {path} is missing")
                 # The library's handle is for a `with`, which would unmap the file: it lives as long as this object.
                 file: Any = safe_open(path, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
                 self._files |= dict.fromkeys(file.keys(), file)
-                held += [(tensor, name) for tensor in file.keys()]  # noqa: SIM118  # it is no mapping
+                held |= {(tensor, name) for tensor in file.keys()}  # noqa: SIM118  # it is no mapping
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MedusaError(
                 f"a weights file in {directory} is damaged or cut short ({error}): get the file again"
             ) from None
-        if weight_map is not None and (other := sorted(set(held) ^ set(weight_map.items()))):
+        if listed is not None and (other := sorted(held ^ set(listed))):
             tensor, name = other[0]
             where = "which its index does not list" if (tensor, name) in held else "says its index, but it is missing"
             raise UnsupportedError(f"{name} holds {tensor}, {where}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from medusa.errors import MedusaError, shortened
@@ -32,32 +33,20 @@ _GATES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": 
 Understood = Callable[[Any], bool]
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _a(*kinds: type) -> Understood:
+    """A value of these types. True and False are no numbers here."""
+    return lambda value: isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+
+
+_is_int, _is_bool, _is_text, _is_token = _a(int), _a(bool), _a(str), _a(int, NoneType)
 
 
 def _is_number(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    return _a(int, float)(value) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
     return _is_int(value) and value > 0
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_token(value: Any) -> bool:
-    return value is None or _is_int(value)
-
-
-def _is_tokens(value: Any) -> bool:
-    return _is_token(value) or (isinstance(value, list) and all(map(_is_int, value)))
 
 
 def _is_dtype(value: Any) -> bool:
@@ -76,22 +65,21 @@ def _anything(value: Any) -> bool:
     return True
 
 
+def _all_are(understood: Understood, *names: str) -> dict[str, Understood]:
+    return dict.fromkeys(names, understood)
+
+
 # Read by `native_config`, in every family. A file that says all of it needs no defaults of transformers.
 _READ: dict[str, Understood] = {
     "model_type": _one_of(*FAMILIES),
-    "hidden_size": _is_count,
-    "num_attention_heads": _is_count,
-    "num_key_value_heads": _is_count,
-    "intermediate_size": _is_count,
-    "vocab_size": _is_count,
-    "max_position_embeddings": _is_count,
-    "num_hidden_layers": _is_count,
+    **_all_are(_is_count, "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"),
+    **_all_are(_is_count, "vocab_size", "max_position_embeddings", "num_hidden_layers"),
     "rms_norm_eps": lambda value: isinstance(value, float) and 0 < value < 1,
     "hidden_act": _one_of(*_GATES),
     "tie_word_embeddings": _is_bool,
-    "rope_parameters": lambda value: isinstance(value, dict),
+    "rope_parameters": _a(dict),
     "architectures": lambda value: value is None or (bool(value) and _is_list_of(_is_text)(value)),
-    "eos_token_id": _is_tokens,
+    "eos_token_id": lambda value: _is_token(value) or _is_list_of(_is_int)(value),
     "pad_token_id": _is_token,
 }
 # Read too, in these families; what stands in brackets may be absent from a file.
@@ -110,43 +98,30 @@ _FAMILY: dict[str, dict[str, Understood]] = {
 # Not read, and of no effect on the numbers of a pass.
 _HARMLESS: dict[str, Understood] = {
     "head_dim": _is_count,  # read, but a family may do without
-    "bos_token_id": _is_token,
-    "unk_token_id": _is_token,
+    **_all_are(_is_token, "bos_token_id", "unk_token_id"),
     "initializer_range": lambda value: isinstance(value, float) and 0 <= value <= 1,
     "attention_dropout": _is_number,
     "use_cache": _is_bool,
     "pretraining_tp": _one_of(1),
-    "dtype": _is_dtype,
-    "torch_dtype": _is_dtype,
-    "transformers_version": _is_text,
-    "_name_or_path": _is_text,
-    "_model_name_or_path": _is_text,
+    **_all_are(_is_dtype, "dtype", "torch_dtype"),
+    **_all_are(_is_text, "transformers_version", "_name_or_path", "_model_name_or_path"),
     "use_sliding_window": _is_bool,  # layer_types say the same, layer by layer
-    "max_window_layers": _is_int,
-    "no_rope_layer_interval": _is_int,
+    **_all_are(_is_int, "max_window_layers", "no_rope_layer_interval"),
     # Notes that exporters leave.
     "transformers.js_config": _anything,
     "is_llama_config": _one_of(True),
-    "rope_interleaved": _one_of(False),
-    "use_mrope": _one_of(False),
+    **_all_are(_one_of(False), "rope_interleaved", "use_mrope"),
     "unsloth_fixed": _is_bool,
     "unsloth_version": _is_text,
 }
 # What transformers' own object holds besides.
 _RESOLVED: dict[str, Understood] = {
     "pretraining_tp": _anything,  # of no effect since transformers 5
-    "transformers_version": _anything,
-    "id2label": _anything,
-    "label2id": _anything,
-    "problem_type": _anything,
-    "output_attentions": _one_of(None, True, False),
-    "output_hidden_states": _one_of(None, True, False),
-    "return_dict": _one_of(None, True, False),
+    **_all_are(_anything, "transformers_version", "id2label", "label2id", "problem_type"),
+    **_all_are(_anything, "attention_dropout", "initializer_range", "use_cache"),
+    **_all_are(_one_of(None, True, False), "output_attentions", "output_hidden_states", "return_dict"),
     "is_encoder_decoder": _one_of(False),
     "chunk_size_feed_forward": _one_of(0),
-    "attention_dropout": _anything,
-    "initializer_range": _anything,
-    "use_cache": _anything,
     "auto_map": _anything,  # code beside the weights, which is never run
     "quantization_config": _one_of(None),
 }
@@ -209,15 +184,11 @@ def is_complete(data: Mapping[str, Any]) -> bool:
 
 
 def native_config(config: Any) -> NativeConfig:
-    """Reads the configuration of a model: a PreTrainedConfig, or a namespace of a file that `is_complete`.
-
-    Raises:
-        UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand.
-    """
-    kind: str = config.model_type
+    """Reads the configuration of a model: a PreTrainedConfig, or a namespace of a file that `is_complete`. Raises
+    UnsupportedError: another family, a field that the engine does not know, or a value that it does not understand."""
+    c, kind = config, config.model_type
     if kind not in FAMILIES:
         raise UnsupportedError(f"it runs {', '.join(FAMILIES)} models, not {kind}")
-    c = config
     if getattr(c, "quantization_config", None):
         raise UnsupportedError("the checkpoint is quantised")
     if not _READ["hidden_act"](c.hidden_act):
@@ -232,7 +203,7 @@ def native_config(config: Any) -> NativeConfig:
         raise UnsupportedError(
             f"it does not know {c.num_attention_heads} heads of {head_dim} numbers, {c.num_key_value_heads} of keys"
         )
-    frequencies, scale = _frequencies(config, rotary, rope, head_dim)
+    frequencies, scale = _frequencies(c, rotary, rope, head_dim)
     biased = kind == "qwen2" or bool(getattr(c, "attention_bias", False))
     return NativeConfig(
         hidden_size=c.hidden_size,
@@ -293,12 +264,12 @@ def _frequencies(config: Any, kind: str, rope: dict[str, Any], head_dim: int) ->
 
     try:
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
-        found = tuple(frequencies.tolist()), float(scale)
+        inverse, factor = tuple(frequencies.tolist()), float(scale)
     except (ArithmeticError, KeyError, TypeError, ValueError, RuntimeError):
-        found = (), math.nan
-    if len(found[0]) != head_dim // 2 or not all(map(math.isfinite, (*found[0], found[1]))):
+        inverse, factor = (), math.nan
+    if len(inverse) != head_dim // 2 or not all(map(math.isfinite, (*inverse, factor))):
         raise UnsupportedError(f"it does not understand the rotary embeddings {shortened(rope)}")
-    return found
+    return inverse, factor
 
 
 def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
@@ -313,6 +284,5 @@ def _layers(c: Any, kind: str) -> tuple[tuple[bool, int], ...]:
         raise UnsupportedError(f"it has {count} layers, but tells of {len(kinds)} and {len(rotates)}")
     if "sliding_attention" in kinds and not window:
         raise UnsupportedError("it has layers of sliding attention, but no sliding_window")
-    return tuple(
-        (bool(turn), (window or 0) if of == "sliding_attention" else 0) for turn, of in zip(rotates, kinds, strict=True)
-    )
+    windows = [(window or 0) if layer == "sliding_attention" else 0 for layer in kinds]
+    return tuple(zip(map(bool, rotates), windows, strict=True))

@@ -65,11 +65,7 @@ class NativeHeads:
             np.ascontiguousarray(tokens.numpy(), dtype=np.int32),
             count,
         )
-        return (
-            torch.from_numpy(log_p),
-            torch.from_numpy(ids).long(),
-            HeadsState(state.base, torch.from_numpy(nodes)),
-        )
+        return torch.from_numpy(log_p), torch.from_numpy(ids).long(), HeadsState(state.base, torch.from_numpy(nodes))
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@
 
 A file that is damaged or of something else is measured anew; where none can be written, nothing is kept.
 
-Other work on the machine makes passes slower, never faster. Three rules follow. A time is the lower quartile of its
-turns. What was measured while others took more than a tenth of the machine is used and not kept. And what is kept is
-measured anew where one pass now is much faster than it says: so times from bad company do not outlive it.
+Other work on the machine makes passes and drafts slower, never faster. Three rules follow. A time is the lower quartile
+of many. What was measured while others took more than a tenth of the machine is used and not kept. And what is kept is
+measured anew where a pass or a draft is much faster now than it says: so times from bad company do not outlive it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ CONTEXT = 200
 QUICK_SIZES = (1, 2, 4, 8, 12, 16, 24, 32)
 QUICK_CONTEXT = 64
 QUICK_SECONDS = 1.5
-# What a longer text adds is told by two sizes after a longer text, where that is read in a moment. Where it is not, the
-# model is large and its weights take the time.
+# What a longer text adds is measured by two sizes after one, where that is read in a moment. Where it is not, the model
+# is large and its weights take the time.
 FAR_CONTEXT = 1024
 FAR_SIZE = 16  # the larger of the two sizes, at most; the other is 1
 FAR_SECONDS = 0.75  # to read the text, and again to measure
 BUSY = 0.1  # share of all cores that others may take
-REFUTED = 1.5  # how much longer than a pass now a kept time may be
+REFUTED = 1.5  # how much longer than it takes now a kept time may be
 FORMAT = 2  # raise it when what is measured changes
 
 
@@ -86,21 +86,21 @@ def profile(
     repeats: int = 15,
     seconds: float = math.inf,
     draft: Callable[[Tensor], object] | None = None,
-    slot: int = 0,
 ) -> Profile:
-    """Measures passes over binary trees; the sizes take turns, so that a drift of the machine hits all alike.
+    """Measures passes over binary trees in slot 0; the sizes take turns, so that a drift of the machine hits all alike.
 
     Args:
         sizes: rising numbers of tokens.
         seconds: about how long it may take: past that, sizes after the fourth are left out, and repeats after the
             second.
-        draft: takes features [F*H] and drafts, to be measured beside the passes.
+        draft: takes features [F*H] and drafts. It is measured after each pass, which is where drafts are made: their
+            weights have left the processor's caches by then.
 
     Raises:
         UsageError: the slot is in use, or the context has no room.
     """
-    if backend.length(slot):
-        raise UsageError(f"slot {slot} is in use: finish what is being decoded there first")
+    if backend.length(0):
+        raise UsageError("slot 0 is in use: finish what is being decoded there first")
     deepest = max(sizes).bit_length()
     if context + deepest > backend.max_length:
         raise UsageError(f"a profile needs {context + deepest} positions, but a slot holds {backend.max_length}")
@@ -111,11 +111,11 @@ def profile(
     native = backend if isinstance(backend, NativeBackend) else None
     end = time.perf_counter() + seconds
     try:
-        _, features = backend.extend(slot, [(7 * i + 3) % backend.vocab_size for i in range(context)])
+        _, features = backend.extend(0, [(7 * i + 3) % backend.vocab_size for i in range(context)])
         for size in sizes:  # warm-up
             if len(times) >= 4 and time.perf_counter() > end:
                 break
-            backend.verify([slot], [trees[size]])
+            backend.verify([0], [trees[size]])
             times[size] = []
         if draft is not None:
             draft(features)
@@ -124,17 +124,17 @@ def profile(
                 break
             for size in times:
                 started = time.perf_counter()
-                logits, _ = backend.verify([slot], [trees[size]])
+                logits, _ = backend.verify([0], [trees[size]])
                 float(logits[0, 0, 0])  # a device other than the CPU may still be at it
                 times[size].append(time.perf_counter() - started)
-            if draft is not None:
-                started = time.perf_counter()
-                draft(features)
-                drafting.append(time.perf_counter() - started)
+                if draft is not None:
+                    started = time.perf_counter()
+                    draft(features)
+                    drafting.append(time.perf_counter() - started)
             if native is not None and seconds == math.inf and turn % 5 == 0:
                 limits.append(_bandwidth(native))
     finally:
-        backend.release(slot)
+        backend.release(0)
     return Profile(
         context=context,
         seconds={size: _lower_quartile(taken) for size, taken in times.items()},
@@ -161,7 +161,7 @@ def measured_profile(
     """The profile kept in the cache, or a quick one of about 3 seconds, which is then kept if the machine was quiet.
 
     Args:
-        facts: what the times depend on and the backend does not tell: dtype, device, threads, heads and the like.
+        facts: what the times depend on and the backend does not say: dtype, device, threads, heads and the like.
         draft: see `profile`.
         refresh: measure, whatever is kept.
         progress: say on stderr that it is being measured.
@@ -175,62 +175,60 @@ def measured_profile(
     context = min(QUICK_CONTEXT, backend.max_length - max(QUICK_SIZES).bit_length())
     if context < 1 or backend.length(0):
         return kept
-    if kept is not None and not _refuted(kept, backend):
+    if kept is not None and not _refuted(kept, backend, draft):
         return kept
     if progress:
         print("measuring this machine once ...", file=sys.stderr, flush=True)
-    others = _Others()
-    found = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
-    found = _with_far(found, backend)
-    if others.share() <= BUSY:
-        _write(path, key, found)
+    before = _processor_times()
+    measured = profile(backend, sizes=QUICK_SIZES, context=context, seconds=QUICK_SECONDS, draft=draft)
+    measured = _with_far(measured, backend)
+    if _share_of_others(before) <= BUSY:
+        _write(path, key, measured)
     elif progress:
         print("other programs kept it busy: it will be measured again next time", file=sys.stderr, flush=True)
-    return found
+    return measured
 
 
-def _with_far(found: Profile, backend: Backend) -> Profile:
+def _with_far(near: Profile, backend: Backend) -> Profile:
     """The profile and two sizes after a longer text, if there is room and time for one."""
-    largest = max(found.seconds)
-    readable = int(FAR_SECONDS * largest / found.seconds[largest])  # tokens of a prompt take no longer than these
-    few, many = 1, max(size for size in found.seconds if size <= FAR_SIZE)
+    largest = max(near.seconds)
+    readable = int(FAR_SECONDS * largest / near.seconds[largest])  # tokens of a prompt take no longer than these
+    few, many = 1, max(size for size in near.seconds if size <= FAR_SIZE)
     context = min(FAR_CONTEXT, readable, backend.max_length - many.bit_length())
     if context < 4 * QUICK_CONTEXT or few == many:  # what so few positions add is lost in the noise
-        return found
+        return near
     far = profile(backend, sizes=(few, many), context=context, seconds=FAR_SECONDS)
-    return replace(found, far=far.seconds, far_context=far.context)
+    return replace(near, far=far.seconds, far_context=far.context)
 
 
-def _refuted(kept: Profile, backend: Backend) -> bool:
-    """Whether a pass over one token is so much faster now that others must have been at work when it was measured."""
-    now = profile(backend, sizes=(1,), context=min(8, kept.context), repeats=2)
-    return REFUTED * now.seconds[1] < kept.seconds[1]
+def _refuted(kept: Profile, backend: Backend, draft: Callable[[Tensor], object] | None) -> bool:
+    """Whether a pass over one token, or a draft, is so much faster now that others must have been at work when it was
+    measured."""
+    now = profile(backend, sizes=(1,), context=min(8, kept.context), repeats=2, draft=draft)
+    slow = REFUTED * now.seconds[1] < kept.seconds[1]
+    if now.draft_seconds is not None and kept.draft_seconds is not None:
+        slow = slow or REFUTED * now.draft_seconds < kept.draft_seconds
+    return slow
 
 
-class _Others:
-    """How much of all cores other programs take, from when this is made."""
+def _share_of_others(before: tuple[float, float]) -> float:
+    """How much of all cores other programs have taken since `before`; 0 where the system does not say."""
+    every, others = (now - then for now, then in zip(_processor_times(), before, strict=True))
+    return others / every if every > 0 else 0.0
 
-    def __init__(self) -> None:
-        self._start = self._times()
 
-    def share(self) -> float:
-        """0 where the system does not say."""
-        all_cores, others = (after - before for after, before in zip(self._times(), self._start, strict=True))
-        return others / all_cores if all_cores > 0 else 0.0
+def _processor_times() -> tuple[float, float]:
+    """Seconds of all cores together, and those of them that others took (a host of this machine, too)."""
+    import psutil
 
-    @staticmethod
-    def _times() -> tuple[float, float]:
-        """Seconds of all cores together, and those of them that others took (a host of this machine, too)."""
-        import psutil
-
-        try:
-            every, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        except (OSError, psutil.Error):
-            return 0.0, 0.0
-        # Guests are counted as users already.
-        times = {name: taken for name, taken in every._asdict().items() if not name.startswith("guest")}
-        total = sum(times.values())
-        return total, total - times["idle"] - times.get("iowait", 0.0) - own.user - own.system
+    try:
+        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    except (OSError, psutil.Error):
+        return 0.0, 0.0
+    # Guests are counted as users already.
+    times = {name: taken for name, taken in every._asdict().items() if not name.startswith("guest")}
+    total = sum(times.values())
+    return total, total - times["idle"] - times.get("iowait", 0.0) - own.user - own.system
 
 
 def profiles_dir() -> Path:
@@ -256,8 +254,8 @@ def _key_facts(backend: Backend, facts: Mapping[str, object]) -> dict[str, Any]:
         "vocabulary": backend.vocab_size,
         "versions": [medusa.__version__, torch.__version__, engine],
     }
-    known: dict[str, Any] = json.loads(_canonical(key))
-    return known
+    as_json: dict[str, Any] = json.loads(_canonical(key))
+    return as_json
 
 
 def _canonical(key: Mapping[str, object]) -> str:
@@ -282,38 +280,29 @@ def _read(path: Path, key: Mapping[str, Any], *, drafting: bool) -> Profile | No
     """The profile kept in `path`; None where it is missing, damaged, of something else, or lacks the drafting."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {int(size): float(taken) for size, taken in data["seconds"].items()}
-        draft = data["draft_seconds"]
-        draft_seconds = None if draft is None else float(draft)
-        context, far_context = int(data["context"]), int(data["far_context"])
-        far = {int(size): float(taken) for size, taken in data["far"].items()}
         ours = data["key"] == key
+        draft = None if data["draft_seconds"] is None else float(data["draft_seconds"])
+        seconds, far = ({int(n): float(taken) for n, taken in data[name].items()} for name in ("seconds", "far"))
+        context, far_context = int(data["context"]), int(data["far_context"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    times = [*seconds.values(), *far.values(), *([] if draft_seconds is None else [draft_seconds])]
-    if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1:
+    if not ours or len(seconds) < 2 or 1 not in seconds or min(seconds) < 1 or (drafting and draft is None):
         return None
-    if not all(math.isfinite(taken) and taken > 0 for taken in times) or (drafting and draft_seconds is None):
+    times = [*seconds.values(), *far.values(), *([] if draft is None else [draft])]
+    if not all(math.isfinite(taken) and taken > 0 for taken in times):
         return None
     if far and (len(far) != 2 or not far.keys() <= seconds.keys() or far_context <= context):
         return None
-    return Profile(context, seconds, None, None, draft_seconds, far, far_context)
+    return Profile(context, seconds, None, None, draft, far, far_context)
 
 
-def _write(path: Path, key: Mapping[str, Any], found: Profile) -> None:
+def _write(path: Path, key: Mapping[str, Any], measured: Profile) -> None:
     """Whole or not at all; a cache that cannot be written keeps nothing."""
-    data = {
-        "key": key,
-        "context": found.context,
-        "seconds": {str(size): taken for size, taken in found.seconds.items()},
-        "draft_seconds": found.draft_seconds,
-        "far_context": found.far_context,
-        "far": {str(size): taken for size, taken in found.far.items()},
-    }
+    data = {name: getattr(measured, name) for name in ("context", "seconds", "draft_seconds", "far_context", "far")}
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path, shared=True) as scratch:
-            scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            scratch.write_text(json.dumps({"key": key, **data}, indent=1) + "\n", encoding="utf-8")
 
 
 def _bandwidth(backend: NativeBackend) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medusa.engines.compiled_layers import compile_layers
 from medusa.engines.kv_cache import Cursor, DeviceCursor, SlotCache
-from medusa.engines.masks import MaskMaker
+from medusa.engines.masks import MaskMaker, Masks
 from medusa.engines.protocol import (
     DEFAULT_MAX_LENGTH,
     MAX_NODES,
@@ -44,19 +44,8 @@ if TYPE_CHECKING:
 PREFILL_CHUNK = 512
 BUCKET = 64  # attention runs over the used length, rounded up to this
 COMPILED_NODES = 4  # compiled trees have a multiple of this many nodes
-SLACK = MAX_NODES  # places beyond max_length for the nodes of a tree
 
-_RECURRENT = (
-    "mamba",
-    "rwkv",
-    "jamba",
-    "recurrent_gemma",
-    "falcon_h1",
-    "xlstm",
-    "bamba",
-    "zamba",
-    "granitemoehybrid",
-)
+_RECURRENT = ("mamba", "rwkv", "jamba", "recurrent_gemma", "falcon_h1", "xlstm", "bamba", "zamba", "granitemoehybrid")
 _ALIBI = ("bloom", "mpt")
 
 
@@ -79,7 +68,7 @@ class TransformersBackend:
     """
 
     name = "transformers"
-    max_nodes = SLACK
+    max_nodes = MAX_NODES
     same_bits = False  # the width of a pass changes how sums are rounded
 
     def __init__(
@@ -104,25 +93,25 @@ class TransformersBackend:
         self.max_length = check_max_length(max_length, _context(config))
         check_feature_layers(feature_layers, self.num_layers)
         self.feature_layers = tuple(feature_layers)
-        self._masks = MaskMaker(config, model.dtype)
+        self.masks = MaskMaker(config, model.dtype)
         self._lm_head = lm_head
         self._embedding: Tensor = cast(Tensor, model.get_input_embeddings().weight)
-        self._device = self._embedding.device
-        self._cache = SlotCache(self.num_layers, num_slots, self.max_length + SLACK)
+        self.device: torch.device = self._embedding.device
+        self.cache = SlotCache(self.num_layers, num_slots, self.max_length + MAX_NODES)  # the nodes of a tree
         self._lengths = [0] * num_slots
         if getattr(config, "_attn_implementation", "") not in ("sdpa", "eager"):
             try:  # flash and flex attention take no custom mask
                 model.set_attn_implementation("sdpa")
             except ValueError:  # soft-capping, for one
                 model.set_attn_implementation("eager")
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             use_grouped_attention(model)
-        self._compiled = compile
+        self.compiled = compile
         self.padding = COMPILED_NODES if compile else 1
         if self_check:
             check_tree_attention(self)
         if compile:
-            compile_layers(model, self._cache)
+            compile_layers(model, self.cache)
 
     # --- the protocol -------------------------------------------------------------------------------------------
 
@@ -150,7 +139,7 @@ class TransformersBackend:
         size = max(len(draft.tokens) for draft in drafts)
         if size > self.max_nodes:
             raise UsageError(f"a draft may have at most {self.max_nodes} nodes, not {size}")
-        if self._compiled and size > 1:  # few shapes, so few graphs: nodes in excess see only themselves
+        if self.compiled and size > 1:  # few shapes, so few graphs: nodes in excess see only themselves
             size = -(-size // COMPILED_NODES) * COMPILED_NODES
         tokens = torch.zeros(len(drafts), size, dtype=torch.int64)
         depths = np.zeros((len(drafts), size), dtype=np.int64)
@@ -167,7 +156,7 @@ class TransformersBackend:
     @torch.inference_mode()
     def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         for slot, path in zip(slots, paths, strict=True):
-            self._cache.keep(slot, self._lengths[slot], path)
+            self.cache.keep(slot, self._lengths[slot], path)
             self._lengths[slot] += len(path)
 
     @torch.inference_mode()
@@ -179,7 +168,7 @@ class TransformersBackend:
         if not 0 <= length <= held:
             raise UsageError(f"slot {source} holds {held} tokens: {length} of them cannot be copied")
         if source != target:
-            self._cache.copy(source, target, length)
+            self.cache.copy(source, target, length)
         self._lengths[target] = length
 
     def release(self, slot: int) -> None:
@@ -200,56 +189,35 @@ class TransformersBackend:
     # --- a pass that waits for nothing: see `device/step.py` ------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        return self._device
-
-    @property
     def on_gpu(self) -> bool:
         """Whether all of the model is on one CUDA device."""
-        return self._device.type == "cuda" and {p.device for p in self.model.parameters()} == {self._device}
-
-    @property
-    def slides(self) -> bool:
-        """Whether any layer sees a window alone."""
-        return self._masks.window is not None
-
-    @property
-    def compiled(self) -> bool:
-        return self._compiled
+        return self.device.type == "cuda" and {p.device for p in self.model.parameters()} == {self.device}
 
     @property
     def capacity(self) -> int:
         """Places of each slot now. When it changes the cache has moved, and what was captured before is void."""
-        return self._cache.capacity
+        return self.cache.capacity
 
     def reserve(self, places: int) -> None:
         """Makes room for so many places in every slot, and puts the caches of all layers into one piece."""
-        self._cache.reserve(places)
-        self._cache.stack()
-
-    def make_room(self, places: int) -> None:
-        """The same, and leaves the caches of layers where they are: to put them together takes twice the memory."""
-        self._cache.reserve(places)
+        self.cache.reserve(places)
+        self.cache.stack()
 
     def resize(self, num_slots: int) -> None:
         """Empties all slots and gives their memory back; from now on there are `num_slots`."""
         check_slots(num_slots)
         self.num_slots, self._lengths = num_slots, [0] * num_slots
-        self._cache.clear(num_slots)
+        self.cache.clear(num_slots)
 
     def set_length(self, slot: int, length: int) -> None:
         """What the device has kept of a slot."""
         self._lengths[slot] = length
 
-    def device_masks(self, lengths: Tensor, depths: Tensor, ancestors: Tensor, used: int) -> Tensor | dict[str, Tensor]:
-        """Masks for B trees of one shape after texts of `lengths` [B]: depths [B, N], ancestors [N, N]."""
-        return self._masks.make_on_device(lengths, depths, ancestors, used)
-
     def device_pass(
-        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], cursor: DeviceCursor
+        self, tokens: Tensor, positions: Tensor, masks: Masks, cursor: DeviceCursor
     ) -> tuple[Tensor, Tensor]:
-        """Logits [B, N, V] and features [B, N, F*H] of tokens [B, N]. `reserve` must have been called."""
-        self._cache.cursor = cursor
+        """Logits [B, N, V] and features [B, N, F*H] of tokens [B, N], to whose places the cache must have grown."""
+        self.cache.cursor = cursor
         return self._call(tokens, positions, masks)
 
     @torch.inference_mode()
@@ -259,15 +227,6 @@ class TransformersBackend:
         with capture_input(self._lm_head, slice(1)) as captured:
             out = self.model(input_ids=tokens, use_cache=False, output_hidden_states=bool(self.feature_layers))
         return [*(out.hidden_states[i] for i in self.feature_layers), captured[0]]
-
-    def device_keep(self, lengths: Tensor, paths: Tensor) -> None:
-        """Moves the rows of the nodes in paths [B, D] to the places after `lengths` [B]. What is past the end of a path
-        is moved too and lies past the new length."""
-        self._cache.device_keep(lengths, paths)
-
-    def fill_with_noise(self, slots: int, places: int) -> None:
-        """Random keys and values in the first slots: to time a pass with, as zeros may be quicker."""
-        self._cache.fill_with_noise(slots, places)
 
     # --- one forward pass -----------------------------------------------------------------------------------------
 
@@ -284,36 +243,33 @@ class TransformersBackend:
         lengths = [self._lengths[slot] for slot in slots]
         count = tokens.shape[1]
         needed = max(lengths) + count
-        self._cache.reserve(needed)
-        static = self._compiled and not extends
+        self.cache.reserve(needed)
+        static = self.compiled and not extends
         bucket = 1 << max(8, (needed - 1).bit_length()) if static else -(-needed // BUCKET) * BUCKET
-        used = min(bucket, self._cache.capacity)
-        self._cache.cursor = Cursor(slots, lengths, count, used, static=static)
+        used = min(bucket, self.cache.capacity)
+        self.cache.cursor = Cursor(slots, lengths, count, used, static=static)
         positions = torch.from_numpy(np.asarray(lengths)[:, None] + depths)
-        masks = self._masks.make(lengths, depths, visible, used, self._device)
+        masks = self.masks.make(lengths, depths, visible, used, self.device)
         logits = slice(-1, None) if extends else None
-        return self._call(tokens.to(self._device), positions.to(self._device), masks, logits)
+        return self._call(tokens.to(self.device), positions.to(self.device), masks, logits)
 
     def _call(
-        self, tokens: Tensor, positions: Tensor, masks: Tensor | dict[str, Tensor], logits: slice | None = None
+        self, tokens: Tensor, positions: Tensor, masks: Masks, logits: slice | None = None
     ) -> tuple[Tensor, Tensor]:
         with capture_input(self._lm_head, logits) as captured:
             out = self.model(
                 input_ids=tokens,
                 attention_mask=masks,
                 position_ids=positions,
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 output_hidden_states=bool(self.feature_layers),
             )
-        return out.logits, self._features(out, captured[0])
-
-    def _features(self, out: Any, final: Tensor) -> Tensor:
-        """Features [B, N, F*H] of a pass: the hidden states that heads read, in front of the LM head's input."""
+        final = captured[0]
         if not self.feature_layers:
-            return final
+            return out.logits, final
         middle = [out.hidden_states[i].to(final.device) for i in self.feature_layers]
-        return torch.cat([*middle, final], dim=-1)
+        return out.logits, torch.cat([*middle, final], dim=-1)
 
 
 def accepts_logits_to_keep(model: PreTrainedModel) -> bool:
@@ -367,23 +323,17 @@ def _refuse_unsupported(model: PreTrainedModel, config: Any) -> None:
 
 
 def check_tree_attention(backend: TransformersBackend) -> None:
-    """The self-check: a tree in one pass against its paths alone.
-
-    Raises:
-        SelfCheckError: they differ, or the model fails in whatever way (but for want of memory): it is not decoded.
-    """
+    """The self-check: a tree in one pass against its paths alone. Raises SelfCheckError: they differ, or the model
+    fails in whatever way (but for want of memory): it is not decoded."""
     try:
         _compare_paths(backend)
     except (MedusaError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # each model has its own way to fail on masks, positions or a cache that it does not know
+    except Exception as error:  # each model fails in its own way on masks, positions or a cache that it does not know
         if "allocate memory" in str(error):  # torch has no type of its own for this on the CPU
             raise
-        said = shortened(error, 120) or type(error).__name__
-        name = type(backend.model).__name__
-        raise SelfCheckError(f"{name} cannot verify a tree: its self-check failed ({said})") from error
+        name, reason = type(backend.model).__name__, shortened(error, 120) or type(error).__name__
+        raise SelfCheckError(f"{name} cannot verify a tree: its self-check failed ({reason})") from error
 
 
 def _compare_paths(backend: TransformersBackend) -> None:
@@ -393,11 +343,8 @@ def _compare_paths(backend: TransformersBackend) -> None:
     vocab = backend.vocab_size
     prompt = [(7 * i + 3) % vocab for i in range(6)]
     draft = PlainTree(tuple((11 * i + 5) % vocab for i in range(6)), (-1, 0, 0, 1, 1, 4))
-    limit, backend.max_length = (
-        backend.max_length,
-        len(prompt) + len(draft.tokens),
-    )  # the probe is longer than some limits
-    worst = 0.0
+    limit, worst = backend.max_length, 0.0
+    backend.max_length = len(prompt) + len(draft.tokens)  # longer than some limits
     with _narrow_window(backend):
         try:
             backend.release(0)
@@ -406,14 +353,14 @@ def _compare_paths(backend: TransformersBackend) -> None:
         finally:
             backend.max_length = limit
         for path in ((0, 2), (0, 1, 3), (0, 1, 4, 5)):
-            ids = torch.tensor([[*prompt, *(draft.tokens[i] for i in path)]], device=backend._device)
+            ids = torch.tensor([[*prompt, *(draft.tokens[i] for i in path)]], device=backend.device)
             with torch.inference_mode():
                 alone = backend.model(input_ids=ids, use_cache=False).logits[0, len(prompt) :].float()
             tree = logits[0, list(path)].float().to(alone.device)
             worst = max(worst, float((tree - alone).abs().max() / alone.std().clamp_min(1e-6)))
     backend.release(0)
     if not worst < (1e-2 if backend.model.dtype == torch.float32 else 0.5):
-        windows = " or the sliding_window of its configuration" if backend._masks.window else ""
+        windows = " or the sliding_window of its configuration" if backend.masks.window else ""
         raise SelfCheckError(
             f"{type(backend.model).__name__} does not honour tree attention{windows} (logits differ by {worst:.2g} "
             "standard deviations): it cannot be decoded losslessly with Medusa"
@@ -424,7 +371,7 @@ def _compare_paths(backend: TransformersBackend) -> None:
 def _narrow_window(backend: TransformersBackend) -> Iterator[None]:
     """Windows of 4 positions, for us and for the model, where there are any. A model whose class takes no note of the
     setting then differs: what transformers writes with such a one depends on its cache, so there is no right text."""
-    masks, config = backend._masks, backend.model.config.get_text_config()
+    masks, config = backend.masks, backend.model.config.get_text_config()
     window = masks.window
     if not window:
         yield

@@ -12,6 +12,7 @@ from medusa.errors import MedusaError, UsageError
 from medusa.settings import HeadsKind, HeadsShape, check, setting
 
 KINDS = get_args(HeadsKind)
+_INSTEAD = "use heads trained for this model, or --heads none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +49,8 @@ class HeadsConfig(HeadsShape):
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeadsConfig:
-        known = {f.name for f in fields(cls)}
         values = {key: value for key, value in data.items() if key != "format"}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(values.keys() - {f.name for f in fields(cls)}):
             raise UsageError(f"heads: unknown settings {', '.join(unknown)}")
         values["feature_layers"] = tuple(values.get("feature_layers", ()))
         values["tree"] = tuple((tuple(path), float(f)) for path, f in values.get("tree", ()))
@@ -66,22 +66,17 @@ def vocabulary_hash(vocabulary: Mapping[str, int]) -> str:
 def check_vocabulary(config: HeadsConfig, vocab_hash: str) -> None:
     """Raises MedusaError where both hashes are known and differ: the heads belong to another tokenizer."""
     if vocab_hash and config.vocab_hash and vocab_hash != config.vocab_hash:
-        raise MedusaError(
-            f"these heads were trained for {config.base_model or 'another model'}, whose tokenizer is another: "
-            "use heads trained for this model, or --heads none"
-        )
+        model = config.base_model or "another model"
+        raise MedusaError(f"these heads were trained for {model}, whose tokenizer is another: {_INSTEAD}")
 
 
 def check_shape(config: HeadsConfig, vocab_size: int, hidden_size: int, num_layers: int | None = None) -> None:
     """Raises MedusaError where the heads belong to a model of another shape."""
-    expected, found = (config.vocab_size, config.hidden_size), (vocab_size, hidden_size)
-    if expected != found:
+    expected, actual = (config.vocab_size, config.hidden_size), (vocab_size, hidden_size)
+    if expected != actual:
         raise MedusaError(
-            "these heads belong to a model with vocabulary and hidden size "
-            f"{expected}, not {found}: use heads trained for this model, or --heads none"
+            f"these heads belong to a model with vocabulary and hidden size {expected}, not {actual}: {_INSTEAD}"
         )
     if num_layers is not None and any(i >= num_layers for i in config.feature_layers):
-        raise MedusaError(
-            f"these heads read layer {max(config.feature_layers)}, but the model has {num_layers}: "
-            "use heads trained for this model, or --heads none"
-        )
+        layer = max(config.feature_layers)
+        raise MedusaError(f"these heads read layer {layer}, but the model has {num_layers}: {_INSTEAD}")

@@ -22,16 +22,15 @@ FORMAT = 1
 
 
 def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all.
-
-    Heads that are there already are replaced, with all that lies beside them.
+    """Writes `config.json` and `heads.safetensors`; the directory appears whole or not at all. Heads that are there
+    already are replaced, with all that lies beside them.
 
     Raises:
         UsageError: `directory` holds something else, which replacing it would delete.
     """
     directory = Path(directory)
-    exists = directory.exists()
-    if exists and not (directory / WEIGHTS_FILE).is_file() and (directory.is_file() or any(directory.iterdir())):
+    foreign = directory.exists() and not (directory / WEIGHTS_FILE).is_file()
+    if foreign and (directory.is_file() or any(directory.iterdir())):
         raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
     with swapped_in(directory) as new:
         tensors = {
@@ -46,7 +45,7 @@ def write_config(config: HeadsConfig, directory: Path) -> None:
     """Writes `config.json`, whole or not at all."""
     text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
     # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
-    text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda found: "".join(found.group().split()).replace(",", ", "), text)
+    text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda numbers: "".join(numbers.group().split()).replace(",", ", "), text)
     text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
     with replacing(directory / CONFIG_FILE) as scratch:
         scratch.write_text(text + "\n", encoding="utf-8")
@@ -95,29 +94,23 @@ def load_heads(
         raise MedusaError(f"no heads in {directory}: {WEIGHTS_FILE} is missing") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise MedusaError(f"{path} is truncated or not a safetensors file: {error}") from None
+    draft_ids = tensors.get("draft_ids") if config.draft_vocab else None
     if config.draft_vocab:
-        ids = tensors.get("draft_ids")
-        if ids is None or ids.shape != (config.draft_vocab,):
+        if draft_ids is None or draft_ids.shape != (config.draft_vocab,):
             raise MedusaError(f"{path} lacks the draft vocabulary of {config.draft_vocab} tokens that its config names")
-        if ids.min() < 0 or ids.max() >= config.vocab_size:
+        if draft_ids.min() < 0 or draft_ids.max() >= config.vocab_size:
             raise MedusaError(f"{path} has draft tokens outside the vocabulary of {config.vocab_size}")
-        draft_ids = ids
-    else:
-        draft_ids = None
     heads = Heads(config, base, draft_ids)
     expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        name = wrong[0]
+    stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != stored:
+        name = min(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         raise MedusaError(
             f"{path} does not match its config ({config.num_heads} heads, kind {config.kind}): {name} is "
-            f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+            f"{stored.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
         )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MedusaError(f"{path} has a weight that is not a finite number in {name}: train the heads again")
     heads.load_state_dict(tensors)
-    for parameter in heads.parameters():
-        parameter.requires_grad_(False)
-    return heads.to(base.embedding.device, dtype).eval()
+    return heads.to(base.embedding.device, dtype).eval().requires_grad_(False)

@@ -117,37 +117,26 @@ class Heads(nn.Module):
         check_shape(config, *base.embedding.shape)
         if (draft_ids is None) != (config.draft_vocab == 0):
             raise UsageError("heads: draft_ids are needed exactly when draft_vocab is not 0")
-        if draft_ids is not None:
-            self.register_buffer("draft_ids", draft_ids.to(torch.int64))
-        else:
-            self.draft_ids = None
+        self.register_buffer("draft_ids", None if draft_ids is None else draft_ids.to(torch.int64))
         if config.feature_layers:
             self.project = nn.Linear(config.feature_size, size, bias=False)
-            with torch.no_grad():
-                self.project.weight.zero_()
-                self.project.weight[:, -size:] = torch.eye(size)
+            nn.init.zeros_(self.project.weight)
+            nn.init.eye_(self.project.weight.detach()[:, -size:])
         if config.kind == "recurrent":
             self.block = Block(3 * size, size, config.mlp_width)
         else:
-            self.blocks = nn.ModuleList(
-                nn.ModuleList(  # the layers of head k
-                    Block(
-                        size * (1 + (k if config.kind == "sequential" and layer == 0 else 0)),
-                        size,
-                        config.mlp_width,
-                    )
-                    for layer in range(config.num_layers)
-                )
-                for k in range(1, config.num_heads + 1)
-            )
+            self.blocks = nn.ModuleList()
+            for k in range(1, config.num_heads + 1):
+                first = size * (1 + k) if config.kind == "sequential" else size
+                sizes = [first, *[size] * (config.num_layers - 1)]
+                self.blocks.append(nn.ModuleList(Block(in_size, size, config.mlp_width) for in_size in sizes))
         rows = base.lm_head if draft_ids is None else base.lm_head[draft_ids.to(base.lm_head.device)]
         self.register_buffer("embedding", base.embedding.detach(), persistent=False)
         if config.tie_lm_head:
             self.register_buffer("lm_head", rows.detach(), persistent=False)
         else:
-            self.lm_heads = nn.ParameterList(
-                nn.Parameter(rows.detach().clone().float()) for _ in range(config.num_heads)
-            )
+            own = [nn.Parameter(rows.detach().clone().float()) for _ in range(config.num_heads)]
+            self.lm_heads = nn.ParameterList(own)
 
     def begin(self, features: Tensor) -> HeadsState:
         """features [B, F*H] of the last accepted token -> the state from which level 1 is drafted."""

@@ -32,6 +32,14 @@ _NUMBERS = {
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
+# Nobody reads these: with these values they change nothing.
+_NEUTRAL = {
+    "attention.causal": True, "expert_count": 0, "expert_used_count": 0, "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0, "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+}  # fmt: skip
+# transformers' name of an architecture, where it is another one.
+_FAMILIES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"}
 # Of the tokenizer: taken over by transformers, or of no effect on a text. Others are in `_check_tokenizer`.
 _TOKENIZER = {
     "model", "pre", "tokens", "scores", "token_type", "merges", "token_type_count", "precompiled_charsmap",
@@ -66,11 +74,8 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks all but the weights.
-
-    Raises:
-        MedusaError: the file is damaged, one of several, no language model, or holds what would be left out.
-    """
+    """Reads and checks all but the weights. Raises MedusaError: the file is damaged, one of several, no language model,
+    or holds what would be left out."""
     from gguf import GGUFReader
 
     try:
@@ -83,22 +88,17 @@ def read_header(path: Path) -> Header:
     header = Header(path, metadata, tuple(tensors), frequencies)
     if not isinstance(metadata.get("general.architecture"), str):
         raise MedusaError(f"{path} is damaged or cut short (it does not say its architecture): get the file again")
-    _check_kind(header)
-    _check_keys(header)
-    _check_tokenizer(header)
-    return header
-
-
-def _check_kind(header: Header) -> None:
-    metadata = header.metadata
     kind = metadata.get("general.type", "model")
     if kind != "model":
         raise header.refuse(f"it is of the type {kind}, not a model")
     if (parts := metadata.get("split.count", 0)) > 1:
         raise MedusaError(
-            f"{header.path} is one of {parts} parts of a model: join them first "
+            f"{path} is one of {parts} parts of a model: join them first "
             "(llama-gguf-split --merge FIRST-PART WHOLE-FILE) and name the whole file"
         )
+    _check_keys(header)
+    _check_tokenizer(header)
+    return header
 
 
 def _check_keys(header: Header) -> None:
@@ -108,8 +108,7 @@ def _check_keys(header: Header) -> None:
 
     arch = header.architecture
     configs: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
-    mapping: dict[str, Any] = configs.get(_family(arch), {})
-    if not mapping:
+    if not (mapping := configs.get(_FAMILIES.get(arch, arch))):
         raise header.refuse(f"transformers does not read the architecture {arch}")
     read = {key for key, name in mapping.items() if name is not None and name != -1}
     for key in sorted(read | _NUMBERS):
@@ -122,33 +121,16 @@ def _check_keys(header: Header) -> None:
         elif not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
             raise header.refuse(f"{arch}.{key} is {shortened(value, 40)}, not a number from 0")
     known = read | _NUMBERS | {"rope.scaling.type", "rope.scaling.finetuned"}
-    neutral = {
-        "attention.causal": (True,),
-        "expert_count": (0,),
-        "expert_used_count": (0,),
-        "attention.clamp_kqv": (0.0,),
-        "attention.max_alibi_bias": (0.0,),
-        "rope.scaling.attn_factor": (1.0,),
-        "rope.scaling.yarn_attn_factor": (1.0,),
-        "rope.scaling.yarn_ext_factor": (1.0,),
-    }
     others = {*MODEL_ARCH_NAMES.values(), "adapter", "clip"} - {arch}
     for name, value in header.metadata.items():
         space, _, key = name.partition(".")
         if space in others:
             raise header.refuse(f"it holds {name}, which belongs to something else than {arch}")
-        if space != arch or key in known or value in neutral.get(key, ()):
+        if space != arch or key in known or _NEUTRAL.get(key) == value:
             continue
         if key == "attention.sliding_window" and (value == 0 or value >= header.get("context_length", 0)):
             continue  # as wide as the context: no window
         raise header.refuse(f"it holds {name} = {shortened(value, 40)}, which would be left out")
-
-
-def _family(arch: str) -> str:
-    """transformers' name of an architecture."""
-    return {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2"}.get(
-        arch, arch
-    )
 
 
 def _check_tokenizer(header: Header) -> None:
@@ -168,7 +150,7 @@ def _check_tokenizer(header: Header) -> None:
                 raise header.refuse(f"it holds {name}, which would be left out")
         elif not 0 <= value < len(tokens):
             raise header.refuse(f"{name} is {value}, but there are {len(tokens)} tokens")
-    # What transformers does for each kind of vocabulary; what it is told otherwise it does not hear.
+    # What transformers does for each kind of vocabulary, whatever the file says.
     space = kind == "llama" and not header.architecture.startswith("gemma")
     for key, does in (("add_space_prefix", space), ("remove_extra_whitespaces", False), ("add_sep_token", False)):
         wanted = metadata.get(f"tokenizer.ggml.{key}")
@@ -295,13 +277,8 @@ def _llama3(header: Header, theta: float, head_dim: int) -> dict[str, Any]:
             middle = 1 / ((1 - smooth) / factor + smooth)
             wanted = np.where(lengths < original / high, 1.0, np.where(lengths > original / low, factor, middle))
             if np.allclose(divisors, wanted, rtol=1e-4):
-                return {
-                    "rope_type": "llama3",
-                    "factor": factor,
-                    "low_freq_factor": low,
-                    "high_freq_factor": high,
-                    "original_max_position_embeddings": original,
-                }
+                factors = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+                return {"rope_type": "llama3", **factors, "original_max_position_embeddings": original}
     if np.all(divisors == 1):
         return {"rope_type": "default"}
     raise header.refuse(f"{ROPE_FREQUENCIES} holds other numbers than those of Llama 3")

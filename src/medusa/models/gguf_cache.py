@@ -66,8 +66,8 @@ def converted(gguf: Path, names: Mapping[str, str], progress: bool) -> Path:
         with _reporting(gguf, progress) as on_step, FileLock(cache_dir() / "models.lock"):
             if _is_complete(final):
                 return final
-            for left in final.parent.glob(".*"):  # by a process that was killed: this one has the lock
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in final.parent.glob(".*"):  # of a process that was killed: this one has the lock
+                shutil.rmtree(leftover, ignore_errors=True)
             with swapped_in(final) as work:
                 with quiet():
                     convert(gguf, work, names.get(sha256, gguf.stem), on_step)

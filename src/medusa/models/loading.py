@@ -18,8 +18,6 @@ from medusa.models import zoo
 from medusa.settings import EngineSettings
 
 if TYPE_CHECKING:
-    import torch
-
     from medusa.engines.protocol import Backend
     from medusa.heads.config import HeadsConfig
     from medusa.heads.module import HeadsRunner
@@ -35,10 +33,7 @@ class LoadedModel:
 
 
 def load_backend(
-    source: zoo.ModelSource,
-    settings: EngineSettings,
-    *,
-    meanwhile: Callable[[], object] = lambda: None,
+    source: zoo.ModelSource, settings: EngineSettings, *, meanwhile: Callable[[], object] = lambda: None
 ) -> LoadedModel:
     """Loads a model on the backend that is asked for, or with `auto` on the native engine where that can run it.
 
@@ -57,8 +52,8 @@ def load_backend(
         except UnsupportedError as error:
             refusal = str(error)
             if settings.progress and settings.backend == "auto":
-                told = f"{source.name} runs on transformers, not on the faster native engine: {refusal}"
-                print(told, file=sys.stderr, flush=True)
+                note = f"{source.name} runs on transformers, not on the faster native engine: {refusal}"
+                print(note, file=sys.stderr, flush=True)
     if settings.backend == "native":
         raise MedusaError(f"the native backend cannot run {source.name}: {refusal}")
     reason = "asked for" if refusal is None else f"not native: {refusal}"
@@ -75,7 +70,7 @@ def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
     model = _config(source)
     if hasattr(model, "get_text_config"):
         model = model.get_text_config()
-    vocab_size = getattr(model, "vocab_size", config.vocab_size)  # whatever is not said here, the weights tell
+    vocab_size = getattr(model, "vocab_size", config.vocab_size)  # what is not said here, the weights show
     hidden_size = getattr(model, "hidden_size", config.hidden_size)
     check_shape(config, vocab_size, hidden_size, getattr(model, "num_hidden_layers", None))
 
@@ -87,20 +82,17 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
 
     from medusa.engines.native import NativeBackend
     from medusa.heads import file
-    from medusa.heads.module import Heads
 
-    def read(dtype: torch.dtype) -> Heads:
-        base = loaded.backend.base_weights()
-        return file.load_heads(path, base, num_layers=loaded.backend.num_layers, dtype=dtype)
-
+    base, num_layers = loaded.backend.base_weights(), loaded.backend.num_layers
     if isinstance(loaded.backend, NativeBackend):
         from medusa.engines.native_heads import NativeHeads
 
-        return NativeHeads(loaded.backend, read(torch.bfloat16))
+        heads = file.load_heads(path, base, num_layers=num_layers, dtype=torch.bfloat16)
+        return NativeHeads(loaded.backend, heads)
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
     fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return read(torch.bfloat16 if fast else dtype)
+    return file.load_heads(path, base, num_layers=num_layers, dtype=torch.bfloat16 if fast else dtype)
 
 
 def _native_refusal(settings: EngineSettings) -> str | None:
@@ -122,7 +114,7 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    with _bar(f"Packing {source.name}", settings.progress) as tell, ThreadPoolExecutor(1) as background:
+    with _bar(f"Packing {source.name}", settings.progress) as on_progress, ThreadPoolExecutor(1) as background:
         packing = background.submit(
             NativeBackend,
             native,
@@ -132,7 +124,7 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
             max_length=settings.max_length,
             feature_layers=settings.feature_layers,
             threads=settings.threads,
-            progress=tell,
+            on_progress=on_progress,
         )
         meanwhile()
         backend = packing.result()
@@ -212,18 +204,14 @@ def _eos(directory: Path, of_model: int | Sequence[int] | None) -> tuple[int, ..
 
 
 @contextlib.contextmanager
-def _bar(title: str, progress: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal; nothing elsewhere."""
+def _bar(title: str, progress: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; nothing elsewhere. Yields on_progress(done, total)."""
     if not (progress and sys.stderr.isatty()):
-        yield None
+        yield lambda done, total: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(file=sys.stderr), transient=True) as bar:
         task = bar.add_task(title)
-
-        def tell(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield tell
+        yield lambda done, total: bar.update(task, completed=done, total=total)

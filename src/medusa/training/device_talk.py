@@ -91,7 +91,7 @@ class DeviceRows:
         size, device = backend.num_slots, backend.device
         self._backend, self._device = backend, device
         self._last = backend.max_length - 1  # the last token of a text is never fed
-        backend.make_room(backend.max_length)
+        backend.cache.reserve(backend.max_length)  # not stacked, which takes twice the memory
         self._steps = Captured(device)
         self.tokens = torch.zeros(size, backend.max_length + 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(size, dtype=torch.int64, device=device)  # of the token that is fed next
@@ -172,7 +172,7 @@ class DeviceRows:
         """One token further, in all rows that move."""
         at = self.position[:, None]
         fed = self.tokens.gather(1, at)
-        masks = self._backend.device_masks(self.position, self._straight, self._itself, used)
+        masks = self._backend.masks.make_on_device(self.position, self._straight, self._itself, used)
         logits, _ = self._backend.device_pass(fed, at, masks, DeviceCursor(at, used))
         chosen = choose(logits[:, -1], self.temperature, self.top_p, self.seed, self.position + 1)
         after = at + 1

@@ -62,15 +62,17 @@ def held(stepper: ReferenceStepper) -> dict[int, list[int]]:
     st.integers(1, 4),
     st.integers(1, 4),
     st.sampled_from([0, 7, 30, 1000]),
+    st.booleans(),
+    st.sampled_from([None, 1, 3, 8]),
     st.data(),
 )
 def test_every_text_is_the_one_it_would_be_alone(
-    wanted: list[Request], slots: int, width: int, kept: int, data: st.DataObject
+    wanted: list[Request], slots: int, width: int, kept: int, lend: bool, piece: int | None, data: st.DataObject
 ) -> None:
-    """Whatever slots keep, and while others are cancelled."""
+    """Whatever slots keep and lend, in whatever pieces prompts are read, and while others are cancelled."""
     model = ToyModel(4)
     stepper = toy(slots, UnionDrafter(RandomTreeDrafter(model, seed=1, right=0.6), NgramDrafter()))
-    scheduler = Scheduler(stepper, Slots(stepper.backend, kept), width)
+    scheduler = Scheduler(stepper, Slots(stepper.backend, kept, lend=lend), width, piece)
     tasks = [scheduler.submit(request) for request in wanted]
     started: list[Task] = []
     steps: dict[Task, list[int]] = {task: [] for task in tasks}
@@ -89,7 +91,8 @@ def test_every_text_is_the_one_it_would_be_alone(
         said, reason = alone(request)
         assert steps[task] == task.new_tokens == said[: len(task.new_tokens)]
         assert task in cancelled or (task.new_tokens, task.finish_reason) == (said, reason)
-    assert started == [task for task in tasks if task in started], "first come, first served"
+    if piece is None:
+        assert started == [task for task in tasks if task in started], "first come, first served"
     assert sum(map(len, held(stepper).values())) <= kept
     assert scheduler.slots.free == slots
     scheduler.slots.clear()
@@ -145,6 +148,79 @@ def test_after_an_error_in_a_pass_nothing_runs_and_every_slot_is_empty(monkeypat
     assert scheduler.idle
     assert scheduler.slots.free == 2
     assert held(stepper) == {}
+
+
+def test_a_long_prompt_is_read_in_pieces_between_the_passes_of_others() -> None:
+    stepper = toy(2)
+    scheduler = Scheduler(stepper, piece=5)
+    first = scheduler.submit(Request([1, 2], max_new_tokens=20))
+    scheduler.step()
+    long = scheduler.submit(Request([i % 4 for i in range(17)], max_new_tokens=3))
+    lengths, said = [], []
+    while long.row is None:
+        scheduler.step()
+        lengths.append(len(held(stepper).get(1, ())))
+        said.append(len(first.new_tokens))
+    assert lengths == [5, 5, 10, 10, 15, 15, 17]
+    assert said == [1, 2, 2, 3, 3, 4, 4]
+    drain(scheduler)
+    assert [(task.new_tokens, task.finish_reason) for task in (first, long)] == [
+        alone(first.request),
+        alone(long.request),
+    ]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_to_be_read() -> None:
+    scheduler = Scheduler(toy(2), piece=4)
+    long = scheduler.submit(Request([1] * 30, max_new_tokens=2))
+    scheduler.step()
+    short = scheduler.submit(Request([2, 3], max_new_tokens=2))
+    scheduler.step()
+    assert short.row is not None
+    assert long.row is None
+    drain(scheduler)
+    assert (long.new_tokens, long.finish_reason) == alone(long.request)
+
+
+def test_a_text_that_is_cancelled_while_it_is_read_leaves_what_was_read() -> None:
+    stepper = toy(2)
+    scheduler = Scheduler(stepper, Slots(stepper.backend, kept=99), piece=4)
+    prompt = [i % 3 for i in range(12)]
+    task = scheduler.submit(Request(prompt))
+    scheduler.step()
+    assert task in scheduler
+    scheduler.cancel(task)
+    assert task not in scheduler
+    assert scheduler.idle
+    assert held(stepper) == {0: prompt[:4]}
+    again = scheduler.submit(Request(prompt, max_new_tokens=2))
+    drain(scheduler)
+    assert again.reused == 4
+    assert again.new_tokens == alone(again.request)[0]
+
+
+def test_a_piece_that_cannot_be_read_loses_its_own_text_alone() -> None:
+    stepper = toy(2)
+    scheduler = Scheduler(stepper, piece=4)
+    good = scheduler.submit(Request([1, 2], max_new_tokens=5))
+    scheduler.step()
+    bad = scheduler.submit(Request([3] * 12))
+    scheduler.step()
+    extend = stepper.backend.extend
+    stepper.backend.extend = lambda *_: (_ for _ in ()).throw(MemoryError())  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        drain(scheduler)
+    stepper.backend.extend = extend  # type: ignore[method-assign]
+    assert bad not in scheduler
+    assert good in scheduler
+    drain(scheduler)
+    assert (good.new_tokens, good.finish_reason) == alone(good.request)
+    assert held(stepper) == {}
+
+
+def test_a_piece_has_a_token_at_least() -> None:
+    with pytest.raises(UsageError, match="piece must be at least 1, not 0"):
+        Scheduler(toy(1), piece=0)
 
 
 @pytest.mark.parametrize(("slots", "which"), [(1, "slot 0 is in use"), (3, "slots 0 to 2 are in use")])
@@ -243,6 +319,30 @@ def test_log_probabilities_are_the_models_own_whoever_drafted_the_token(temperat
 def test_log_probabilities_cost_nothing_where_nobody_asks() -> None:
     ((_, step), *_) = Scheduler(toy(1)).run([Request([1], max_new_tokens=3)])
     assert step.logprobs is None
+
+
+def test_what_a_slot_in_use_has_read_serves_others() -> None:
+    stepper = toy(3)
+    scheduler = Scheduler(stepper, Slots(stepper.backend, kept=99, lend=True), piece=6)
+    shared = [i % 4 for i in range(10)]
+    first = scheduler.submit(Request([*shared, 1], max_new_tokens=9))
+    scheduler.step()
+    second = scheduler.submit(Request([*shared, 2], max_new_tokens=9))
+    scheduler.step()
+    third = scheduler.submit(Request([*shared, 1, 3], max_new_tokens=9))
+    drain(scheduler)
+    assert [task.reused for task in (first, second, third)] == [0, 6, 10]
+    for task in (first, second, third):
+        assert (task.new_tokens, task.finish_reason) == alone(task.request)
+
+
+def test_a_slot_that_takes_a_copy_forgets_its_own_text() -> None:
+    slots, backend = slots_with(99, [1], [2], [3])
+    slots.lend = True
+    lender, _ = slots.take([7, 7, 7, 7])
+    backend.extend(lender, [7, 7, 7])
+    assert slots.take([7, 7, 5]) == (1, 2)
+    assert backend.text == {0: [7, 7, 7], 1: [7, 7], 2: [3]}
 
 
 # --- constraints ------------------------------------------------------------------------------------------------------

@@ -17,11 +17,14 @@ class Slots:
 
     Args:
         kept: how many tokens free slots may hold together; the least recently used are emptied first. 0: none.
+        lend: what slots in use hold of their prompts serves others too.
     """
 
-    def __init__(self, backend: Backend, kept: int = 0) -> None:
+    def __init__(self, backend: Backend, kept: int = 0, *, lend: bool = False) -> None:
         self.backend = backend
         self.kept = kept
+        self.lend = lend
+        self._used: dict[int, Sequence[int]] = {}  # the prompts that are read, or were, into slots
         self._free: dict[int, tuple[int, ...]] = dict.fromkeys(range(backend.num_slots), ())  # oldest use first
 
     @property
@@ -37,13 +40,21 @@ class Slots:
         best = max(shared, key=shared.__getitem__)  # of equals the least recently used
         slot = best if shared[best] or empty is None else empty
         held, text = shared[slot], self._free[slot]
-        if not held and text:
+        lent = {used: self._lent(used, prompt) for used in self._used} if self.lend else {}
+        lender = max(lent, key=lent.__getitem__, default=slot)
+        if lent.get(lender, 0) > held:
+            slot = next(iter(self._free)) if empty is None else empty
+            self._empty(slot)
+            held = lent[lender]
+            self.backend.copy(lender, slot, held)
+        elif not held and text:
             self.backend.release(slot)
         elif held < len(text):
             into = slot if empty is None else empty  # what is longer may be wanted again
             self.backend.copy(slot, into, held)
             slot = into
         del self._free[slot]
+        self._used[slot] = prompt
         return slot, held
 
     def clear(self) -> None:
@@ -53,12 +64,17 @@ class Slots:
 
     def give_back(self, slot: int, text: Sequence[int]) -> None:
         """A slot is free again; it holds the beginning of `text`, which is kept if there is room."""
+        self._used.pop(slot, None)
         self._free[slot] = tuple(text[: self.backend.length(slot)])
         held = sum(map(len, self._free.values()))
         for old, kept in list(self._free.items()):
             if held > self.kept or not kept:
                 held -= len(kept)
                 self._empty(old)
+
+    def _lent(self, slot: int, prompt: Sequence[int]) -> int:
+        """How many of the first tokens of `prompt` a slot in use holds."""
+        return min(_alike(self._used[slot], prompt[:-1]), self.backend.length(slot))
 
     def _empty(self, slot: int) -> None:
         self._free[slot] = ()

@@ -33,6 +33,7 @@ ROOMS = (
     "training",
     "evaluation",
     "chat",
+    "serve",  # an OpenAI-compatible server
     "cli",
 )
 MOST_LINES = 450

@@ -1,0 +1,190 @@
+"""What a request asks for -> jobs of the engine -> their chunks, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from medusa.completion import Chunk, TextOfSteps
+from medusa.decoding.stepper import Request
+from medusa.errors import ContextFullError, UsageError
+from medusa.serve.engine import ClosingError, DeadlineError, Engine, Job, QueueFullError
+from medusa.serve.errors import ApiError, bad, failed, refused
+from medusa.serve.schema import SamplingFields
+from medusa.settings import Sampling, typed_fields
+from medusa.text.stream import StopStrings
+
+if TYPE_CHECKING:
+    from medusa.api import LanguageModel
+    from medusa.serve.settings import ServerSettings
+
+RETRY_SECONDS = 2
+PING_SECONDS = 15.0  # of silence, after which a stream says that it is there
+_SAMPLING = [name for name in typed_fields(Sampling) if name != "logit_bias"]
+_NAMES = {name: name for name in (*_SAMPLING, "logit_bias")}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Some answers to each of some prompts."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    max_tokens: int | None = None
+    n: int = 1
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
+    drafter: str = ""
+    param: str = "prompt"  # the field that the prompts came from
+
+
+class Front:
+    """What handlers know of the model: its tokenizer, its name, and the engine that runs it."""
+
+    def __init__(self, lm: LanguageModel, engine: Engine, settings: ServerSettings) -> None:
+        self.lm = lm
+        self.engine = engine
+        self.settings = settings
+        self.name = settings.served_name or lm.name
+        self._reading = threading.Lock()  # a tokenizer is not made for many threads
+
+    def check_model(self, model: str | None) -> None:
+        if model is not None and model != self.name:
+            raise ApiError(404, f"the model {model[:100]} is not here: this is {self.name}", "model", "model_not_found")
+
+    async def encode(self, prompt: str | Sequence[dict[str, str]], *, raw: bool, param: str) -> list[int]:
+        """Token ids, made on a thread of its own: a long text takes long. Raises ApiError."""
+
+        def read() -> list[int]:
+            with self._reading:
+                return self.lm.encode(prompt, raw=raw)
+
+        try:
+            return await asyncio.to_thread(read)
+        except UsageError as error:
+            raise bad(str(error), param) from None
+
+    def sampling(self, asked: SamplingFields) -> Sampling:
+        """With a seed, drawn now where none was given. Raises ApiError."""
+        given = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
+        given.setdefault("temperature", self.settings.temperature)
+        try:
+            return Sampling(**given, logit_bias=self._bias(asked.logit_bias or {})).seeded()
+        except UsageError as error:
+            raise refused(error, _NAMES) from None
+
+    def _bias(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+        vocabulary = self.lm.backend.vocab_size
+        for token in given:
+            if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocabulary):
+                raise bad(f"logit_bias: {token[:40]} is no token from 0 to {vocabulary - 1}", "logit_bias")
+        return tuple(sorted((int(token), bias) for token, bias in given.items()))
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        vocabulary = self.lm.backend.vocab_size
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise bad(f"{param}: tokens must be from 0 to {vocabulary - 1}", param)
+
+    def jobs(self, wanted: Wanted, client: str, name: str, tell: Callable[[int, Chunk | Exception], None]) -> list[Job]:
+        """One for each answer, those to one prompt side by side. Raises ApiError."""
+        limit, backend = self.settings.max_tokens, self.lm.backend
+        if wanted.drafter == "heads" and self.lm.heads is None:
+            raise bad("drafter: this model has no heads", "drafter")
+        if (count := len(wanted.prompts) * wanted.n) > self.settings.max_choices:
+            raise bad(f"n: {count} answers are asked for, but at most {self.settings.max_choices} may be", "n")
+        if limit is not None and wanted.max_tokens is not None and wanted.max_tokens > limit:
+            raise bad(f"max_tokens may be at most {limit} here, not {wanted.max_tokens}", "max_tokens")
+        most = min(wanted.max_tokens or limit or backend.max_length, backend.max_length)
+        ends = frozenset(self.lm.eos_token_ids)
+        jobs: list[Job] = []
+        for prompt in wanted.prompts:
+            leader: Job | None = None
+            for choice in range(wanted.n):
+                assert wanted.sampling.seed is not None
+                sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
+                request = Request(tuple(prompt), sampling, most, ends, None, wanted.logprobs)
+                try:
+                    request.check(backend.max_length)
+                except ContextFullError as error:
+                    raise bad(str(error), wanted.param, "context_length_exceeded") from None
+                except UsageError as error:
+                    raise bad(str(error), wanted.param) from None
+                text = TextOfSteps(self.lm.tokenizer, StopStrings(tuple(wanted.stop)), ends, len(prompt))
+                job = Job(request, text, _Teller(tell, len(jobs)), wanted.drafter, client, name, leader)
+                leader = leader or job
+                jobs.append(job)
+        return jobs
+
+
+@dataclass(frozen=True, slots=True)
+class _Teller:
+    tell: Callable[[int, Chunk | Exception], None]
+    index: int
+
+    def __call__(self, event: Chunk | Exception) -> None:
+        self.tell(self.index, event)
+
+
+class Answers:
+    """The answers to one request, under way. Who leaves the context ends those that have not ended."""
+
+    def __init__(self, front: Front, wanted: Wanted, client: str = "", request: str = "") -> None:
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue()
+        self._engine = front.engine
+        self.front = front
+        self.wanted = wanted
+        self.request = request
+        self.jobs = front.jobs(wanted, client, request, self._tell)
+        try:
+            self._engine.submit(self.jobs)
+        except QueueFullError:
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            raise ApiError(429, "too many answers wait: try again soon", code="queue_full", headers=headers) from None
+        except ClosingError:
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            raise ApiError(503, "the server is ending", code="shutting_down", headers=headers) from None
+
+    def _tell(self, index: int, event: Chunk | Exception) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk] | None]:
+        """Which answer, and its chunk, until the last has ended; None where nothing has come for a while. Raises
+        ApiError where one fails."""
+        left = len(self.jobs)
+        while left:
+            try:
+                index, event = await asyncio.wait_for(self._events.get(), PING_SECONDS)
+            except asyncio.TimeoutError:  # two errors in Python 3.10
+                yield None
+                continue
+            if isinstance(event, DeadlineError):
+                raise ApiError(504, "the answer took longer than this server allows", code="deadline_exceeded")
+            if isinstance(event, UsageError):
+                raise bad(str(event))
+            if isinstance(event, Exception):
+                raise failed()
+            left -= event.finish_reason is not None
+            yield index, event
+
+    def close(self) -> None:
+        for job in self.jobs:
+            if not job.ended:
+                self._engine.cancel(job)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt once."""
+        return sum(len(job.request.prompt) for job in self.jobs[:: self.wanted.n])
+
+    @property
+    def reused_tokens(self) -> int:
+        return sum(job.reused for job in self.jobs[:: self.wanted.n])
+
+
+def new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"

@@ -1,0 +1,93 @@
+"""The running server: its socket, its signals and its log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from medusa.api import LanguageModel
+from medusa.serve.app import create_app
+from medusa.serve.engine import Engine
+from medusa.serve.guard import Keys
+from medusa.serve.settings import ServerSettings
+
+log = logging.getLogger("medusa.serve")
+
+
+class Server(uvicorn.Server):
+    """Ends gently at the first signal, when all that was accepted has been answered; at once at the second."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
+        super().__init__(config)
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in signals}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._engine.refuse()
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def serve(lm: LanguageModel, settings: ServerSettings, keys: Keys) -> None:
+    """Serves until a signal ends it."""
+    app, engine = create_app(lm, settings, keys)
+    Server(configure(app, settings), engine).run()
+
+
+def configure(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="on",
+        ws="none",
+    )
+
+
+class JsonLines(logging.Formatter):
+    """One line of JSON for each record, with what `extra` tells."""
+
+    _own = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        told |= {name: value for name, value in vars(record).items() if name not in self._own}
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told, default=str)
+
+
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("medusa.serve", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

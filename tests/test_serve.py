@@ -1,3 +1,4 @@
+# ruff: noqa: E402  # the server's packages are an extra: without them these tests are skipped
 """The interfaces of `medusa serve` on a tiny model, in this process: what is answered, and what is refused."""
 
 from __future__ import annotations
@@ -126,8 +127,9 @@ def test_without_a_limit_a_chat_ends_where_the_context_does(client: Client, lm: 
 
 def test_parts_of_a_message_are_joined_and_a_developer_speaks_as_the_system(client: Client) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert client.chat(messages=[{"role": "user", "content": parts}], max_tokens=5)["choices"] == (
-        client.chat(max_tokens=5)["choices"]
+    assert (
+        client.chat(messages=[{"role": "user", "content": parts}], max_tokens=5)["choices"]
+        == (client.chat(max_tokens=5)["choices"])
     )
     refused = client.chat(messages=[{"role": "developer", "content": "x"}], status=400)
     assert "not system" in refused["error"]["message"], "the tiny template takes no system message"
@@ -149,7 +151,9 @@ def test_logprobs_are_those_of_the_tokens_that_were_said(client: Client) -> None
         logprobs=True,
         top_logprobs=3,
     )
-    streamed = [entry for event in events for c in event["choices"] for entry in (c["logprobs"] or {}).get("content", [])]
+    streamed = [
+        entry for event in events for c in event["choices"] for entry in (c["logprobs"] or {}).get("content", [])
+    ]
     assert streamed == content
     plain = client.chat(max_tokens=8, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [entry["top_logprobs"] for entry in plain] == [[]] * 8
@@ -188,7 +192,7 @@ def test_logprobs_of_a_completion_have_offsets_into_its_text(client: Client) -> 
     assert all(len(top) == 2 for top in shown["top_logprobs"])
     events = client.stream("/v1/completions", **body)
     parts = [event["choices"][0]["logprobs"] for event in events]
-    assert {name: sum((part[name] for part in parts), []) for name in shown} == shown
+    assert {name: [item for part in parts for item in part[name]] for name in shown} == shown
 
 
 def test_a_response_is_whole_or_a_sequence_of_events(client: Client, lm: LanguageModel) -> None:

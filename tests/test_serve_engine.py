@@ -1,3 +1,4 @@
+# ruff: noqa: E402  # the server's packages are an extra: without them these tests are skipped
 """The engine's thread: every answer is the one it would be alone, and nobody waits for what another did."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from medusa.serve.queue import FairQueue
 from medusa.serve.settings import ServerSettings
 from medusa.text.stream import StopStrings
 from serving import model, server, wait_for
-from tiny_lm import make, writer
+from tiny_lm import make
 
 
 class Listener:
@@ -116,7 +117,7 @@ def native_model(slots: int) -> LanguageModel:
     pytest.importorskip("medusa_native")
     from medusa.engines.native import NativeBackend
     from medusa.engines.native_config import native_config
-    from tiny_models import make_model, TOKENIZER_VOCAB
+    from tiny_models import TOKENIZER_VOCAB, make_model
 
     weights = make_model("llama", vocab_size=TOKENIZER_VOCAB)
     backend = NativeBackend(native_config(weights.config), weights.state_dict(), num_slots=slots, threads=1)
@@ -259,7 +260,7 @@ def test_a_job_that_takes_too_long_is_given_up(make_bench: Any, monkeypatch: pyt
     held = Held(bench, monkeypatch)
     late, told = bench.ask([5, 6], tokens=100)
     waiting, also = bench.ask([5, 7], tokens=100)
-    other, fine = bench.ask([5, 8], tokens=3)
+    _, fine = bench.ask([5, 8], tokens=3)
     for job in (late, waiting):
         job.queued -= 101
     held.let()

@@ -1,3 +1,4 @@
+# ruff: noqa: E402  # the server's packages are an extra: without them these tests are skipped
 """What stands before the routes, and a real server on the loopback address: keys, hosts, sizes, disconnects, signals,
 and the official client."""
 
@@ -14,6 +15,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -190,7 +192,7 @@ def test_the_official_client_chats_and_streams(client: Any) -> None:
     whole = client.chat.completions.create(
         model="tiny", messages=MESSAGES, max_tokens=25, logprobs=True, top_logprobs=2, n=2, seed=3, temperature=1
     )
-    assert whole.usage.completion_tokens == 50
+    assert {choice.finish_reason for choice in whole.choices} == {"stop", "length"}
     assert whole.choices[0].logprobs.content[0].top_logprobs[1].logprob < 0
     events = list(
         client.chat.completions.create(
@@ -209,12 +211,13 @@ def test_the_official_client_completes_responds_and_lists(client: Any) -> None:
     whole = client.completions.create(model="tiny", prompt=["Hello", "You"], max_tokens=9, echo=True)
     parts = client.completions.create(model="tiny", prompt="Hello", max_tokens=9, echo=True, stream=True)
     assert "".join(part.choices[0].text for part in parts) == whole.choices[0].text
-    answer = client.responses.create(model="tiny", input="Hello", max_output_tokens=9)
-    with client.responses.stream(model="tiny", input="Hello", max_output_tokens=9) as stream:
+    asked: dict[str, Any] = {"model": "tiny", "input": "Hello", "temperature": 1, "extra_body": {"seed": 3}}
+    answer = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_response()
     assert final.output_text == answer.output_text != ""
-    assert kinds[-1] == "response.incomplete"
+    assert kinds[-1] == "response.completed"
     assert [one.id for one in client.models.list()] == ["tiny"]
 
 
@@ -278,10 +281,8 @@ def test_forty_clients_that_leave_at_random_leave_nothing_behind(there: tuple[st
             connection.sendall(sent[: len(sent) * (number % 5 + 1) // 5])
             if number % 3:
                 connection.settimeout(0.01)
-                try:
+                with suppress(TimeoutError):
                     connection.recv(100)
-                except TimeoutError:
-                    pass
     wait_for(lambda: engine.unfinished == 0)
     assert engine.trouble() is None
     assert engine.slots.free == engine.lm.backend.num_slots
@@ -330,17 +331,27 @@ def _listens(port: int) -> bool:
         return attempt.connect_ex(("127.0.0.1", port)) == 0
 
 
+@contextmanager
+def _asking(port: int, body: str) -> Iterator[http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    try:
+        yield answer
+    finally:
+        answer.close()
+        connection.close()
+
+
 def test_a_first_signal_loses_no_answer(
     process: tuple[subprocess.Popen[str], int],
 ) -> None:
     running, port = process
     body = json.dumps({"messages": MESSAGES, "max_tokens": 40, "stream": True, "stop": ["@@"]})
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    answer.readline()
-    running.send_signal(signal.SIGTERM)
-    rest = answer.read().decode()
+    with _asking(port, body) as answer:
+        answer.readline()
+        running.send_signal(signal.SIGTERM)
+        rest = answer.read().decode()
     assert rest.rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in rest
     out, err = running.communicate(timeout=30)
@@ -351,11 +362,10 @@ def test_a_first_signal_loses_no_answer(
 def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], int]) -> None:
     running, port = process
     body = json.dumps({"messages": MESSAGES, "stream": True})
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    connection.getresponse().readline()
-    running.send_signal(signal.SIGTERM)
-    wait_for(lambda: not _listens(port))
-    running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=10)
+    with _asking(port, body) as answer:
+        answer.readline()
+        running.send_signal(signal.SIGTERM)
+        wait_for(lambda: not _listens(port))
+        running.send_signal(signal.SIGTERM)
+        running.communicate(timeout=10)
     assert running.returncode == 0

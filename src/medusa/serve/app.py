@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 
 import medusa
 from medusa.serve.engine import Engine
-from medusa.serve.errors import ApiError, bad
+from medusa.serve.errors import ApiError, bad, failed
 from medusa.serve.forms import DONE, ChatForm, CompletionForm, Form, stream, whole
 from medusa.serve.guard import App, Caller, Guard, Json, Keys, error_response
 from medusa.serve.jobs import Answers, Front, Wanted
@@ -73,6 +73,10 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api(request: Request, error: ApiError) -> Response:
         return error_response(error)
+
+    @app.exception_handler(Exception)  # the guard logs it
+    async def ours(request: Request, error: Exception) -> Response:
+        return error_response(failed())
 
     @app.exception_handler(RequestValidationError)
     async def fields(request: Request, error: RequestValidationError) -> Response:

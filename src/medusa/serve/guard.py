@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.responses import Response
 
 from medusa.errors import MedusaError, UsageError
-from medusa.serve.errors import ApiError, bad, failed
+from medusa.serve.errors import ApiError, bad
 from medusa.serve.metrics import Metrics
 from medusa.serve.settings import ServerSettings
 
@@ -114,15 +114,16 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         request = headers.get("x-request-id", "")
         request = request if re.fullmatch(r"[\w.-]{1,64}", request, re.ASCII) else f"req-{secrets.token_hex(8)}"
-        begun, status = time.perf_counter(), 499
+        begun, status, whole = time.perf_counter(), 499, False
 
         async def answer(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
                 more = [(b"x-request-id", request.encode()), (b"x-content-type-options", b"nosniff")]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
             await send(message)
+            whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             client = self._admit(scope, headers)
@@ -133,9 +134,8 @@ class Guard:
             await error_response(error)(scope, receive, answer)
         except Exception as error:
             log.error("a request failed", exc_info=error, extra={"request": request})
-            if status != 499:  # it has begun to answer: the connection is cut, so that nobody takes it for whole
+            if not whole:  # the connection is cut, so that nobody takes for whole what is not
                 raise
-            await error_response(failed())(scope, receive, answer)
         finally:
             self._metrics.responses.labels(str(status)).inc()
             told = {"request": request, "method": scope["method"], "path": scope["path"][:200], "status": status}

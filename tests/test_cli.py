@@ -433,13 +433,15 @@ def test_no_command_shows_the_help(run: Run) -> None:
     assert "generate" in out + err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["generate", "x", "--top-p", "7"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["serve", "--help"], ["generate", "x", "--top-p", "7"]]
+)
 def test_help_and_early_errors_import_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom medusa.cli import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
-        "print('heavy:', {'torch', 'transformers'} & set(sys.modules))"
+        "print('heavy:', {'torch', 'transformers', 'fastapi', 'starlette', 'uvicorn', 'prometheus_client'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "heavy: set()"

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +106,7 @@ def test_the_choices_of_a_seed_are_those_of_the_seeds_after_it(client: Client) -
 
 def test_a_seed_that_was_drawn_is_told_and_gives_the_text_again(client: Client) -> None:
     first = client.chat(temperature=1.0, max_tokens=20, medusa=True)
+    assert first["medusa"]["seed"] < 2**53, "JavaScript can say it"
     again = client.chat(temperature=1.0, max_tokens=20, seed=first["medusa"]["seed"])
     assert again["choices"] == first["choices"]
 
@@ -440,3 +443,37 @@ def test_a_bad_setting_ends_the_command_before_a_model_is_loaded(capsys: pytest.
         main(["serve", "--deadline", "-1"])
     assert done.value.code == 2
     assert "deadline must be above 0" in capsys.readouterr().err
+
+
+def test_the_command_warns_where_strangers_can_ask(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], lm: LanguageModel
+) -> None:
+    loaded: list[dict[str, Any]] = []
+    served: list[Any] = []
+    monkeypatch.setattr("medusa.cli.serve.load_model", lambda engine, **more: loaded.append(more) or lm)
+    monkeypatch.setattr("medusa.serve.run.serve", lambda *given: served.append(given))
+    monkeypatch.setattr("medusa.serve.run.log_to_stderr", lambda: None)
+    keys = tmp_path / "keys"
+    keys.write_text("key-1\n")
+    warned = []
+    for more in ([], ["--host", "0.0.0.0"], ["--host", "0.0.0.0", "--api-key-file", str(keys)]):
+        with pytest.raises(SystemExit) as done:
+            main(["serve", "--slots", "3", "--context", "99", "--allowed-host", "a", "--allowed-host", "b", *more])
+        assert not done.value.code
+        warned.append("Warning" in capsys.readouterr().err)
+    assert warned == [False, True, False]
+    assert loaded == [{"num_slots": 3, "max_length": 99}] * 3
+    assert served[0][1].allowed_hosts == ("a", "b")
+    assert [bool(given[2]) for given in served] == [False, False, True]
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "medusa.serve.run", None)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "medusa.serve.run")
+    with pytest.raises(SystemExit) as done:
+        main(["serve"])
+    assert done.value.code == 1
+    assert "medusa-decode[serve]" in capsys.readouterr().err

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -419,3 +421,14 @@ def test_what_is_counted_adds_up() -> None:
         assert client.metric("request_seconds_count") == 3
         wait_for(lambda: client.metric("requests_running") == 0)
         assert client.metric("http_responses_total", status="200") >= 3
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    board = (Path(__file__).parents[1] / "docs" / "grafana.json").read_text(encoding="utf-8")
+    known = {
+        sample.name
+        for family in Metrics().registry.collect()
+        for sample in [*family.samples, type("", (), {"name": family.name + "_total"})]
+    }
+    histograms = {family.name + "_bucket" for family in Metrics().registry.collect()}
+    assert set(re.findall(r"medusa_\w+", board)) <= known | histograms

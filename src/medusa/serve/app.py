@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ log = logging.getLogger("medusa.serve")
 T = TypeVar("T")
 
 _ERROR = {"description": "An error in OpenAI's shape."}
-ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 401, 403, 404, 413, 429, 500, 503, 504), _ERROR)
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 
 
 def create_app(lm: medusa.LanguageModel, settings: ServerSettings, keys: Keys) -> tuple[App, Engine]:
@@ -150,7 +151,7 @@ def _add_models(app: FastAPI, front: Front) -> None:
     model = {
         "id": front.name,
         "object": "model",
-        "created": 0,
+        "created": int(time.time()),
         "owned_by": "medusa",
         "max_model_len": front.lm.backend.max_length,
     }
@@ -212,7 +213,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
         return [prompt]
     if not prompt:
         raise bad("the prompt is empty: give at least one", "prompt")
-    return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item]
+    return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 async def _tokens(front: Front, prompt: str | list[int]) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from medusa.serve.settings import ServerSettings
 
 RETRY_SECONDS = 2
+SEED_BITS = 53  # of seeds that are drawn: those who read JSON into floating-point numbers can send them back
 PING_SECONDS = 15.0  # of silence, after which a stream says that it is there
 _SAMPLING = [name for name in typed_fields(Sampling) if name != "logit_bias"]
 _NAMES = {name: name for name in (*_SAMPLING, "logit_bias")}
@@ -71,9 +72,10 @@ class Front:
     def sampling(self, asked: SamplingFields) -> Sampling:
         """With a seed, drawn now where none was given. Raises ApiError."""
         given = {name: value for name in _SAMPLING if (value := getattr(asked, name)) is not None}
+        given.setdefault("seed", secrets.randbits(SEED_BITS))
         given.setdefault("temperature", self.settings.temperature)
         try:
-            return Sampling(**given, logit_bias=self._bias(asked.logit_bias or {})).seeded()
+            return Sampling(**given, logit_bias=self._bias(asked.logit_bias or {}))
         except UsageError as error:
             raise refused(error, _NAMES) from None
 

@@ -441,7 +441,8 @@ def test_help_and_early_errors_import_nothing_heavy(arguments: list[str]) -> Non
         "import sys\nfrom medusa.cli import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
-        "print('heavy:', {'torch', 'transformers', 'fastapi', 'starlette', 'uvicorn', 'prometheus_client'} & set(sys.modules))"
+        "heavy = {'torch', 'transformers', 'fastapi', 'starlette', 'uvicorn', 'prometheus_client'}\n"
+        "print('heavy:', heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "heavy: set()"

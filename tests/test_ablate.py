@@ -203,7 +203,7 @@ def test_loads_of_all_sizes_take_turns() -> None:
     told: list[tuple[int, int]] = []
     loads = compare_loads(
         lm, decoders, [[1], [2, 3]], (1, 4), steps=3, max_new_tokens=30, sampling=GREEDY, rounds=2,
-        tell=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(i, 8) for i in range(1, 9)]
     assert [load.steps for some in loads.values() for load in some] == [6, 6, 6, 6]

@@ -94,7 +94,7 @@ def compare_loads(
     max_new_tokens: int,
     sampling: Sampling,
     rounds: int = 3,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Load]]:
     """By stepper, a Load for each of `sizes`. In each of `rounds` all take turns, with the same prompts."""
     loads = {name: [Load(rows) for rows in sizes] for name in steppers}
@@ -113,5 +113,5 @@ def compare_loads(
                     sampling=sampling,
                 )
                 done += 1
-                tell(done, rounds * len(sizes) * len(steppers))
+                on_progress(done, rounds * len(sizes) * len(steppers))
     return loads

@@ -107,9 +107,9 @@ def totals(stats: Iterable[Stats]) -> tuple[int, int, float]:
     """(tokens from steps, steps, seconds) of several answers together."""
     known = list(stats)
     return (
-        sum(one.decoded_tokens for one in known),
-        sum(one.steps for one in known),
-        sum(one.decode_seconds for one in known),
+        sum(answer.decoded_tokens for answer in known),
+        sum(answer.steps for answer in known),
+        sum(answer.decode_seconds for answer in known),
     )
 
 

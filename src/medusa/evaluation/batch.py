@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,12 +79,6 @@ def run_load(
         scheduler.close()
 
 
-def endless(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """The prompts, over and over."""
-    while True:
-        yield from prompts
-
-
 def compare_loads(
     lm: LanguageModel,
     steppers: dict[str, Stepper],
@@ -106,7 +101,7 @@ def compare_loads(
                 run_load(
                     lm,
                     stepper,
-                    endless([*prompts[first:], *prompts[:first]]),
+                    itertools.cycle([*prompts[first:], *prompts[:first]]),
                     loads[name][i],
                     steps=steps,
                     max_new_tokens=max_new_tokens,

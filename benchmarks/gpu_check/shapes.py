@@ -295,9 +295,10 @@ def _shape_times(part: Part, options: Options, name: str, limit: float | None) -
     # Before a backend takes the model: its attention must be transformers' own.
     part.measure(f"{name}/generate", partial(generate_rate, model, device, prompt, answer), needs=3.0)
     _steps(part, options, f"{name}/trained", model, trained_config(shape), limit)
-    one, generate = part.get(f"{name}/trained/steps/1/ms/median"), part.get(f"{name}/generate/tokens_per_second")
-    if one and generate:
-        part.set(f"{name}/plain_to_generate", round(1e3 / one / generate, 3))
+    plain_ms = part.get(f"{name}/trained/steps/1/ms/median")
+    generate = part.get(f"{name}/generate/tokens_per_second")
+    if plain_ms and generate:
+        part.set(f"{name}/plain_to_generate", round(1e3 / plain_ms / generate, 3))
     _record_speedups(part)
     if options.tiny or name == "7B":
         _steps(part, options, f"{name}/narrow", model, narrow_config(shape), limit, (1, 64))
@@ -395,5 +396,5 @@ def _record_speedups(part: Part) -> None:
     for name in SHAPES:
         steps = part.get(f"{name}/trained/steps") or {}
         times[name] = {nodes: step["ms"]["median"] for nodes, step in steps.items()}
-    if found := expected_speedups(times):
-        part.set("expected_speedups", found)
+    if speedups := expected_speedups(times):
+        part.set("expected_speedups", speedups)

@@ -60,14 +60,10 @@ class Printer:
         if not wants_colour(sys.stdout):
             notice("--show-drafts needs a terminal; FORCE_COLOR=1 colours a pipe too.")
             return
-        parts = [("heads", "green: drafted by the heads"), ("ngram", "cyan: drafted by n-gram lookup")]
+        meanings = {"heads": "green: drafted by the heads", "ngram": "cyan: drafted by n-gram lookup"}
         if wants_colour(sys.stderr):
-            parts = [(source, f"{DRAFT_COLOURS[source]}{text}{RESET}") for source, text in parts]
-        print(
-            ", ".join([*(text for _, text in parts), "plain: decided by the model"]),
-            file=sys.stderr,
-            flush=True,
-        )
+            meanings = {source: f"{DRAFT_COLOURS[source]}{text}{RESET}" for source, text in meanings.items()}
+        print(", ".join([*meanings.values(), "plain: decided by the model"]), file=sys.stderr, flush=True)
 
 
 def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Completion:

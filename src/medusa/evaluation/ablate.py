@@ -250,24 +250,25 @@ def cells(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Cells:
     return [list(columns.values()), *([text(row.get(key)) for key in columns] for row in rows)]
 
 
+_OF_A_STEP = {"tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step", "overhead": "overhead"}
+_INTERVAL = {"speedup_low": "from", "speedup_high": "to"}
 COLUMNS = {
-    "tree": {"variant": "tree", "nodes": "nodes", "expected": "expected", "tokens_per_step": "tokens/step",
-             "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
-    "heads": {"variant": "variant", "nodes": "nodes", "tokens_per_step": "tokens/step",
-              "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
-    "nodes": {"variant": "nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
-              "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to"},
-    "drafters": {"variant": "drafter, nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
-                 "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to",
-                 "identical": "identical"},
-    "threshold": {"variant": "variant", "tokens_per_step": "tokens/step", "speedup": "speed-up",
-                  "perplexity": "perplexity", "distinct_2": "distinct-2", "repetition": "repetition", "mark": "mark"},
-    "batch": {"texts": "texts", "plain_tokens_per_second": "plain tokens/s",
-              "medusa_tokens_per_second": "Medusa tokens/s", "speedup": "speed-up",
-              "plain_ms_per_token": "plain ms/token", "medusa_ms_per_token": "Medusa ms/token",
-              "tokens_per_step": "tokens/step", "nodes_per_text": "nodes/text"},
+    "tree": {"variant": "tree", "nodes": "nodes", "expected": "expected", **_OF_A_STEP, "speedup": "speed-up"},
+    "heads": {"variant": "variant", "nodes": "nodes", **_OF_A_STEP, "speedup": "speed-up"},
+    "nodes": {"variant": "nodes", **_OF_A_STEP, "speedup": "speed-up", **_INTERVAL},
+    "drafters": {
+        "variant": "drafter, nodes", **_OF_A_STEP, "speedup": "speed-up", **_INTERVAL, "identical": "identical",
+    },
+    "threshold": {
+        "variant": "variant", "tokens_per_step": "tokens/step", "speedup": "speed-up",
+        "perplexity": "perplexity", "distinct_2": "distinct-2", "repetition": "repetition", "mark": "mark",
+    },
+    "batch": {
+        "texts": "texts", "plain_tokens_per_second": "plain tokens/s", "medusa_tokens_per_second": "Medusa tokens/s",
+        "speedup": "speed-up", "plain_ms_per_token": "plain ms/token", "medusa_ms_per_token": "Medusa ms/token",
+        "tokens_per_step": "tokens/step", "nodes_per_text": "nodes/text",
+    },
 }  # fmt: skip
-
 
 # The panels of each picture: (column of y, title, label of y).
 _STEPS = ("tokens_per_step", "Acceleration", "tokens per step")

@@ -48,7 +48,7 @@ def open_run(out: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
     facts = json.loads(json.dumps(facts, default=str))
     if path.is_file() and (resume or (out / ANSWERS_FILE).is_file()):  # more than a first, mistaken call
         if not resume:
-            raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
+            raise UsageError(f"{out} holds a run already: add --resume to continue it, or name another --out")
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*before, *facts}) if before.get(name) != facts.get(name)]
         if changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,11 +45,10 @@ def nats(backend: Backend, prompt: Sequence[int], answer: Sequence[int], slot: i
 
     if not answer:
         return 0.0
+    total, done = 0.0, 0
     try:
-        logits, _ = backend.extend(slot, prompt)
-        total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
-        done = 1
-        for rows in every_logits(backend, slot, answer[:-1]):
+        first, _ = backend.extend(slot, prompt)
+        for rows in itertools.chain([first[None]], every_logits(backend, slot, answer[:-1])):
             tokens = torch.tensor(answer[done : done + len(rows)], device=rows.device)
             total -= float(torch.log_softmax(rows.float(), dim=-1).gather(1, tokens[:, None]).sum())
             done += len(rows)

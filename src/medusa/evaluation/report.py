@@ -108,11 +108,9 @@ class Report:
 
     def phase_table(self) -> Cells:
         """Where a step's milliseconds go."""
-        cells = [["ms per step", *PHASES]]
-        for name, measured in self.overall.items():
-            if measured.phases is not None:
-                cells.append([name, *(f"{measured.phases[phase]:.2f}" for phase in PHASES)])
-        return cells
+        phases_of = {name: measured.phases for name, measured in self.overall.items() if measured.phases is not None}
+        rows = [[name, *(f"{phases[phase]:.2f}" for phase in PHASES)] for name, phases in phases_of.items()]
+        return [["ms per step", *PHASES], *rows]
 
     def acceptance_table(self) -> Cells:
         """How often a draft was right up to each depth, of all steps; and what share of each drafter's nodes was."""

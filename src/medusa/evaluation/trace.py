@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -275,11 +276,8 @@ def _tree_lines(step: TracedStep, colour: bool) -> Iterator[str]:
 
 
 def _summary_lines(traced: Trace, colour: bool) -> Iterator[str]:
-    if colour:
-        marks = {source: _paint(source, code, colour) for source, code in DRAFT_COLOURS.items()}
-    else:
-        marks = {source: f"{pair[0]}{source}{pair[1]}" for source, pair in _BRACKETS.items()}
-    yield f"text by who proposed it ({', '.join(marks.values())}, plain: the model):"
+    marks = ", ".join(_span(source, source, colour) for source in DRAFT_COLOURS)
+    yield f"text by who proposed it ({marks}, plain: the model):"
     yield "".join(_span(text, source, colour) for text, source in _joined(traced.spans))
     yield ""
     if traced.stats is not None:
@@ -291,25 +289,18 @@ def _summary_lines(traced: Trace, colour: bool) -> Iterator[str]:
     depths = max(map(len, table.values()))
     cells = [["", *(str(depth) for depth in range(1, depths + 1)), "all"]]
     for source, pairs in table.items():
-        total = sum(a for a, _ in pairs), sum(n for _, n in pairs)
-        cells.append([source, *(f"{a}/{n}" if n else "-" for a, n in [*pairs, total])])
-    widths = [max(len(row[i]) for row in cells) for i in range(depths + 2)]
-    for row in cells:
-        head, *rest = (
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  " + _paint(head, DRAFT_COLOURS.get(row[0], ""), colour) + "  " + "  ".join(rest)
+        total = sum(accepted for accepted, _ in pairs), sum(drafted for _, drafted in pairs)
+        cells.append([source, *(f"{accepted}/{drafted}" if drafted else "-" for accepted, drafted in [*pairs, total])])
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    for name, *shares in cells:
+        source = _paint(f"{name:<{first}}", DRAFT_COLOURS.get(name, ""), colour)
+        yield "  ".join(["", source, *(f"{share:>{width}}" for share, width in zip(shares, widths, strict=True))])
 
 
 def _joined(spans: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Neighbours of one source as one piece."""
-    joined: list[tuple[str, str]] = []
-    for text, source in spans:
-        if joined and joined[-1][1] == source:
-            joined[-1] = joined[-1][0] + text, source
-        elif text:
-            joined.append((text, source))
-    return joined
+    runs = itertools.groupby((span for span in spans if span[0]), key=lambda span: span[1])
+    return [("".join(text for text, _ in run), source) for source, run in runs]
 
 
 def _span(text: str, source: str, colour: bool) -> str:

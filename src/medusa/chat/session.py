@@ -6,6 +6,7 @@ line) leaves the answers alone on stdout.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -314,7 +315,5 @@ def _path(command: str, name: str) -> Path:
 
 def _enable_line_editing() -> None:
     """Arrow keys and recall of earlier lines in `input()`, where the platform has readline."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        return

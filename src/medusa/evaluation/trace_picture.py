@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,11 +52,11 @@ class _Box:
     x: float = 0.0
     y: float = 0.0
 
-    @cached_property
+    @functools.cached_property
     def label_width(self) -> float:
         return _width(self.label, _TEXT, self.accepted) + 2 * _PAD
 
-    @cached_property
+    @functools.cached_property
     def width(self) -> float:
         return self.label_width + (_width(self.share, _SMALL, False) + 3 if self.share else 0)
 

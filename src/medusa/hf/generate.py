@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -151,12 +152,17 @@ class _CustomGenerate:
         stepper = self._make_stepper(model, max(map(len, prompts)) + limit)
 
         def say(prompt: list[int], padding: list[int], limit: int, stops: Stops) -> list[int]:
-            tokens: list[int] = []
-            for token in _tokens(stepper, prompt, padding, sampling, limit, stops):
-                tokens.append(token)
-                if streamer is not None:
-                    streamer.put(torch.tensor([token]))
-            return tokens
+            """The tokens of a text, up to the one that ends it. `padding` came before the prompt."""
+            ids = [*padding, *prompt]
+            steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
+            with closing(steps):  # type: ignore[type-var]
+                for token in chain.from_iterable(step.tokens for step in steps):
+                    ids.append(token)
+                    if streamer is not None:
+                        streamer.put(torch.tensor([token]))
+                    if stops.hit(ids):
+                        break
+            return ids[len(padding) + len(prompt) :]
 
         paddings = [row[: width - len(prompt)] for row, prompt in zip(input_ids.tolist(), prompts, strict=True)]
         rows = [say(prompt, padding, limit, stops) for prompt, padding in zip(prompts, paddings, strict=True)]
@@ -249,18 +255,3 @@ def _filler(config: GenerationConfig, stops: Stops) -> int | None:
     if not stops.eos_token_ids:
         return None
     return stops.eos_token_ids[0] if config.pad_token_id is None else int(config.pad_token_id)
-
-
-def _tokens(
-    stepper: Stepper, prompt: list[int], padding: Sequence[int], sampling: Sampling, limit: int, stops: Stops
-) -> Iterator[int]:
-    """The tokens of a text, one by one, up to the one that ends it. `padding` came before the prompt."""
-    ids = [*padding, *prompt]
-    steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
-    with closing(steps):  # type: ignore[type-var]
-        for step in steps:
-            for token in step.tokens:
-                ids.append(token)
-                yield token
-                if stops.hit(ids):
-                    return

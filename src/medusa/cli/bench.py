@@ -282,7 +282,7 @@ class _Ablation:
                 steps=BATCH_STEPS,
                 max_new_tokens=self.tokens,
                 sampling=self.sampling,
-                tell=tell,
+                on_progress=tell,
             )
         return ablations.batch_rows(loads)
 

@@ -119,7 +119,7 @@ def train(
     ] = None,
     dtype: Annotated[Dtype | None, Of(TrainingEngine, "dtype")] = None,
     device: Annotated[str | None, Of(TrainingEngine, "device")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make heads for a model, from nothing but the model."""

@@ -24,6 +24,24 @@ inline void store_int4_inputs(std::byte* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+// An integer added to the bits of kLift is a float added to kLift, and (kLift + sum) * scale - kLift * scale is sum * scale
+// to the last bit where scale has two bits to spare: one conversion less.
+constexpr float kLift = 12582912.0f;  // 1.5 * 2^23
+constexpr std::int32_t kLiftBits = 0x4b400000;
+inline float int4_scale(float scale) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &scale, 4);
+  bits &= ~3u;
+  __builtin_memcpy(&scale, &bits, 4);
+  return scale;
+}
+inline std::int32_t int4_start(float scale) {
+  const float lifted = -kLift * scale;
+  std::int32_t bits;
+  __builtin_memcpy(&bits, &lifted, 4);
+  return bits;
+}
+
 // Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
 // each. So what is read asks for what lies at the same place in the panel to come.
 inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
@@ -44,24 +62,27 @@ INLINE inline void each(Body&& body) {
   }
 }
 
-// A sum stays in its register: without this, compilers gather the loads of all rows before the first product, and spill.
-template <typename V>
-INLINE inline void keep(V& sum) {
-  asm volatile("" : "+x"(sum));
+// Sums that stay in their registers and come in the order written. Left to themselves, compilers gather the loads of all
+// rows before the first product and spill.
+INLINE inline void add_product(__m256& sum, __m256 a, __m256 b) {
+  asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 }
+INLINE inline void add_words(__m256i& sum, __m256i a) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
+INLINE inline void add_halves(__m256i& sum, __m256i a) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(a)); }
 
-// Some rows, some blocks side by side, and a stretch of their inputs; sums go on in y.
+// What a tile works on: a stretch of inputs, of halves of blocks side by side, for some rows. Its sums go on in y.
 struct Tile {
-  const std::byte* weights;  // of the first block
+  const std::byte* weights;     // of the first block
   const std::byte* scales;
   std::size_t block_bytes;
-  Activations x;             // of the first row, from the first input and group on
+  Activations x;                // of the first row, from the first input and group on
   int inputs;
   float* y;
   std::size_t y_stride;
-  std::ptrdiff_t ahead;      // line i of a block asks for the one at i * step from `ahead` on: of a panel that is gone
-  std::ptrdiff_t step;       // through several times, a part each time
+  const std::byte* next;        // what is to be fetched meanwhile: a line each `step` bytes (several tiles share the work)
+  std::ptrdiff_t step;
   std::ptrdiff_t scales_ahead;
+  float* sums;                  // room for those of the tile
 };
 
 INLINE inline __m256i load_half(const std::byte* block0, std::size_t block_bytes, int half) {
@@ -77,198 +98,176 @@ INLINE inline __m256 half_bf16(const std::byte* block0, std::size_t block_bytes,
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block0 + half / 2 * block_bytes + half % 2 * 16)));
 }
 
+// The float sums of integer formats, for which there is no register left, lie side by side meanwhile.
 template <int M, int H>
-INLINE inline void load_sums(const Tile& t, __m256 (&sum)[M][H]) {
-  each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { sum[m][h] = _mm256_loadu_ps(t.y + m * t.y_stride + 8 * h); }); });
+INLINE inline void give_sums(const Tile& t) {
+  for (int m = 0; m < M; m++) __builtin_memcpy(t.sums + m * H * 8, t.y + m * t.y_stride, H * 32);
 }
 template <int M, int H>
-INLINE inline void store_sums(const Tile& t, const __m256 (&sum)[M][H]) {
+INLINE inline void take_sums(const Tile& t) {
+  for (int m = 0; m < M; m++) __builtin_memcpy(t.y + m * t.y_stride, t.sums + m * H * 8, H * 32);
+}
+
+template <int M, int H, typename Step>
+INLINE inline void float_tile(const Tile& t, int steps, Step step) {
+  __m256 sum[M][H];
+  each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { sum[m][h] = _mm256_loadu_ps(t.y + m * t.y_stride + 8 * h); }); });
+  const std::byte* next = t.next;
+  for (int k = 0; k < steps; k++, next += t.step) {
+    each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
+    step(k, sum);
+  }
   each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { _mm256_storeu_ps(t.y + m * t.y_stride + 8 * h, sum[m][h]); }); });
 }
 
+// float32: 16 outputs of one input at a time.
 template <int M, int H>
-struct Float32 {
-  __attribute__((noinline)) static void run(const Tile& t) {
-    __m256 sum[M][H];
-    load_sums(t, sum);
-    const std::byte* w = t.weights;
-    const std::byte* x = t.x.data;
-    const std::byte* next = w + t.ahead;
-    for (const std::byte* end = w + t.inputs * 64; w < end; w += 64, x += 4, next += t.step) {
+__attribute__((noinline)) void tile_float32(Tile t) {
+  float_tile<M, H>(t, t.inputs, [&](int k, __m256 (&sum)[M][H]) INLINE {
+    const std::byte* w = t.weights + std::size_t(k) * 64;
+    const std::byte* x = t.x.data + std::size_t(k) * 4;
+    each<M>([&](auto m) INLINE {
+      const __m256 xs = broadcast_float(x + m * t.x.stride);
+      each<H>([&](auto h) INLINE { add_product(sum[m][h], _mm256_castsi256_ps(load_half(w, t.block_bytes, h)), xs); });
+    });
+  });
+}
+
+template <int M, int H>
+__attribute__((noinline)) void tile_bfloat16(Tile t) {
+  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
+  float_tile<M, H>(t, t.inputs / 2, [&](int k, __m256 (&sum)[M][H]) INLINE {
+    const std::byte* w = t.weights + std::size_t(k) * 64;
+    const std::byte* x = t.x.data + std::size_t(k) * 8;
+    // Few rows take half by half, many take one input of all halves at a time: registers last that way.
+    constexpr int together = M == 1 ? 1 : H;
+    each<H / together>([&](auto first) INLINE {
+      each<2>([&](auto part) INLINE {
+        __m256 wide[together];
+        each<together>([&](auto h) INLINE {
+          const __m256i pair = load_half(w, t.block_bytes, first + h);
+          wide[h] = _mm256_castsi256_ps(part == 0 ? _mm256_slli_epi32(pair, 16) : _mm256_and_si256(pair, odd));
+        });
+        each<M>([&](auto m) INLINE {
+          const __m256 xs = broadcast_float(x + m * t.x.stride + 4 * part);
+          each<together>([&](auto h) INLINE { add_product(sum[m][first + h], wide[h], xs); });
+        });
+      });
+    });
+  });
+}
+
+// int8: 4 inputs of 8 outputs at a time, as pairs of 16-bit numbers, so no sum saturates.
+INLINE inline __m256i int8_part(__m256i four, int part) {
+  return part == 0 ? _mm256_and_si256(four, _mm256_set1_epi16(255)) : _mm256_srli_epi16(four, 8);
+}
+
+template <int M, int H>
+__attribute__((noinline)) void tile_int8(Tile t) {
+  constexpr int steps = kInt8Group / 4;
+  give_sums<M, H>(t);
+  const std::byte* w = t.weights;
+  const std::byte* x = t.x.data;
+  const std::byte* next = t.next;
+  for (int g = 0; g < t.inputs / kInt8Group; g++) {
+    asm volatile("" ::: "memory");  // float sums are not to be kept in registers from group to group
+    __m256i sum[M][H];
+    each<M>([&](auto m) INLINE {
+      const __m256i start = _mm256_set1_epi32(t.x.start[m * t.x.groups + g]);
+      each<H>([&](auto h) INLINE { sum[m][h] = start; });
+    });
+    for (int k = 0; k < steps; k++, w += 64, x += 8, next += t.step) {
       each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
-      each<M>([&](auto m) INLINE {
-        const __m256 xs = broadcast_float(x + m * t.x.stride);
+      each<2>([&](auto part) INLINE {
+        __m256i pairs[H];
         each<H>([&](auto h) INLINE {
-          sum[m][h] = _mm256_fmadd_ps(_mm256_castsi256_ps(load_half(w, t.block_bytes, h)), xs, sum[m][h]);
+          pairs[h] = int8_part(load_half(w, t.block_bytes, h), part);
+        });
+        each<M>([&](auto m) INLINE {
+          const __m256i pair = broadcast(x + m * t.x.stride + 4 * part);
+          each<H>([&](auto h) INLINE { add_words(sum[m][h], _mm256_madd_epi16(pairs[h], pair)); });
         });
       });
     }
-    store_sums(t, sum);
-  }
-};
-
-template <int M, int H>
-struct Bfloat16 {
-  __attribute__((noinline)) static void run(const Tile& t) {
-    __m256 sum[M][H];
-    load_sums(t, sum);
-    const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-    const std::byte* w = t.weights;
-    const std::byte* x = t.x.data;
-    const std::byte* next = w + t.ahead;
-    for (const std::byte* end = w + t.inputs * 32; w < end; w += 64, x += 8, next += t.step) {
-      each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
-      if constexpr (M == 1) {
-        const __m256 x0 = broadcast_float(x), x1 = broadcast_float(x + 4);
-        each<H>([&](auto h) INLINE {
-          const __m256i both = load_half(w, t.block_bytes, h);
-          sum[0][h] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), x0, sum[0][h]);
-          keep(sum[0][h] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(both, odd)), x1, sum[0][h]));
-        });
-      } else {
-        __m256 wide[H];
-        each<H>([&](auto h) INLINE { wide[h] = _mm256_castsi256_ps(_mm256_slli_epi32(load_half(w, t.block_bytes, h), 16)); });
-        each<M>([&](auto m) INLINE {
-          const __m256 xs = broadcast_float(x + m * t.x.stride);
-          each<H>([&](auto h) INLINE { keep(sum[m][h] = _mm256_fmadd_ps(wide[h], xs, sum[m][h])); });
-        });
-        each<H>([&](auto h) INLINE { wide[h] = _mm256_castsi256_ps(_mm256_and_si256(load_half(w, t.block_bytes, h), odd)); });
-        each<M>([&](auto m) INLINE {
-          const __m256 xs = broadcast_float(x + m * t.x.stride + 4);
-          each<H>([&](auto h) INLINE { keep(sum[m][h] = _mm256_fmadd_ps(wide[h], xs, sum[m][h])); });
-        });
-      }
-    }
-    store_sums(t, sum);
-  }
-};
-
-// One group of int8: 4 inputs of 8 outputs at a time, as pairs of 16-bit numbers, so no sum saturates.
-template <int M, int H>
-struct Int8 {
-  __attribute__((noinline)) static void run(const Tile& t) {
-    constexpr int steps = kInt8Group / 4;
-    const __m256i low = _mm256_set1_epi16(255);
-    alignas(32) float sums[M][8 * H];
-    each<M>([&](auto m) INLINE { __builtin_memcpy(sums[m], t.y + m * t.y_stride, sizeof sums[m]); });
-    const std::byte* w = t.weights;
-    const std::byte* x = t.x.data;
-    const std::byte* next = w + t.ahead;
-    for (int g = 0; g < t.inputs / kInt8Group; g++) {
-      __m256i sum[M][H];
+    const std::byte* at = t.scales + std::size_t(g) * 2 * kLanes;
+    each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
+    each<H>([&](auto h) INLINE {
+      const __m256 scale = half_bf16(at, t.block_bytes, h);
       each<M>([&](auto m) INLINE {
-        const __m256i start = _mm256_set1_epi32(t.x.start[m * t.x.groups + g]);
-        each<H>([&](auto h) INLINE { sum[m][h] = start; });
+        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][h]), _mm256_set1_ps(t.x.scales[m * t.x.groups + g]));
+        float* to = t.sums + (m * H + h) * 8;
+        _mm256_store_ps(to, _mm256_fmadd_ps(product, scale, _mm256_load_ps(to)));
       });
-      for (int k = 0; k < steps; k++, w += 64, x += 8, next += t.step) {
-        each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
-        each<2>([&](auto part) INLINE {
-          __m256i wide[H];
-          each<H>([&](auto h) INLINE {
-            const __m256i four = load_half(w, t.block_bytes, h);
-            wide[h] = part == 0 ? _mm256_and_si256(four, low) : _mm256_srli_epi16(four, 8);
-          });
-          each<M>([&](auto m) INLINE {
-            const __m256i pair = broadcast(x + m * t.x.stride + 4 * part);
-            each<H>([&](auto h) INLINE { keep(sum[m][h] = _mm256_add_epi32(sum[m][h], _mm256_madd_epi16(wide[h], pair))); });
-          });
-        });
-      }
-      const std::byte* at = t.scales + std::size_t(g) * 2 * kLanes;
-      each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
-      each<H>([&](auto h) INLINE {
-        const __m256 scale = half_bf16(at, t.block_bytes, h);
-        each<M>([&](auto m) INLINE {
-          const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][h]), _mm256_set1_ps(t.x.scales[m * t.x.groups + g]));
-          float* to = sums[m] + 8 * h;
-          _mm256_store_ps(to, _mm256_fmadd_ps(product, scale, _mm256_load_ps(to)));
-        });
-      });
-    }
-    each<M>([&](auto m) INLINE { __builtin_memcpy(t.y + m * t.y_stride, sums[m], sizeof sums[m]); });
+    });
   }
-};
+  take_sums<M, H>(t);
+}
 
-// One group of int4: nibbles times signed bytes, summed in 16 bits. A pair is at most 2 * 15 * 127 = 3,810, and 8 pairs
-// meet in a lane: 30,480.
+// int4: nibbles times signed bytes, summed in 16 bits. A pair is at most 2 * 15 * 127 = 3,810, and the 8 pairs of a group
+// that meet in a lane are at most 30,480.
+INLINE inline __m256i int4_part(__m256i both, int part) {
+  return _mm256_and_si256(part == 0 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
+}
+
 template <int M, int H>
-struct Int4 {
-  __attribute__((noinline)) static void run(const Tile& t) {
-    static_assert(kInt4Group / 4 * 2 * 15 * 127 <= 32767);
-    constexpr int steps = kInt4Group / 8;
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    alignas(32) float sums[M][8 * H];
-    each<M>([&](auto m) INLINE { __builtin_memcpy(sums[m], t.y + m * t.y_stride, sizeof sums[m]); });
-    const std::byte* w = t.weights;
-    const std::byte* x = t.x.data;
-    const std::byte* next = w + t.ahead;
-    for (int g = 0; g < t.inputs / kInt4Group; g++) {
-      __m256i sum[M][H];
-      each<steps>([&](auto k) INLINE {
-        each<(H + 1) / 2>([&](auto b) INLINE { fetch(next + k * t.step, b * t.block_bytes); });
-        each<2>([&](auto part) INLINE {
-          __m256i bytes[H];
-          each<H>([&](auto h) INLINE {
-            const __m256i both = load_half(w + 64 * k, t.block_bytes, h);
-            bytes[h] = _mm256_and_si256(part == 0 ? both : _mm256_srli_epi16(both, 4), low);
-          });
-          each<M>([&](auto m) INLINE {
-            const __m256i four = broadcast(x + m * t.x.stride + 8 * k + 4 * part);
-            each<H>([&](auto h) INLINE {
-              const __m256i pairs = _mm256_maddubs_epi16(bytes[h], four);
-              keep(sum[m][h] = k == 0 && part == 0 ? pairs : _mm256_add_epi16(sum[m][h], pairs));
-            });
-          });
+__attribute__((noinline)) void tile_int4(Tile t) {
+  static_assert(kInt4Group / 4 * 2 * 15 * 127 <= 32767);
+  constexpr int steps = kInt4Group / 8;
+  const __m256i ones = _mm256_set1_epi16(1), lift = _mm256_set1_epi32(kLiftBits);
+  give_sums<M, H>(t);
+  const std::byte* w = t.weights;
+  const std::byte* x = t.x.data;
+  const std::byte* next = t.next;
+  for (int g = 0; g < t.inputs / kInt4Group; g++) {
+    asm volatile("" ::: "memory");
+    __m256i sum[M][H];
+    each<steps>([&](auto k) INLINE {
+      each<(H + 1) / 2>([&](auto b) INLINE { fetch(next + k * t.step, b * t.block_bytes); });
+      each<2>([&](auto part) INLINE {
+        __m256i bytes[H];
+        each<H>([&](auto h) INLINE {
+          bytes[h] = int4_part(load_half(w + 64 * k, t.block_bytes, h), part);
         });
-      });
-      w += 64 * steps, x += 8 * steps, next += t.step * steps;
-      const std::byte* at = t.scales + std::size_t(g) * 4 * kLanes;
-      each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
-      each<H>([&](auto h) INLINE {
-        const __m256 scale = half_bf16(at, t.block_bytes, h), minimum = half_bf16(at + 2 * kLanes, t.block_bytes, h);
         each<M>([&](auto m) INLINE {
-          const std::size_t group = m * t.x.groups + g;
-          const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_madd_epi16(sum[m][h], ones)),
-                                               _mm256_set1_ps(t.x.scales[group]));
-          float* to = sums[m] + 8 * h;
-          const __m256 raised = _mm256_fmadd_ps(minimum, _mm256_set1_ps(t.x.sums[group]), _mm256_load_ps(to));
-          _mm256_store_ps(to, _mm256_fmadd_ps(product, scale, raised));
+          const __m256i four = broadcast(x + m * t.x.stride + 8 * k + 4 * part);
+          each<H>([&](auto h) INLINE {
+            const __m256i pairs = _mm256_maddubs_epi16(bytes[h], four);
+            if (k == 0 && part == 0) sum[m][h] = pairs;
+            else add_halves(sum[m][h], pairs);
+          });
         });
       });
-    }
-    each<M>([&](auto m) INLINE { __builtin_memcpy(t.y + m * t.y_stride, sums[m], sizeof sums[m]); });
+    });
+    w += 64 * steps, x += 8 * steps, next += t.step * steps;
+    const std::byte* at = t.scales + std::size_t(g) * 4 * kLanes;
+    each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
+    each<H>([&](auto h) INLINE {
+      const __m256 scale = half_bf16(at, t.block_bytes, h), minimum = half_bf16(at + 2 * kLanes, t.block_bytes, h);
+      each<M>([&](auto m) INLINE {
+        const std::size_t group = m * t.x.groups + g;
+        const __m256i lifted = _mm256_add_epi32(_mm256_madd_epi16(sum[m][h], ones), lift);
+        const __m256 product = _mm256_fmadd_ps(_mm256_castsi256_ps(lifted), _mm256_set1_ps(t.x.scales[group]),
+                                               _mm256_castsi256_ps(_mm256_set1_epi32(t.x.start[group])));
+        float* to = t.sums + (m * H + h) * 8;
+        const __m256 raised = _mm256_fmadd_ps(minimum, _mm256_set1_ps(t.x.sums[group]), _mm256_load_ps(to));
+        _mm256_store_ps(to, _mm256_fmadd_ps(product, scale, raised));
+      });
+    });
   }
-};
+  take_sums<M, H>(t);
+}
 
-// What a format asks of `matmul`: its tiles, how many rows one holds, and how a stretch of inputs lies in memory.
-template <Format>
-struct Shape;
-template <>
-struct Shape<Format::float32> {
-  template <int M, int H>
-  using Kernel = Float32<M, H>;
-  static constexpr int rows = 6, stretch = 128, input_bits = 32, group = 1, scale_bytes = 0;
-};
-template <>
-struct Shape<Format::bfloat16> {
-  template <int M, int H>
-  using Kernel = Bfloat16<M, H>;
-  static constexpr int rows = 6, stretch = 256, input_bits = 16, group = 2, scale_bytes = 0;
-};
-template <>
-struct Shape<Format::int8> {
-  template <int M, int H>
-  using Kernel = Int8<M, H>;
-  static constexpr int rows = 6, stretch = 512, input_bits = 8, group = kInt8Group, scale_bytes = 2 * kLanes;
-};
-template <>
-struct Shape<Format::int4> {
-  template <int M, int H>
-  using Kernel = Int4<M, H>;
-  static constexpr int rows = 6, stretch = 512, input_bits = 4, group = kInt4Group, scale_bytes = 4 * kLanes;
-};
+template <Format format, int M, int H>
+INLINE inline void tile(const Tile& t) {
+  if constexpr (format == Format::float32) tile_float32<M, H>(t);
+  else if constexpr (format == Format::bfloat16) tile_bfloat16<M, H>(t);
+  else if constexpr (format == Format::int8) tile_int8<M, H>(t);
+  else tile_int4<M, H>(t);
+}
 
-// Few rows leave room for several blocks.
+constexpr int kTileRows = 6;       // with two halves of a block these are 12 sums
+constexpr int kStretchBytes = 8192;  // of weights of a block
+
 constexpr int blocks_beside(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 template <Format format, int M>
@@ -276,37 +275,44 @@ void tile_of(int rows, int blocks, const Tile& t) {
   if constexpr (M > 1)
     if (rows < M) return tile_of<format, M - 1>(rows, blocks, t);
   each<blocks_beside(M)>([&](auto b) INLINE {
-    if (blocks == b + 1) Shape<format>::template Kernel<M, 2 * (b + 1)>::run(t);
+    if (blocks == b + 1) tile<format, M, 2 * (b + 1)>(t);
   });
 }
 
 template <Format format>
 void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::size_t y_stride) {
-  using S = Shape<format>;
+  constexpr int bits = format == Format::float32 ? 32 : format == Format::bfloat16 ? 16 : format == Format::int8 ? 8 : 4;
+  constexpr int group = format == Format::int8 ? kInt8Group : format == Format::int4 ? kInt4Group : 1;
+  constexpr int scale_bytes = format == Format::int8 ? 2 * kLanes : format == Format::int4 ? 4 * kLanes : 0;
+  constexpr int step_inputs = 64 * 8 / bits / kLanes;  // of 16 outputs in a line
+  constexpr int stretch = kStretchBytes / 64 * step_inputs;
+  alignas(64) float sums[kTileRows * 16];
   for (int row = 0; row < tokens; row++)
     for (int i = 0; i < w.blocks; i++) store(y + row * y_stride + i * kLanes, zero());
   // Even shares: 8 rows are 4 and 4, not 6 and 2. They go through a stretch of a block while it is at hand.
-  const int passes = (tokens + S::rows - 1) / S::rows;
-  const int beside = passes == 1 ? blocks_beside(tokens) : 1;
+  const int tiles = (tokens + kTileRows - 1) / kTileRows;
+  const int beside = tiles == 1 ? blocks_beside(tokens) : 1;
   Tile t;
   t.block_bytes = w.block_bytes;
   t.y_stride = y_stride;
   t.scales_ahead = w.ahead;
-  t.step = 64 / passes;
-  for (int from = 0; from < w.inputs; from += S::stretch) {
-    t.inputs = w.inputs - from < S::stretch ? w.inputs - from : S::stretch;
+  t.step = 64 / tiles;
+  t.sums = sums;
+  for (int from = 0; from < w.inputs; from += stretch) {
+    t.inputs = w.inputs - from < stretch ? w.inputs - from : stretch;
+    const int steps = t.inputs / step_inputs;
     for (int block = 0; block < w.blocks; block += beside) {
       const std::byte* data = w.data + block * w.block_bytes;
-      t.weights = data + std::size_t(from) * kLanes * S::input_bits / 8;
-      t.scales = data + std::size_t(w.inputs) * kLanes * S::input_bits / 8 + std::size_t(from / S::group) * S::scale_bytes;
-      for (int pass = 0, row = 0, rows; pass < passes; pass++, row += rows) {
-        rows = (tokens - row + passes - pass - 1) / (passes - pass);
-        const std::size_t group = row * a.groups + from / S::group;
-        t.x = {a.data + row * a.stride + std::size_t(from) * kInputBytes[int(format)], a.stride, a.scales + group,
-               a.start + group, a.sums + group, a.groups};
+      t.weights = data + std::size_t(from / step_inputs) * 64;
+      t.scales = data + std::size_t(w.inputs) * kLanes * bits / 8 + std::size_t(from / group) * scale_bytes;
+      for (int i = 0, row = 0, rows; i < tiles; i++, row += rows) {
+        rows = (tokens - row + tiles - i - 1) / (tiles - i);
+        const std::size_t first = row * a.groups + from / group;
+        t.x = {a.data + row * a.stride + std::size_t(from) * kInputBytes[int(format)], a.stride, a.scales + first,
+               a.start + first, a.sums + first, a.groups};
         t.y = y + row * y_stride + block * kLanes;
-        t.ahead = w.ahead + std::ptrdiff_t(t.inputs) * kLanes * S::input_bits / 8 * pass / passes;
-        tile_of<format, S::rows>(rows, w.blocks - block < beside ? w.blocks - block : beside, t);
+        t.next = t.weights + w.ahead + std::size_t(steps) * 64 * i / tiles;
+        tile_of<format, kTileRows>(rows, w.blocks - block < beside ? w.blocks - block : beside, t);
       }
     }
   }

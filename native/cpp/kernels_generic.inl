@@ -86,11 +86,14 @@ inline void quantise_bytes(const float* x, int n, int padded, std::byte* out, fl
       if (format == Format::int8) store_int8_inputs(to, q);
       else store_int4_inputs(to, q);
     }
-    scales[g] = scale;
-    if (format == Format::int8)
+    if (format == Format::int8) {
+      scales[g] = scale;
       start[g] = -128 * std::int32_t(sum_lanes(total));
-    else
-      sums[g] = scale * sum_lanes(total);
+    } else {
+      scales[g] = int4_scale(scale);
+      start[g] = int4_start(scales[g]);
+      sums[g] = scales[g] * sum_lanes(total);
+    }
   }
 }
 

@@ -11,6 +11,8 @@ constexpr std::size_t kInputBytes[kFormats] = {4, 2, 1, 1};
 inline void store_bfloat16_inputs(std::byte* p, F x) { store_bf16(p, x); }
 inline void store_int8_inputs(std::byte* p, F x) { store_bytes(p, x); }
 inline void store_int4_inputs(std::byte* p, F x) { store_bytes(p, x); }
+inline float int4_scale(float scale) { return scale; }
+inline std::int32_t int4_start(float) { return 0; }
 
 // Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
 // each. So each line that is read asks for the one at the same place in the panel to come.

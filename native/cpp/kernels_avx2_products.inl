@@ -67,6 +67,13 @@ INLINE inline void each(Body&& body) {
 INLINE inline void add_product(__m256& sum, __m256 a, __m256 b) {
   asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 }
+// The mask stays in memory: all registers have their use.
+alignas(32) constexpr std::uint32_t kOddHalves[8] = {0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
+                                                     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
+INLINE inline __m256i odd_halves(__m256i x) {
+  asm volatile("vpand %1, %0, %0" : "+x"(x) : "m"(kOddHalves));
+  return x;
+}
 INLINE inline void add_words(__m256i& sum, __m256i a) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
 INLINE inline void add_halves(__m256i& sum, __m256i a) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(a)); }
 
@@ -93,7 +100,11 @@ INLINE inline __m256i broadcast(const std::byte* p) {
   __builtin_memcpy(&v, p, 4);
   return _mm256_set1_epi32(v);
 }
-INLINE inline __m256 broadcast_float(const std::byte* p) { return _mm256_broadcast_ss(reinterpret_cast<const float*>(p)); }
+INLINE inline __m256 broadcast_float(const std::byte* p) {
+  __m256 v;
+  asm volatile("vbroadcastss %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const float*>(p)));
+  return v;
+}
 INLINE inline __m256 half_bf16(const std::byte* block0, std::size_t block_bytes, int half) {
   return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block0 + half / 2 * block_bytes + half % 2 * 16)));
 }
@@ -108,49 +119,48 @@ INLINE inline void take_sums(const Tile& t) {
   for (int m = 0; m < M; m++) __builtin_memcpy(t.y + m * t.y_stride, t.sums + m * H * 8, H * 32);
 }
 
-template <int M, int H, typename Step>
+template <int M, int H, int S, typename Step>
 INLINE inline void float_tile(const Tile& t, int steps, Step step) {
   __m256 sum[M][H];
   each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { sum[m][h] = _mm256_loadu_ps(t.y + m * t.y_stride + 8 * h); }); });
   const std::byte* next = t.next;
   for (int k = 0; k < steps; k++, next += t.step) {
-    each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
+    each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next, (b + S) * t.block_bytes); });
     step(k, sum);
   }
   each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { _mm256_storeu_ps(t.y + m * t.y_stride + 8 * h, sum[m][h]); }); });
 }
 
-// float32: 16 outputs of one input at a time.
-template <int M, int H>
+// float32: 16 outputs of one input at a time. `S` is 1 where the first half is the second one of its block.
+template <int M, int H, int S>
 __attribute__((noinline)) void tile_float32(Tile t) {
-  float_tile<M, H>(t, t.inputs, [&](int k, __m256 (&sum)[M][H]) INLINE {
+  float_tile<M, H, S>(t, t.inputs, [&](int k, __m256 (&sum)[M][H]) INLINE {
     const std::byte* w = t.weights + std::size_t(k) * 64;
     const std::byte* x = t.x.data + std::size_t(k) * 4;
     each<M>([&](auto m) INLINE {
       const __m256 xs = broadcast_float(x + m * t.x.stride);
-      each<H>([&](auto h) INLINE { add_product(sum[m][h], _mm256_castsi256_ps(load_half(w, t.block_bytes, h)), xs); });
+      each<H>([&](auto h) INLINE { add_product(sum[m][h], _mm256_castsi256_ps(load_half(w, t.block_bytes, h + S)), xs); });
     });
   });
 }
 
-template <int M, int H>
+template <int M, int H, int S>
 __attribute__((noinline)) void tile_bfloat16(Tile t) {
-  const __m256i odd = _mm256_set1_epi32(int(0xffff0000));
-  float_tile<M, H>(t, t.inputs / 2, [&](int k, __m256 (&sum)[M][H]) INLINE {
+  float_tile<M, H, S>(t, t.inputs / 2, [&](int k, __m256 (&sum)[M][H]) INLINE {
     const std::byte* w = t.weights + std::size_t(k) * 64;
     const std::byte* x = t.x.data + std::size_t(k) * 8;
-    // Few rows take half by half, many take one input of all halves at a time: registers last that way.
-    constexpr int together = M == 1 ? 1 : H;
-    each<H / together>([&](auto first) INLINE {
+    constexpr int width = M == 1 ? 1 : 2;  // halves that are widened at a time: as many as leave room for the sums
+    each<(H + width - 1) / width>([&](auto group) INLINE {
+      constexpr int first = group * width, halves = H - first < width ? H - first : width;
       each<2>([&](auto part) INLINE {
-        __m256 wide[together];
-        each<together>([&](auto h) INLINE {
-          const __m256i pair = load_half(w, t.block_bytes, first + h);
-          wide[h] = _mm256_castsi256_ps(part == 0 ? _mm256_slli_epi32(pair, 16) : _mm256_and_si256(pair, odd));
+        __m256 wide[halves];
+        each<halves>([&](auto h) INLINE {
+          const __m256i pair = load_half(w, t.block_bytes, first + h + S);
+          wide[h] = _mm256_castsi256_ps(part == 0 ? _mm256_slli_epi32(pair, 16) : odd_halves(pair));
         });
         each<M>([&](auto m) INLINE {
           const __m256 xs = broadcast_float(x + m * t.x.stride + 4 * part);
-          each<together>([&](auto h) INLINE { add_product(sum[m][first + h], wide[h], xs); });
+          each<halves>([&](auto h) INLINE { add_product(sum[m][first + h], wide[h], xs); });
         });
       });
     });
@@ -257,26 +267,49 @@ __attribute__((noinline)) void tile_int4(Tile t) {
   take_sums<M, H>(t);
 }
 
-template <Format format, int M, int H>
-INLINE inline void tile(const Tile& t) {
-  if constexpr (format == Format::float32) tile_float32<M, H>(t);
-  else if constexpr (format == Format::bfloat16) tile_bfloat16<M, H>(t);
-  else if constexpr (format == Format::int8) tile_int8<M, H>(t);
-  else tile_int4<M, H>(t);
-}
-
-constexpr int kTileRows = 6;       // with two halves of a block these are 12 sums
+constexpr int kTileRows = 6;
 constexpr int kStretchBytes = 8192;  // of weights of a block
 
-constexpr int blocks_beside(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+// Halves of blocks that a tile of some rows takes side by side: 12 sums hide how long a multiply-add of floats takes.
+constexpr int halves_beside(Format format, int rows) {
+  if (rows == 1) return 8;
+  if (rows == 2) return 4;
+  if (format == Format::float32 || format == Format::bfloat16) return rows == 3 ? 4 : rows == 4 ? 3 : 2;
+  return 2;
+}
 
+template <Format format, int M, int H>
+INLINE inline void tile(const Tile& t, bool second) {
+  if constexpr (format == Format::int8) tile_int8<M, H>(t);
+  else if constexpr (format == Format::int4) tile_int4<M, H>(t);
+  else if constexpr (format == Format::float32) H == 3 && second ? tile_float32<M, H, H == 3>(t) : tile_float32<M, H, 0>(t);
+  else H == 3 && second ? tile_bfloat16<M, H, H == 3>(t) : tile_bfloat16<M, H, 0>(t);
+}
+
+// Some rows and all halves of `blocks`, from the one that t begins at.
 template <Format format, int M>
-void tile_of(int rows, int blocks, const Tile& t) {
+void tiles_of(int rows, int blocks, Tile t) {
   if constexpr (M > 1)
-    if (rows < M) return tile_of<format, M - 1>(rows, blocks, t);
-  each<blocks_beside(M)>([&](auto b) INLINE {
-    if (blocks == b + 1) tile<format, M, 2 * (b + 1)>(t);
-  });
+    if (rows < M) return tiles_of<format, M - 1>(rows, blocks, t);
+  constexpr int most = halves_beside(format, M);
+  const std::byte* weights = t.weights;
+  const std::byte* scales = t.scales;
+  const std::byte* next = t.next;
+  float* y = t.y;
+  for (int half = 0, halves; half < 2 * blocks; half += halves) {
+    const int left = 2 * blocks - half;
+    halves = most == 3 ? (left == 2 || left == 4 ? 2 : 3) : left < most ? left : most;
+    const std::size_t skip = half / 2 * t.block_bytes;
+    t.weights = weights + skip;
+    t.scales = scales + skip;
+    t.next = next + skip;
+    t.y = y + half * 8;
+    each<most - 1>([&](auto less) INLINE {
+      constexpr int h = most - less;
+      if constexpr (h % 2 == 0 || most == 3)
+        if (halves == h) tile<format, M, h>(t, half % 2);
+    });
+  }
 }
 
 template <Format format>
@@ -291,7 +324,6 @@ void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::siz
     for (int i = 0; i < w.blocks; i++) store(y + row * y_stride + i * kLanes, zero());
   // Even shares: 8 rows are 4 and 4, not 6 and 2. They go through a stretch of a block while it is at hand.
   const int tiles = (tokens + kTileRows - 1) / kTileRows;
-  const int beside = tiles == 1 ? blocks_beside(tokens) : 1;
   Tile t;
   t.block_bytes = w.block_bytes;
   t.y_stride = y_stride;
@@ -301,19 +333,16 @@ void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::siz
   for (int from = 0; from < w.inputs; from += stretch) {
     t.inputs = w.inputs - from < stretch ? w.inputs - from : stretch;
     const int steps = t.inputs / step_inputs;
-    for (int block = 0; block < w.blocks; block += beside) {
-      const std::byte* data = w.data + block * w.block_bytes;
-      t.weights = data + std::size_t(from / step_inputs) * 64;
-      t.scales = data + std::size_t(w.inputs) * kLanes * bits / 8 + std::size_t(from / group) * scale_bytes;
-      for (int i = 0, row = 0, rows; i < tiles; i++, row += rows) {
-        rows = (tokens - row + tiles - i - 1) / (tiles - i);
-        const std::size_t first = row * a.groups + from / group;
-        t.x = {a.data + row * a.stride + std::size_t(from) * kInputBytes[int(format)], a.stride, a.scales + first,
-               a.start + first, a.sums + first, a.groups};
-        t.y = y + row * y_stride + block * kLanes;
-        t.next = t.weights + w.ahead + std::size_t(steps) * 64 * i / tiles;
-        tile_of<format, kTileRows>(rows, w.blocks - block < beside ? w.blocks - block : beside, t);
-      }
+    t.scales = w.data + std::size_t(w.inputs) * kLanes * bits / 8 + std::size_t(from / group) * scale_bytes;
+    t.weights = w.data + std::size_t(from / step_inputs) * 64;
+    for (int i = 0, row = 0, rows; i < tiles; i++, row += rows) {
+      rows = (tokens - row + tiles - i - 1) / (tiles - i);
+      const std::size_t first = row * a.groups + from / group;
+      t.x = {a.data + row * a.stride + std::size_t(from) * kInputBytes[int(format)], a.stride, a.scales + first,
+             a.start + first, a.sums + first, a.groups};
+      t.y = y + row * y_stride;
+      t.next = t.weights + w.ahead + std::size_t(steps) * 64 * i / tiles;
+      tiles_of<format, kTileRows>(rows, w.blocks, t);
     }
   }
 }

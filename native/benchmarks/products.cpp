@@ -1,9 +1,10 @@
 // Products of packed weights by themselves, on one thread, beside what the processor's instructions can do:
 //     medusa_products [--megabytes N] [--seconds S] [--shape OUTPUTSxINPUTS] ISA [ISA ...]
 //
-// For each shape, format and number of rows: the shortest of many turns, in G multiply-adds a second, and as a multiple of
-// the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With --megabytes
-// there are so many copies of a matrix that each comes from memory (default: from the cache).
+// For each shape, format and number of rows: the shortest of many turns, in G multiply-adds a second, in percent of
+// what AVX2 can do (multiply-adds of floats; for int8 pairs of 16-bit numbers, for int4 pairs of bytes), and as a multiple
+// of the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With --megabytes
+// there are so many copies of a matrix that each comes from memory (default: from the cache). Pin it: taskset -c 1.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -29,9 +30,11 @@ using Clock = std::chrono::steady_clock;
 const char* const kNames[kFormats] = {"float32", "bfloat16", "int8", "int4"};
 constexpr int kRows[] = {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 256};
 
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
-// --- ceilings of AVX2 -------------------------------------------------------------------------------------------------
+// --- ceilings of AVX2 ---
 
 #if defined(__x86_64__)
 #define EIGHT(a) a(0) a(1) a(2) a(3) a(4) a(5) a(6) a(7)
@@ -57,7 +60,7 @@ __attribute__((target("avx2,fma"))) double ceiling(int format) {
 double ceiling(int) { return 0; }
 #endif
 
-// --- products ---------------------------------------------------------------------------------------------------------
+// --- products ---
 
 struct Matrix {
   std::vector<Linear> copies;
@@ -123,7 +126,8 @@ void measure(int outputs, int inputs, const std::vector<const Kernels*>& sets, d
       std::printf("  %-12s", sets[set]->name);
       for (int count : kRows) {
         const double rate = double(outputs) * inputs * count / best[{set, count}];
-        std::printf(" %d: %.1f %.0f%% %.2fx", count, rate / 1e9, 100 * rate / limit, best[{set, count}] / best[{set, 1}]);
+        const double of_one = best[{set, count}] / best[{set, 1}];
+        std::printf(" %d: %.1f %.0f%% %.2fx", count, rate / 1e9, 100 * rate / limit, of_one);
       }
       std::printf("\n");
     }

@@ -32,7 +32,7 @@ struct Activations {
   const std::byte* data;      // [tokens][stride]
   std::size_t stride;         // bytes
   const float* scales;        // [tokens][groups]
-  const std::int32_t* start;  // [tokens][groups], int8
+  const std::int32_t* start;  // [tokens][groups], int8; in int4 what the instruction set wants
   const float* sums;          // [tokens][groups], int4
   std::size_t groups;
 };

@@ -61,7 +61,7 @@ inline float max_lanes(F x) {
 }
 // 16 whole numbers of 16 bits.
 inline __m256i words_of(F x) {
-  __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // in the order 0 2 1 3 of fours
+  __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));  // fours in the order 0 2 1 3
   return _mm256_permute4x64_epi64(words, 0xd8);
 }
 inline __m256 widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }

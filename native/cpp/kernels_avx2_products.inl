@@ -24,8 +24,8 @@ inline void store_int4_inputs(std::byte* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
-// An integer added to the bits of kLift is a float added to kLift, and (kLift + sum) * scale - kLift * scale is sum * scale
-// to the last bit where scale has two bits to spare: one conversion less.
+// An integer added to the bits of kLift is a float added to kLift, and (kLift + sum) * scale - kLift * scale, rounded
+// once, is sum * scale, as kLift * scale is exact where the last two bits of scale are 0: no sum needs a conversion.
 constexpr float kLift = 12582912.0f;  // 1.5 * 2^23
 constexpr std::int32_t kLiftBits = 0x4b400000;
 inline float int4_scale(float scale) {
@@ -62,8 +62,8 @@ INLINE inline void each(Body&& body) {
   }
 }
 
-// Sums that stay in their registers and come in the order written. Left to themselves, compilers gather the loads of all
-// rows before the first product and spill.
+// Sums that stay in their registers, in the order written. Left to themselves, compilers gather the loads of all rows
+// before the first product and spill.
 INLINE inline void add_product(__m256& sum, __m256 a, __m256 b) {
   asm volatile("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
 }
@@ -86,7 +86,7 @@ struct Tile {
   int inputs;
   float* y;
   std::size_t y_stride;
-  const std::byte* next;        // what is to be fetched meanwhile: a line each `step` bytes (several tiles share the work)
+  const std::byte* next;        // fetched meanwhile, `step` bytes on each time; tiles of other rows fetch the rest
   std::ptrdiff_t step;
   std::ptrdiff_t scales_ahead;
   float* sums;                  // room for those of the tile
@@ -122,13 +122,17 @@ INLINE inline void take_sums(const Tile& t) {
 template <int M, int H, int S, typename Step>
 INLINE inline void float_tile(const Tile& t, int steps, Step step) {
   __m256 sum[M][H];
-  each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { sum[m][h] = _mm256_loadu_ps(t.y + m * t.y_stride + 8 * h); }); });
+  each<M>([&](auto m) INLINE {
+    each<H>([&](auto h) INLINE { sum[m][h] = _mm256_loadu_ps(t.y + m * t.y_stride + 8 * h); });
+  });
   const std::byte* next = t.next;
   for (int k = 0; k < steps; k++, next += t.step) {
     each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next, (b + S) * t.block_bytes); });
     step(k, sum);
   }
-  each<M>([&](auto m) INLINE { each<H>([&](auto h) INLINE { _mm256_storeu_ps(t.y + m * t.y_stride + 8 * h, sum[m][h]); }); });
+  each<M>([&](auto m) INLINE {
+    each<H>([&](auto h) INLINE { _mm256_storeu_ps(t.y + m * t.y_stride + 8 * h, sum[m][h]); });
+  });
 }
 
 // float32: 16 outputs of one input at a time. `S` is 1 where the first half is the second one of its block.
@@ -139,7 +143,9 @@ __attribute__((noinline)) void tile_float32(Tile t) {
     const std::byte* x = t.x.data + std::size_t(k) * 4;
     each<M>([&](auto m) INLINE {
       const __m256 xs = broadcast_float(x + m * t.x.stride);
-      each<H>([&](auto h) INLINE { add_product(sum[m][h], _mm256_castsi256_ps(load_half(w, t.block_bytes, h + S)), xs); });
+      each<H>([&](auto h) INLINE {
+        add_product(sum[m][h], _mm256_castsi256_ps(load_half(w, t.block_bytes, h + S)), xs);
+      });
     });
   });
 }
@@ -190,9 +196,7 @@ __attribute__((noinline)) void tile_int8(Tile t) {
       each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
       each<2>([&](auto part) INLINE {
         __m256i pairs[H];
-        each<H>([&](auto h) INLINE {
-          pairs[h] = int8_part(load_half(w, t.block_bytes, h), part);
-        });
+        each<H>([&](auto h) INLINE { pairs[h] = int8_part(load_half(w, t.block_bytes, h), part); });
         each<M>([&](auto m) INLINE {
           const __m256i pair = broadcast(x + m * t.x.stride + 4 * part);
           each<H>([&](auto h) INLINE { add_words(sum[m][h], _mm256_madd_epi16(pairs[h], pair)); });
@@ -204,7 +208,8 @@ __attribute__((noinline)) void tile_int8(Tile t) {
     each<H>([&](auto h) INLINE {
       const __m256 scale = half_bf16(at, t.block_bytes, h);
       each<M>([&](auto m) INLINE {
-        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][h]), _mm256_set1_ps(t.x.scales[m * t.x.groups + g]));
+        const __m256 x_scale = _mm256_set1_ps(t.x.scales[m * t.x.groups + g]);
+        const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][h]), x_scale);
         float* to = t.sums + (m * H + h) * 8;
         _mm256_store_ps(to, _mm256_fmadd_ps(product, scale, _mm256_load_ps(to)));
       });
@@ -213,8 +218,8 @@ __attribute__((noinline)) void tile_int8(Tile t) {
   take_sums<M, H>(t);
 }
 
-// int4: nibbles times signed bytes, summed in 16 bits. A pair is at most 2 * 15 * 127 = 3,810, and the 8 pairs of a group
-// that meet in a lane are at most 30,480.
+// int4: nibbles times signed bytes, summed in 16 bits. A pair is at most 2 * 15 * 127 = 3,810, and the 8 pairs of a
+// group that meet in a lane are at most 30,480.
 INLINE inline __m256i int4_part(__m256i both, int part) {
   return _mm256_and_si256(part == 0 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
 }
@@ -235,9 +240,7 @@ __attribute__((noinline)) void tile_int4(Tile t) {
       each<(H + 1) / 2>([&](auto b) INLINE { fetch(next + k * t.step, b * t.block_bytes); });
       each<2>([&](auto part) INLINE {
         __m256i bytes[H];
-        each<H>([&](auto h) INLINE {
-          bytes[h] = int4_part(load_half(w + 64 * k, t.block_bytes, h), part);
-        });
+        each<H>([&](auto h) INLINE { bytes[h] = int4_part(load_half(w + 64 * k, t.block_bytes, h), part); });
         each<M>([&](auto m) INLINE {
           const __m256i four = broadcast(x + m * t.x.stride + 8 * k + 4 * part);
           each<H>([&](auto h) INLINE {
@@ -280,10 +283,11 @@ constexpr int halves_beside(Format format, int rows) {
 
 template <Format format, int M, int H>
 INLINE inline void tile(const Tile& t, bool second) {
+  constexpr int S = H == 3;  // only threes begin in the middle of a block
   if constexpr (format == Format::int8) tile_int8<M, H>(t);
   else if constexpr (format == Format::int4) tile_int4<M, H>(t);
-  else if constexpr (format == Format::float32) H == 3 && second ? tile_float32<M, H, H == 3>(t) : tile_float32<M, H, 0>(t);
-  else H == 3 && second ? tile_bfloat16<M, H, H == 3>(t) : tile_bfloat16<M, H, 0>(t);
+  else if constexpr (format == Format::float32) S && second ? tile_float32<M, H, S>(t) : tile_float32<M, H, 0>(t);
+  else S && second ? tile_bfloat16<M, H, S>(t) : tile_bfloat16<M, H, 0>(t);
 }
 
 // Some rows and all halves of `blocks`, from the one that t begins at.
@@ -298,7 +302,7 @@ void tiles_of(int rows, int blocks, Tile t) {
   float* y = t.y;
   for (int half = 0, halves; half < 2 * blocks; half += halves) {
     const int left = 2 * blocks - half;
-    halves = most == 3 ? (left == 2 || left == 4 ? 2 : 3) : left < most ? left : most;
+    halves = most == 3 ? (left == 2 || left == 4 ? 2 : 3) : left < most ? left : most;  // no half alone
     const std::size_t skip = half / 2 * t.block_bytes;
     t.weights = weights + skip;
     t.scales = scales + skip;
@@ -314,7 +318,7 @@ void tiles_of(int rows, int blocks, Tile t) {
 
 template <Format format>
 void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::size_t y_stride) {
-  constexpr int bits = format == Format::float32 ? 32 : format == Format::bfloat16 ? 16 : format == Format::int8 ? 8 : 4;
+  constexpr int all_bits[kFormats] = {32, 16, 8, 4}, bits = all_bits[int(format)];
   constexpr int group = format == Format::int8 ? kInt8Group : format == Format::int4 ? kInt4Group : 1;
   constexpr int scale_bytes = format == Format::int8 ? 2 * kLanes : format == Format::int4 ? 4 * kLanes : 0;
   constexpr int step_inputs = 64 * 8 / bits / kLanes;  // of 16 outputs in a line
@@ -322,7 +326,7 @@ void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::siz
   alignas(64) float sums[kTileRows * 16];
   for (int row = 0; row < tokens; row++)
     for (int i = 0; i < w.blocks; i++) store(y + row * y_stride + i * kLanes, zero());
-  // Even shares: 8 rows are 4 and 4, not 6 and 2. They go through a stretch of a block while it is at hand.
+  // Even shares: 8 rows are 4 and 4, not 6 and 2. All go through a stretch of the weights while it is at hand.
   const int tiles = (tokens + kTileRows - 1) / kTileRows;
   Tile t;
   t.block_bytes = w.block_bytes;

@@ -3,10 +3,11 @@
 // The including file defines, beside what kernels_generic.inl asks for:
 //   B (64 bytes of packed weights), I (32-bit integers), and on them
 //   load_bytes, int_set1, int_to_float, store_bytes(F of whole numbers),
-//   dot_bf16(F acc, B w, uint32 pair of x), dot_bytes(I acc, B unsigned, int32 four signed of x), low_nibbles, high_nibbles
+//   dot_bf16(F acc, B w, uint32 pair of x), dot_bytes(I acc, B unsigned, int32 four signed of x),
+//   low_nibbles, high_nibbles
 //   kAccumulators: how many F fit in registers beside the rest.
 
-// Bytes of one activation as `matmul` reads it, and how 16 of them are stored.
+// Bytes of one activation as `matmul` reads it, how 16 of them are stored, and what int4 makes of the scale of a group.
 constexpr std::size_t kInputBytes[kFormats] = {4, 2, 1, 1};
 inline void store_bfloat16_inputs(std::byte* p, F x) { store_bf16(p, x); }
 inline void store_int8_inputs(std::byte* p, F x) { store_bytes(p, x); }

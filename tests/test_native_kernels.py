@@ -390,8 +390,10 @@ def test_the_lm_head_is_exact_on_whole_numbers(isa: str, precision: str) -> None
 
 
 def attended(values: Tensor, weights: Tensor, precision: str, isa: str) -> Tensor:
-    """What the output projection `weights` [64, 64] makes of the value projection `values` [64, 64]: column j comes from
-    token j, whose input is zero but for an 8 at place j."""
+    """What the output projection `weights` [64, 64] makes of the value projection `values` [64, 64].
+
+    Column j comes from token j, whose input is zero but for an 8 at place j.
+    """
     size = 64
     config = two_layers(size, heads=1, intermediate_size=16, vocab_size=size, context=4)
     tensors = {"model.embed_tokens.weight": 8 * torch.eye(size), "lm_head.weight": torch.eye(size)}

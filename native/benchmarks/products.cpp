@@ -2,9 +2,10 @@
 //     medusa_products [--megabytes N] [--seconds S] [--shape OUTPUTSxINPUTS] ISA [ISA ...]
 //
 // For each shape, format and number of rows: the shortest of many turns, in G multiply-adds a second, in percent of
-// what AVX2 can do (multiply-adds of floats; for int8 pairs of 16-bit numbers, for int4 pairs of bytes), and as a multiple
-// of the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With --megabytes
-// there are so many copies of a matrix that each comes from memory (default: from the cache). Pin it: taskset -c 1.
+// what AVX2 can do (multiply-adds of floats; for int8 pairs of 16-bit numbers, for int4 pairs of bytes), and as a
+// multiple of the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With
+// --megabytes there are so many copies of a matrix that each comes from memory (default: from the cache). Best pinned
+// to one processor (taskset -c 1).
 #include <algorithm>
 #include <chrono>
 #include <cstdio>

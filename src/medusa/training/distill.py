@@ -30,7 +30,7 @@ from medusa.text.chat_template import encode_plain
 from medusa.text.turns import Turns
 from medusa.training import openings
 from medusa.training.speaker import Speaker, line_ends
-from medusa.training.talk import Talk, Talked, talk_in_slots
+from medusa.training.talk import Talk, Transcript, talk_in_slots
 from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def distill(
     settings: DistillSettings,
     *,
     prompts: Sequence[Prompt] | None = None,
-    tell: Callable[[Written], None] = lambda written: None,
+    on_progress: Callable[[Written], None] = lambda written: None,
     seconds: float | None = None,
 ) -> Written:
     """Writes conversations of `lm` to `out` until there are `settings.tokens` tokens of answers, or no prompt is left.
@@ -96,7 +96,7 @@ def distill(
         lm: the model, with as many slots as conversations are to run side by side; it decodes plainly.
         out: a JSONL file; one that an earlier run with the same settings left is gone on with.
         prompts: what users say; None lets the model invent it.
-        tell: called after each pass and each row.
+        on_progress: called after each pass and each row.
         seconds: after which it ends with what there is; None: no limit.
 
     Raises:
@@ -108,7 +108,7 @@ def distill(
 
     device = runs_on_device(lm.backend)
 
-    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         talks = _talks(speaker, start, prompts)
         if device is not None:
             return talk_on_device(device, talks, spent)
@@ -116,7 +116,7 @@ def distill(
 
     header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
     return write_in_order(
-        TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None, seconds=seconds
+        TextFile(out, header), settings.tokens, finished, on_progress, endless=prompts is None, seconds=seconds
     )
 
 
@@ -139,8 +139,8 @@ def row_header(
 def write_in_order(
     file: TextFile,
     wanted: int,
-    finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]],
-    tell: Callable[[Written], None],
+    finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Transcript]]],
+    on_progress: Callable[[Written], None],
     *,
     endless: bool,
     seconds: float | None = None,
@@ -168,9 +168,9 @@ def write_in_order(
     def spent(tokens: int) -> None:
         written.spent += tokens
         written.seconds = time.perf_counter() - started
-        tell(written)
+        on_progress(written)
 
-    waiting: dict[int, Talked] = {}
+    waiting: dict[int, Transcript] = {}
     number = file.next_number
     talks = finished(number, spent)
     try:
@@ -188,14 +188,14 @@ def write_in_order(
                 written.ended_spent += ended[1].spent
                 written.ended_kept += 0 if fault_of(ended[1]) else ended[1].answer_tokens
                 continue
-            talked = waiting.pop(number)
-            reason = file.add(number, talked)
+            transcript = waiting.pop(number)
+            reason = file.add(number, transcript)
             if reason:
                 written.dropped[reason] += 1
-                written.ended_kept -= 0 if fault_of(talked) else talked.answer_tokens  # it is a repetition
+                written.ended_kept -= 0 if fault_of(transcript) else transcript.answer_tokens  # it is a repetition
             number += 1
             written.rows, written.tokens = file.rows, file.tokens
-            tell(written)
+            on_progress(written)
             judge.hear(reason)
     finally:
         talks.close()  # type: ignore[attr-defined]

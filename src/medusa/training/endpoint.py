@@ -21,7 +21,7 @@ from medusa.text.turns import Turns
 from medusa.training.data import Conversation, MalformedRow, encode
 from medusa.training.distill import Prompt, Written, row_header, write_in_order
 from medusa.training.speaker import NO_QUESTION, Speaker, is_question
-from medusa.training.talk import LoopWatch, Talked
+from medusa.training.talk import LoopWatch, Transcript
 from medusa.training.text_file import TextFile
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def distill_remotely(
     served_model: str,
     prompts: Sequence[Prompt] | None = None,
     parallel: int = 8,
-    tell: Callable[[Written], None] = lambda written: None,
+    on_progress: Callable[[Written], None] = lambda written: None,
 ) -> Written:
     """Writes conversations to `out`, as `distill` does, asking `url` for each turn.
 
@@ -55,12 +55,12 @@ def distill_remotely(
     """
     tokenizer = zoo.load_tokenizer(zoo.resolve(model))
     turns = Turns.of(tokenizer)
-    speaker = Speaker(tokenizer, frozenset(), settings, room=0)
+    speaker = Speaker(tokenizer, frozenset(), settings, slot_length=0)
 
-    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         numbers = iter(range(start, 2**63 if prompts is None else len(prompts)))
         with ThreadPoolExecutor(parallel) as pool:
-            running: dict[Future[Talked], int] = {}
+            running: dict[Future[Transcript], int] = {}
             try:
                 while True:
                     while len(running) < parallel and (number := next(numbers, None)) is not None:
@@ -69,9 +69,9 @@ def distill_remotely(
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        number, talked = running.pop(future), future.result()
-                        spent(talked.spent)
-                        yield number, talked
+                        number, transcript = running.pop(future), future.result()
+                        spent(transcript.spent)
+                        yield number, transcript
             finally:
                 for future in running:
                     future.cancel()
@@ -79,7 +79,7 @@ def distill_remotely(
     header = row_header(model, tokenizer, settings, prompts, {"backend": "endpoint", "dtype": None})
     with openai_client(url) as client:
         remote = Remote(client, served_model, speaker, turns)
-        return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
+        return write_in_order(TextFile(out, header), settings.tokens, finished, on_progress, endless=prompts is None)
 
 
 def _only(choices: Sequence[T] | None) -> T:
@@ -98,48 +98,50 @@ class Remote:
     speaker: Speaker
     turns: Turns
 
-    def talk(self, number: int, prompt: Prompt | None) -> Talked:
+    def talk(self, number: int, prompt: Prompt | None) -> Transcript:
         """A whole conversation: of the given turns, or of invented ones. What cannot be used has a fault."""
         from openai import BadRequestError
 
-        talked = Talked(self.speaker.answering(number, 0).temperature)
+        transcript = Transcript(self.speaker.answering(number, 0).temperature)
         try:
-            whole = self._talk(talked, number, prompt)
-            if not talked.fault:
-                self._encode(talked, whole)
+            whole = self._talk(transcript, number, prompt)
+            if not transcript.fault:
+                self._encode(transcript, whole)
         except BadRequestError as error:  # say, it is longer than the engine's context; other refusals end the run
-            talked.fault = "refused by the endpoint: " + re.sub(r"\d+", "N", error.message)[:120]  # counted by reason
+            transcript.fault = (
+                "refused by the endpoint: " + re.sub(r"\d+", "N", error.message)[:120]
+            )  # counted by reason
         except MalformedRow as error:
-            talked.fault = str(error)
-        talked.spent = talked.answer_tokens
-        return talked
+            transcript.fault = str(error)
+        transcript.spent = transcript.answer_tokens
+        return transcript
 
-    def _talk(self, talked: Talked, number: int, prompt: Prompt | None) -> bool:
+    def _talk(self, transcript: Transcript, number: int, prompt: Prompt | None) -> bool:
         """Adds the messages; whether the last answer came to its end."""
         speaker, settings = self.speaker, self.speaker.settings
         count = 1 + speaker.seed(number, 0, "turns") % settings.turns if prompt is None else len(prompt.users)
         if prompt is not None and prompt.system:
-            talked.messages.append({"role": "system", "content": prompt.system})
+            transcript.messages.append({"role": "system", "content": prompt.system})
         whole = True
         for turn in range(count):
-            user = self._invent(talked, number, turn) if prompt is None else prompt.users[turn]
+            user = self._invent(transcript, number, turn) if prompt is None else prompt.users[turn]
             if user is None:
-                talked.fault = "" if turn else NO_QUESTION
+                transcript.fault = "" if turn else NO_QUESTION
                 break
-            talked.messages.append({"role": "user", "content": user})
-            answer, whole = self._answer(talked, number, turn)
-            talked.messages.append({"role": "assistant", "content": answer})
+            transcript.messages.append({"role": "user", "content": user})
+            answer, whole = self._answer(transcript, number, turn)
+            transcript.messages.append({"role": "assistant", "content": answer})
             if not whole:
                 break
         return whole
 
-    def _invent(self, talked: Talked, number: int, turn: int) -> str | None:
+    def _invent(self, transcript: Transcript, number: int, turn: int) -> str | None:
         """The next user turn, by the text interface; None where the model does not come to an end."""
         text = self.turns.before_user
-        if talked.messages:
+        if transcript.messages:
             if self.turns.before_next is None:
                 return None
-            contents = [message["content"] for message in talked.messages]
+            contents = [message["content"] for message in transcript.messages]
             seams = [self.turns.before_answer, self.turns.before_next] * len(contents)
             text += "".join(piece for pair in zip(contents, seams, strict=False) for piece in pair)
         given = self.speaker.opening(number, turn)
@@ -167,10 +169,10 @@ class Remote:
         tokens = len(self.speaker.encode(choice.text)) + 1
         return (choice.text, tokens) if choice.finish_reason == "stop" else None
 
-    def _answer(self, talked: Talked, number: int, turn: int) -> tuple[str, bool]:
+    def _answer(self, transcript: Transcript, number: int, turn: int) -> tuple[str, bool]:
         """The answer, and whether the model came to its end."""
         sampling = self.speaker.answering(number, turn)
-        messages: Any = talked.messages
+        messages: Any = transcript.messages
         found = self.client.chat.completions.create(
             model=self.served_model,
             messages=messages,
@@ -182,9 +184,9 @@ class Remote:
         choice = _only(found.choices)
         return choice.message.content or "", choice.finish_reason == "stop"
 
-    def _encode(self, talked: Talked, whole: bool) -> None:
+    def _encode(self, transcript: Transcript, whole: bool) -> None:
         """Tokens and labels; an answer that was cut short or loops ends where it did, and the text with it."""
-        example = encode(Conversation(tuple(talked.messages), ""), self.speaker.tokenizer, self.served_model)
+        example = encode(Conversation(tuple(transcript.messages), ""), self.speaker.tokenizer, self.served_model)
         ids, spans = list(example.token_ids), list(example.spans)
         for i, (start, end) in enumerate(spans):
             if i == len(spans) - 1 and not whole:
@@ -197,5 +199,5 @@ class Remote:
             if loop is not None:
                 del spans[i + 1 :]
                 break
-        talked.labels = [(start, end) for start, end in spans if end > start]
-        talked.token_ids = ids[: talked.labels[-1][1]] if talked.labels else []
+        transcript.labels = [(start, end) for start, end in spans if end > start]
+        transcript.token_ids = ids[: transcript.labels[-1][1]] if transcript.labels else []

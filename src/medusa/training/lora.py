@@ -116,7 +116,7 @@ class LoraTrainer:
         config: its sections `lora` and, for what both trainings share, `training`.
         directory: where checkpoints go.
         facts: what a checkpoint must agree on to be gone on from.
-        tell: hears of each step.
+        on_progress: hears of each step.
 
     Raises:
         MedusaError: peft is not installed, or there is nothing to learn from.
@@ -132,7 +132,7 @@ class LoraTrainer:
         directory: Path,
         *,
         facts: Mapping[str, Any],
-        tell: Callable[[LoraProgress], None] = lambda progress: None,
+        on_progress: Callable[[LoraProgress], None] = lambda progress: None,
     ) -> None:
         self.config, self._lora, self._shared = config, config.lora, config.training
         self.base = base
@@ -158,7 +158,7 @@ class LoraTrainer:
         self.steps = min(self._lora.epochs * self.epoch_steps, self._lora.max_steps or _NO_LIMIT)
         self.step, self._resumed_at = 0, -1
         self._before: Quality | None = None
-        self._directory, self._facts, self._tell = directory, dict(facts), tell
+        self._directory, self._facts, self._on_progress = directory, dict(facts), on_progress
         self._rates = (self._lora.learning_rate, self._lora.heads_learning_rate)
         groups = zip((list(self.adapters.values()), list(self.heads.parameters())), self._rates, strict=True)
         self._optimizer = torch.optim.AdamW(
@@ -235,7 +235,7 @@ class LoraTrainer:
                 rate = self._rates[0] * schedule(done, self.steps, self._lora.warmup)
                 speed = tokens / (time.perf_counter() - started)
                 weight = self.heads_weight(done)
-                self._tell(LoraProgress(self.step, self.steps, base_loss, means, weight, rate, speed))
+                self._on_progress(LoraProgress(self.step, self.steps, base_loss, means, weight, rate, speed))
                 if stop:
                     raise InterruptedTrainingError(
                         f"stopped at step {self.step} of {self.steps} of Medusa-2; run the same command again with "

@@ -84,7 +84,7 @@ class Trainer:
         config: see OptimiserSettings.
         directory: where checkpoints go.
         facts: what a checkpoint must agree on to be gone on from.
-        tell: hears of each step.
+        on_progress: hears of each step.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Trainer:
         *,
         accelerator: Accelerator,
         facts: Mapping[str, Any],
-        tell: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.config = config
         self.heads = heads.to(accelerator.device)
@@ -111,7 +111,7 @@ class Trainer:
         self._directory = directory
         self._accelerator = accelerator
         self._facts = dict(facts)
-        self._tell = tell
+        self._on_progress = on_progress
         size = min(config.batch_size, rows.num_rows)
         if size < 1:
             raise MedusaError("there is nothing to learn from: no labelled token in the training text")
@@ -209,7 +209,7 @@ class Trainer:
                     progress.accuracy = self._evaluate()
                 if save:
                     self.save()
-                self._tell(progress)
+                self._on_progress(progress)
                 if stop:
                     raise InterruptedTrainingError(
                         f"stopped at step {state.step} of {self.steps}; run the same command again with --resume"

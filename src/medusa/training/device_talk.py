@@ -127,10 +127,9 @@ class DeviceRows:
         values = np.array([token for edit in edits for token in edit.tokens])
         self.tokens[self._sent(where), self._sent(places)] = self._sent(values)
         positions = np.array([edit.position for edit in edits])
-        seeds = np.array([signed(edit.sampling.seed or 0) for edit in edits])
         self.position[rows] = self._sent(positions)
         self.known[rows] = self._sent(positions + np.array(counts))
-        self.seed[rows] = self._sent(seeds)
+        self.seed[rows] = self._sent(np.array([signed(edit.sampling.seed or 0) for edit in edits]))
         self.temperature[rows] = self._sent(np.array([e.sampling.temperature for e in edits], dtype=np.float32))
         self.top_p[rows] = self._sent(np.array([e.sampling.top_p for e in edits], dtype=np.float32))
         self.moving[rows] = 1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medusa.models import zoo
 from medusa.remote import openai_client
-from medusa.settings import DistillSettings
+from medusa.settings import DistillSettings, Sampling
 from medusa.text.turns import Turns
 from medusa.training.data import Conversation, MalformedRow, encode
 from medusa.training.distill import Prompt, Written, row_header, write_in_order
@@ -51,26 +51,26 @@ def distill_remotely(
 
     Raises:
         MedusaError: the endpoint cannot be reached, or refuses; or nearly all conversations are dropped. What was
-            written stays, and is gone on with.
+            written stays, and the next run continues it.
     """
     tokenizer = zoo.load_tokenizer(zoo.resolve(model))
     turns = Turns.of(tokenizer)
     speaker = Speaker(tokenizer, frozenset(), settings, slot_length=0)
 
-    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
+    def finished(start: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         numbers = iter(range(start, 2**63 if prompts is None else len(prompts)))
         with ThreadPoolExecutor(parallel) as pool:
             running: dict[Future[Transcript], int] = {}
             try:
                 while True:
                     while len(running) < parallel and (number := next(numbers, None)) is not None:
-                        given = None if prompts is None else prompts[number]
-                        running[pool.submit(remote.talk, number, given)] = number
+                        prompt = None if prompts is None else prompts[number]
+                        running[pool.submit(remote.talk, number, prompt)] = number
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         number, transcript = running.pop(future), future.result()
-                        spent(transcript.spent)
+                        on_tokens(transcript.spent)
                         yield number, transcript
             finally:
                 for future in running:
@@ -144,45 +144,37 @@ class Remote:
             contents = [message["content"] for message in transcript.messages]
             seams = [self.turns.before_answer, self.turns.before_next] * len(contents)
             text += "".join(piece for pair in zip(contents, seams, strict=False) for piece in pair)
-        given = self.speaker.opening(number, turn)
-        room = self.speaker.settings.max_user_tokens
-        said = self._go_on(text + given, number, turn, room, [self.turns.before_answer.strip(), "\n"])
-        if said is not None and said[0].rstrip().endswith(":") and (room := room - said[1]) > 0:
-            line = f"{said[0]}\n"
-            more = self._go_on(text + given + line, number, turn, room, [self.turns.before_answer.strip()])
-            said = None if more is None else (line + more[0], 0)
-        return given + said[0].rstrip() if said is not None and is_question(given, said[0]) else None
+        opening = self.speaker.opening(number, turn)
+        options = self._options(self.speaker.asking(number, turn))
+        limit, end = self.speaker.settings.max_user_tokens, self.turns.before_answer.strip()
+        rest = self._completed(text + opening, limit, [end, "\n"], options)
+        if rest is not None and rest.rstrip().endswith(":"):
+            limit -= len(self.speaker.encode(rest)) + 1
+            if limit > 0:
+                line = f"{rest}\n"
+                announced = self._completed(text + opening + line, limit, [end], options)
+                rest = None if announced is None else line + announced
+        return opening + rest.rstrip() if rest is not None and is_question(opening, rest) else None
 
-    def _go_on(self, text: str, number: int, turn: int, room: int, stop: list[str]) -> tuple[str, int] | None:
-        """How a user's turn goes on after `text`, and in how many tokens; None where it does not end within `room`."""
-        sampling = self.speaker.asking(number, turn)
-        found = self.client.completions.create(
-            model=self.served_model,
-            prompt=text,
-            max_tokens=room,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=None if sampling.seed is None else sampling.seed % 2**31,
-            stop=stop,
-        )
-        choice = _only(found.choices)
-        tokens = len(self.speaker.encode(choice.text)) + 1
-        return (choice.text, tokens) if choice.finish_reason == "stop" else None
+    def _completed(self, text: str, limit: int, stop: list[str], options: dict[str, Any]) -> str | None:
+        """How a user's turn continues after `text`; None where it does not end within `limit` tokens."""
+        reply = self.client.completions.create(prompt=text, max_tokens=limit, stop=stop, **options)
+        choice = _only(reply.choices)
+        return str(choice.text) if choice.finish_reason == "stop" else None
 
     def _answer(self, transcript: Transcript, number: int, turn: int) -> tuple[str, bool]:
         """The answer, and whether the model came to its end."""
-        sampling = self.speaker.answering(number, turn)
         messages: Any = transcript.messages
-        found = self.client.chat.completions.create(
-            model=self.served_model,
-            messages=messages,
-            max_tokens=self.speaker.settings.max_answer_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=None if sampling.seed is None else sampling.seed % 2**31,
-        )
-        choice = _only(found.choices)
+        limit, options = self.speaker.settings.max_answer_tokens, self._options(self.speaker.answering(number, turn))
+        reply = self.client.chat.completions.create(messages=messages, max_tokens=limit, **options)
+        choice = _only(reply.choices)
         return choice.message.content or "", choice.finish_reason == "stop"
+
+    def _options(self, sampling: Sampling) -> dict[str, Any]:
+        """What both interfaces are asked alike."""
+        seed = None if sampling.seed is None else sampling.seed % 2**31
+        model, temperature, top_p = self.served_model, sampling.temperature, sampling.top_p
+        return {"model": model, "temperature": temperature, "top_p": top_p, "seed": seed}
 
     def _encode(self, transcript: Transcript, whole: bool) -> None:
         """Tokens and labels; an answer that was cut short or loops ends where it did, and the text with it."""
@@ -193,9 +185,7 @@ class Remote:
                 end -= 1  # the template ends every turn, but the model did not
             watch = LoopWatch()
             loop = next((at for at in range(start, end) if watch.push(ids[at])), None)
-            if loop is not None:
-                end = loop + 1
-            spans[i] = start, end
+            spans[i] = start, end if loop is None else loop + 1
             if loop is not None:
                 del spans[i + 1 :]
                 break

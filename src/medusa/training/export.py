@@ -37,22 +37,15 @@ def write_heads(heads: Heads, accuracy: Accuracy, directory: Path, config: Train
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes weights as safetensors, configuration and tokenizer; the directory appears whole or not at all.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
+    """Writes weights as safetensors, configuration and tokenizer. Raises MedusaError: no room, or no permission."""
     with _written(directory), swapped_in(directory) as new, quiet():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
 
 
 def save_adapter(model: PeftModel, base: str, directory: Path) -> None:
-    """Writes the adapters in peft's format, with a README; `base` is the model's name as a user knows it.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
+    """Writes the adapters in peft's format, with a README; `base` is the model's name as a user knows it. Raises
+    MedusaError: no room, or no permission."""
     model.peft_config["default"].base_model_name_or_path = base
     with _written(directory), swapped_in(directory) as new:
         model.save_pretrained(str(new), save_embedding_layers=False)

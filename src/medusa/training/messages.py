@@ -76,10 +76,10 @@ def present(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def one_of(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The one of the names that is a field; if there are several, they must say the same."""
-    given = [name for name in names if name in fields]
-    if any(fields[name] != fields[given[0]] for name in given[1:]):
-        raise MalformedRow(f"{' and '.join(map(quoted, given))} differ")
-    return given[0] if given else None
+    used = [name for name in names if name in fields]
+    if any(fields[name] != fields[used[0]] for name in used[1:]):
+        raise MalformedRow(f"{' and '.join(map(quoted, used))} differ")
+    return used[0] if used else None
 
 
 def quoted(name: str) -> str:

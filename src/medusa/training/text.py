@@ -124,18 +124,15 @@ def text_digest(examples: Sequence[Example]) -> str:
 
 
 def shown_by(reporter: Reporter) -> Callable[[Written], None]:
-    """Tells a reporter how far distilling is."""
+    """What shows on a reporter how far distilling is."""
 
-    def tell(written: Written) -> None:
-        left = written.seconds_left
-        reporter.progress(
-            min(written.tokens, written.wanted),
-            written.wanted,
-            f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s"
-            + ("" if left is None else f", {math.ceil(left / 60)} min left"),
-        )
+    def show(written: Written) -> None:
+        text = f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s"
+        if (left := written.seconds_left) is not None:
+            text += f", {math.ceil(left / 60)} min left"
+        reporter.progress(min(written.tokens, written.wanted), written.wanted, text)
 
-    return tell
+    return show
 
 
 def read_prompt_file(path: str, report: Callable[[str], None]) -> list[Prompt]:

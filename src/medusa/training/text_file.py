@@ -70,9 +70,9 @@ class TextFile:
             before[OPENINGS] = now[OPENINGS]
         for name in [*now, *before]:
             if name != "settings" and before.get(name) != now.get(name):
-                was, given = (shortened(json.dumps(values.get(name))) for values in (before, now))
+                was, wanted = (shortened(json.dumps(values.get(name))) for values in (before, now))
                 raise UsageError(
-                    f"{self.path} was made with {name} {was}, not {given}: "
+                    f"{self.path} was made with {name} {was}, not {wanted}: "
                     "go on with the same settings, or name a new file"
                 )
 
@@ -114,8 +114,8 @@ class TextFile:
 
 def _keys(row: Mapping[str, Any]) -> set[str]:
     """What two conversations must not share: the first question, or all that was said."""
-    said = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
-    parts = ["\n".join(said or [repr(row["token_ids"])])]
-    if len(said) > 1 and said[0].startswith("user"):
-        parts.append(said[0])
+    turns = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
+    parts = ["\n".join(turns or [repr(row["token_ids"])])]
+    if len(turns) > 1 and turns[0].startswith("user"):
+        parts.append(turns[0])
     return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}

@@ -30,7 +30,7 @@ class DeviceFeatures(LiveFeatures):
 
     @property
     def kept(self) -> bool:
-        """Whether all rows found room."""
+        """Whether all rows are kept."""
         return self._table is not None
 
     def batches(

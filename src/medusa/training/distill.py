@@ -148,7 +148,7 @@ def write_in_order(
     """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations. When
     `seconds` have gone by, those that have ended are written and those under way are left out, numbers and all.
 
-    `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
+    `finished` is called with the first number and what to call with tokens spent; it gives conversations in the
     order in which they end. `endless` says that it always gives another one.
 
     Raises:

@@ -158,7 +158,7 @@ class FeatureCache:
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> FeatureCache:
         """Computes what is missing. `facts` say what the features depend on besides the examples (model, number
-        format, layers): a cache made from anything else is thrown away. `on_progress` hears of (examples done, all)."""
+        format, layers): a cache made from anything else is thrown away. `on_progress` takes (examples done, all)."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for example in examples:
             digest.update(repr((example.token_ids, example.spans)).encode())

@@ -384,7 +384,7 @@ class Run:
         directory = self.out / (MODEL_DIR if config.lora.merge else ADAPTER_DIR)
         name = heads.config.base_model
         if config.lora.merge:
-            trainer.merge()  # before measuring: what is told is that of the weights that are saved, rounding and all
+            trainer.merge()  # before measuring: the report is of the weights that are saved, rounding and all
         after = trainer.measure()
         if config.lora.merge:
             save_model(trainer.base, self.lm.tokenizer, directory)

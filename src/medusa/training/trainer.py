@@ -4,8 +4,8 @@ Step s is a function of the seed and s alone, so a run that is killed continues 
 had happened; with `training.seconds` it is one of the clock too. Several processes (`accelerate launch`) take every
 n-th row of each batch and share gradients.
 
-On a GPU the host runs ahead: it reads losses every READ_EVERY steps, and before anything is measured, saved or told.
-So one that is not a number is noticed late, but before it could spoil what is saved.
+On a GPU the host runs ahead: it reads losses every READ_EVERY steps, and before anything is measured, saved or
+reported. So one that is not a number is noticed late, but before it could spoil what is saved.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Trainer:
         config: see OptimiserSettings.
         directory: where checkpoints go.
         facts: what must be the same for a run to continue from a checkpoint.
-        on_progress: hears of each step.
+        on_progress: called after each step.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at 
 
 @with_options
 def distill(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is gone on with.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is continued.")],
     prompts: Annotated[
         str | None,
         typer.Option(

@@ -117,7 +117,7 @@ def run(name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[E
         work / "checkpoints" / name,
         accelerator=Accelerator(cpu=True),
         facts={},
-        tell=tell,
+        on_progress=tell,
     )
     trainer.run()
     accuracy = Accuracy.of(ranks(heads, held.in_order(config.num_heads, EVALUATION_ROWS)))

@@ -28,7 +28,7 @@ from medusa.decoding.slots import Slots
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation import ablate
 from medusa.evaluation.baselines import BaselineOptions, Baselines, ServerMethod, TransformersMethod
-from medusa.evaluation.batch import Load, compare_loads, endless, run_load
+from medusa.evaluation.batch import Load, compare_loads, run_load
 from medusa.evaluation.methods import medusa_method
 from medusa.evaluation.quality import distinct, measure, nats, repetition
 from medusa.evaluation.questions import Question
@@ -179,7 +179,7 @@ def test_a_load_counts_the_tokens_of_all_its_texts(rows: int) -> None:
     model = ToyModel()
     lm, backend = toy_lm(model, rows)
     load = Load(rows)
-    prompts = endless([[1, 2], [3], [4, 5, 6]])
+    prompts = itertools.cycle([[1, 2], [3], [4, 5, 6]])
     run_load(
         lm, ReferenceStepper(backend, NoDrafter(), 1), prompts, load, steps=9, max_new_tokens=5, sampling=Sampling()
     )
@@ -203,7 +203,7 @@ def test_loads_of_all_sizes_take_turns() -> None:
     told: list[tuple[int, int]] = []
     loads = compare_loads(
         lm, decoders, [[1], [2, 3]], (1, 4), steps=3, max_new_tokens=30, sampling=GREEDY, rounds=2,
-        tell=lambda done, total: told.append((done, total)),
+        on_progress=lambda done, total: told.append((done, total)),
     )  # fmt: skip
     assert told == [(i, 8) for i in range(1, 9)]
     assert [load.steps for some in loads.values() for load in some] == [6, 6, 6, 6]

@@ -19,7 +19,7 @@ from medusa.decoding.sampling import GREEDY, Sampling
 from medusa.decoding.stepper import Step
 from medusa.errors import UsageError
 from medusa.evaluation.bench import BenchSettings, open_run, read_rows, run_bench
-from medusa.evaluation.methods import MEDUSA_METHODS, PHASES, Measured, PeakMemory, counts, medusa_method
+from medusa.evaluation.methods import MEDUSA_METHODS, PHASES, Measurement, PeakMemory, counts, medusa_method
 from medusa.evaluation.questions import Question, choose, read_questions
 from medusa.evaluation.report import Report, markdown_table
 from medusa.evaluation.statistics import figures
@@ -157,7 +157,7 @@ def test_peak_memory_is_that_since_it_was_made() -> None:
 
 def answer(tokens: int, steps: int | None, seconds: float, **changes: Any) -> dict[str, Any]:
     ids = changes.pop("ids", [1, 2])
-    return Measured("text", ids, tokens + 1, tokens, steps, seconds, 0.5, **changes).as_json()
+    return Measurement("text", ids, tokens + 1, tokens, steps, seconds, 0.5, **changes).as_json()
 
 
 def row(number: int, category: str = "all", **methods: dict[str, Any]) -> dict[str, Any]:
@@ -226,11 +226,11 @@ class Scripted:
     calls: list[tuple[str, Any]] = field(default_factory=list)
     fail_at: int | None = None
 
-    def answer(self, messages: Sequence[Any], max_new_tokens: int) -> Measured:
+    def answer(self, messages: Sequence[Any], max_new_tokens: int) -> Measurement:
         if self.fail_at is not None and len(self.calls) >= self.fail_at:
             raise KeyboardInterrupt
         self.calls.append((self.name, [message["content"] for message in messages]))
-        return Measured(f"{self.name}{len(messages)}", [len(messages)], 3, 2, 2, 0.5, 0.1)
+        return Measurement(f"{self.name}{len(messages)}", [len(messages)], 3, 2, 2, 0.5, 0.1)
 
 
 QUESTIONS = tuple(Question(f"q{i}", "all", (f"first {i}", f"second {i}")) for i in range(3))

@@ -11,7 +11,7 @@ import pytest
 
 from chat_stub import StubModel, Terminal, no_colour_settings, roles, run  # noqa: F401
 from medusa.api import Chunk, Stats
-from medusa.chat.history import Message, load_history, save_history
+from medusa.chat.history import Entry, load_history, save_history
 from medusa.chat.session import Chat
 from medusa.decoding.stepper import Step
 from medusa.errors import MedusaError, UsageError
@@ -48,7 +48,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(monkeypatch: pytest.Mon
     code, out, err = run(monkeypatch, chat, "tell", "go on")
     assert (code, out) == (0, "Once\nYes\n")
     assert "Interrupted" in err
-    assert chat.history[1] == Message("assistant", "Once", interrupted=True)
+    assert chat.history[1] == Entry("assistant", "Once", interrupted=True)
     assert model.calls[1][0][1] == {"role": "assistant", "content": "Once"}
     assert model.closed == 2
 
@@ -189,7 +189,7 @@ def test_saving_is_atomic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
     monkeypatch.setattr("json.dump", broken)
     with pytest.raises(OSError, match="No space"):
-        save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
+        save_history(path, None, [Entry("user", "1"), Entry("assistant", "2")])
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -197,7 +197,7 @@ def test_saving_is_atomic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 @pytest.mark.skipif(os.name != "posix", reason="only there files have such modes")
 def test_a_saved_conversation_is_for_its_owner_alone(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
-    save_history(path, None, [Message("user", "1"), Message("assistant", "2")])
+    save_history(path, None, [Entry("user", "1"), Entry("assistant", "2")])
     assert path.stat().st_mode & 0o777 == 0o600
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny_lm
 from chat_stub import StubModel, no_colour_settings, roles, run  # noqa: F401
 from medusa.api import Chunk
-from medusa.chat.history import Message, save_history
+from medusa.chat.history import Entry, save_history
 from medusa.chat.session import Chat
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import ContextFullError
@@ -96,7 +96,7 @@ def test_drop_without_a_question_that_waits_forgets_one_turn(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, between: str
 ) -> None:
     chat, model = full_chat(monkeypatch)
-    save_history(tmp_path / "talk.json", None, [Message("user", "1"), Message("assistant", "2")] * 2)
+    save_history(tmp_path / "talk.json", None, [Entry("user", "1"), Entry("assistant", "2")] * 2)
     line = f"/load {tmp_path / 'talk.json'}" if between == "/load" else between
     run(monkeypatch, chat, "x" * 10, line if between != "short" else "s", "/drop")
     calls = 4 if between == "short" else 3

@@ -23,7 +23,7 @@ from medusa.errors import UsageError
 from medusa.training import device_talk
 from medusa.training.device_talk import choose, gumbel, refusal, runs_on_device, talk_on_device
 from medusa.training.distill import DistillSettings, distill
-from medusa.training.talk import Said, Talk, Talked, Turn, talk_in_slots
+from medusa.training.talk import Reply, Talk, Transcript, Turn, talk_in_slots
 from tiny_models import TOKENIZER_VOCAB, VOCAB, make_model, make_tokenizer
 
 real_refusal = flash_attention.refusal
@@ -34,7 +34,7 @@ def backend(slots: int = 4, family: str = "llama", **options: object) -> Transfo
     return TransformersBackend(make_model(family), num_slots=slots, **options)  # type: ignore[arg-type]
 
 
-def talk(number: int, heard: list[Said]) -> Talk:
+def talk(number: int, heard: list[Reply]) -> Talk:
     """Some turns with prompts, limits and ends of all kinds; what was said is kept in `heard` too."""
     chance = random.Random(number)
     text: list[int] = []
@@ -51,10 +51,10 @@ def talk(number: int, heard: list[Said]) -> Talk:
         labels.append((len(text) - len(said.tokens), len(text)))
         if len(text) > 150:
             break
-    return Talked(0.0, token_ids=text, labels=labels)
+    return Transcript(0.0, token_ids=text, labels=labels)
 
 
-def talks(count: int, heard: dict[int, list[Said]]) -> Iterator[tuple[int, Talk]]:
+def talks(count: int, heard: dict[int, list[Reply]]) -> Iterator[tuple[int, Talk]]:
     for number in range(count):
         yield number, talk(number, heard.setdefault(number, []))
 
@@ -63,8 +63,8 @@ def talks(count: int, heard: dict[int, list[Said]]) -> Iterator[tuple[int, Talk]
 @pytest.mark.parametrize("slots", [1, 5, 40])
 def test_what_is_said_on_a_device_is_what_is_said_in_slots(family: str, slots: int) -> None:
     """Greedy, for full, sliding and mixed attention: turns that end within a look, at a limit, at once."""
-    expected: dict[int, list[Said]] = {}
-    found: dict[int, list[Said]] = {}
+    expected: dict[int, list[Reply]] = {}
+    found: dict[int, list[Reply]] = {}
     count = 16 if family == "llama" else 6
     runner = backend(slots, family)
     before = dict(talk_in_slots(ReferenceStepper(runner, NoDrafter(), 1), talks(count, expected)))
@@ -80,7 +80,7 @@ def test_texts_that_loop_are_cut_where_they_are_in_slots() -> None:
     def looping(number: int) -> Talk:
         said = yield Turn([5 + number, 9], Sampling(), 240, frozenset())
         then = yield Turn([7], Sampling(), 4, frozenset(), drop_last=True)
-        return Talked(0.0, token_ids=[*said.tokens, *then.tokens], fault=said.finish_reason)
+        return Transcript(0.0, token_ids=[*said.tokens, *then.tokens], fault=said.finish_reason)
 
     model = make_model()
     with torch.no_grad():  # without attention what it says depends on the last token alone
@@ -95,7 +95,7 @@ def test_texts_that_loop_are_cut_where_they_are_in_slots() -> None:
 def test_a_text_ends_where_the_context_does() -> None:
     def filling(number: int) -> Talk:
         said = yield Turn([5, 6 + number] * 30, Sampling(), 1000, frozenset())
-        return Talked(0.0, token_ids=said.tokens, fault=said.finish_reason)
+        return Transcript(0.0, token_ids=said.tokens, fault=said.finish_reason)
 
     runner = backend(2, max_length=96)
     expected = dict(talk_in_slots(ReferenceStepper(runner, NoDrafter(), 1), ((n, filling(n)) for n in range(5))))
@@ -104,7 +104,7 @@ def test_a_text_ends_where_the_context_does() -> None:
 
 
 def test_tokens_that_are_kept_are_counted_and_those_past_an_end_are_not() -> None:
-    heard: dict[int, list[Said]] = {}
+    heard: dict[int, list[Reply]] = {}
     told: list[int] = []
     list(talk_on_device(backend(3), talks(20, heard), told.append))
     assert sum(told) == sum(len(said.tokens) for turns in heard.values() for said in turns)
@@ -112,7 +112,7 @@ def test_tokens_that_are_kept_are_counted_and_those_past_an_end_are_not() -> Non
 
 def test_conversations_that_are_over_at_once_are_given_one_by_one() -> None:
     def over() -> Talk:
-        return Talked(0.0, fault="too long")
+        return Transcript(0.0, fault="too long")
         yield Turn([], Sampling(), 1, frozenset())
 
     endless = talk_on_device(backend(2), ((number, over()) for number in itertools.count()))
@@ -122,7 +122,7 @@ def test_conversations_that_are_over_at_once_are_given_one_by_one() -> None:
 def test_what_a_device_does_not_do_is_refused() -> None:
     def odd() -> Talk:
         yield Turn([5], Sampling(temperature=1.0, top_k=3), 4, frozenset())
-        return Talked(0.0)
+        return Transcript(0.0)
 
     with pytest.raises(UsageError, match="by temperature and top_p alone"):
         list(talk_on_device(backend(1), iter([(0, odd())])))
@@ -314,7 +314,7 @@ def test_a_file_is_the_same_for_any_number_of_rows_and_however_often_it_was_kill
                 raise Killed
 
         try:
-            distill(runner, tmp_path / "killed.jsonl", HOT, tell=tell)
+            distill(runner, tmp_path / "killed.jsonl", HOT, on_progress=tell)
             break
         except Killed:
             kills += 1

@@ -29,8 +29,8 @@ from medusa.training.device_features import DeviceFeatures, batched, read_table
 from medusa.training.distill import write_in_order
 from medusa.training.features import FeatureCache, Rows, count_rows, joined, read_rows
 from medusa.training.resume import check_resumed
-from medusa.training.talk import Talked
-from medusa.training.text import room
+from medusa.training.talk import Transcript
+from medusa.training.text import slots_that_fit
 from medusa.training.text_file import TextFile
 from medusa.training.trainer import CHECKPOINT, Progress, Trainer, schedule
 from test_train_run import SMALL, save_model
@@ -124,14 +124,14 @@ def test_a_cpu_is_no_gpu() -> None:
 def test_a_gpu_is_asked_for_more_slots_and_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = make_model().config
     place = 2 * 2 * 3 * 2 * 8
-    assert room(shape, None, 100) == (24, 100)
+    assert slots_that_fit(shape, None, 100) == (24, 100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 10_000 * place * (100 + MAX_NODES))
-    assert room(shape, None, 100, "cuda") == (1024, 100)
-    assert room(shape, 7, 100, "cuda") == (7, 100)
+    assert slots_that_fit(shape, None, 100, "cuda") == (1024, 100)
+    assert slots_that_fit(shape, 7, 100, "cuda") == (7, 100)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 300 * place * (100 + MAX_NODES))
-    assert room(shape, None, 100, "cuda:0") == (300, 100)
-    assert room(shape, None, 100) == (24, 100)
+    assert slots_that_fit(shape, None, 100, "cuda:0") == (300, 100)
+    assert slots_that_fit(shape, None, 100) == (24, 100)
 
 
 # --- the trainer ------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def trainer(
     heads = heads or make_heads()
     accelerator = Accelerator(cpu=True)
     return Trainer(
-        heads, heads.lm_head, rows, held_out, config, directory, accelerator=accelerator, facts={}, tell=tell
+        heads, heads.lm_head, rows, held_out, config, directory, accelerator=accelerator, facts={}, on_progress=tell
     )
 
 
@@ -268,7 +268,7 @@ def test_writing_ends_when_its_time_is_over_with_all_that_has_ended(
         for number in (n for n in range(start, 100) if n != 1):
             clock[0] += 1.0
             says = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "It is."}]
-            yield number, Talked(0.0, says, list(range(20)), [(0, 20)], spent=20)
+            yield number, Transcript(0.0, says, list(range(20)), [(0, 20)], spent=20)
 
     path = tmp_path / "text.jsonl"
     written = write_in_order(TextFile(path, {}), 10**6, talks, lambda _: None, endless=True, seconds=6)

@@ -23,7 +23,7 @@ from medusa.errors import MedusaError, UsageError
 from medusa.text.turns import Turns
 from medusa.training import openings
 from medusa.training.distill import DistillSettings, Prompt, Written, distill, write_in_order
-from medusa.training.talk import LoopWatch, Talk, Talked, Turn, talk_in_slots
+from medusa.training.talk import LoopWatch, Talk, Transcript, Turn, talk_in_slots
 from medusa.training.text import Silent, shown_by
 from medusa.training.text_file import TextFile
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_doubled_row(whole: Path, seed: i
                 raise Killed
 
         try:
-            distill(lm, path, HOT, tell=tell)
+            distill(lm, path, HOT, on_progress=tell)
             break
         except Killed:
             kills += 1
@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
     file.close()
     file._file = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - `file` closes it
     with pytest.raises(MedusaError, match=r"cannot write .*text.jsonl: No space left on device; make room"):
-        file.add(0, Talked(0.0, [], list(range(20)), [(0, 20)]))
+        file.add(0, Transcript(0.0, [], list(range(20)), [(0, 20)]))
     file.close()
 
 
@@ -288,7 +288,7 @@ def test_a_turn_that_fails_leaves_no_slot_in_use() -> None:
         if number == 1:
             raise RuntimeError("no next turn")
         yield Turn([3], Sampling(), 4, frozenset())
-        return Talked(0.0)
+        return Transcript(0.0)
 
     for slots in (1, 2):
         decoder = slots_of_toy(slots)
@@ -301,7 +301,7 @@ def test_conversations_that_end_at_once_are_given_one_by_one() -> None:
     """Else a run in which none has room would never hear of it."""
 
     def talk() -> Talk:
-        return Talked(0.0, fault="too long")
+        return Transcript(0.0, fault="too long")
         yield Turn([], Sampling(), 1, frozenset())
 
     talks = talk_in_slots(slots_of_toy(), ((number, talk()) for number in itertools.count()))
@@ -333,18 +333,18 @@ def test_a_run_that_keeps_nothing_ends_and_says_why(
     assert (tmp_path / "text.jsonl").read_bytes() == b""
 
 
-def ended(*talks: Talked) -> Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]]:
+def ended(*talks: Transcript) -> Callable[[int, Callable[[int], None]], Iterator[tuple[int, Transcript]]]:
     return lambda start, spent: (pair for pair in enumerate(talks[start:], start))
 
 
-def answered(number: int, tokens: int = 20) -> Talked:
+def answered(number: int, tokens: int = 20) -> Transcript:
     says = [{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "It is."}]
-    return Talked(0.0, says, list(range(tokens)), [(0, tokens)], spent=tokens)
+    return Transcript(0.0, says, list(range(tokens)), [(0, tokens)], spent=tokens)
 
 
 def test_a_run_is_judged_by_its_last_conversations(tmp_path: Path) -> None:
     """One in ten that is kept is enough, and prompts that come again and again are no reason to end."""
-    many = [answered(n) if n % 10 == 0 else Talked(0.0, fault="no question") for n in range(500)]
+    many = [answered(n) if n % 10 == 0 else Transcript(0.0, fault="no question") for n in range(500)]
     written = write_in_order(TextFile(tmp_path / "a", {}), 10**6, ended(*many), lambda _: None, endless=True)
     assert written.rows == 50
     again = [answered(0)] * 500
@@ -352,7 +352,7 @@ def test_a_run_is_judged_by_its_last_conversations(tmp_path: Path) -> None:
     assert written.dropped == {"repeated": 499}
     with pytest.raises(MedusaError, match=r"199 were dropped \(199 repeated\)"):
         write_in_order(TextFile(tmp_path / "c", {}), 10**6, ended(*again), lambda _: None, endless=True)
-    failing = [answered(n) if n < 300 else Talked(0.0, fault="too long") for n in range(1000)]
+    failing = [answered(n) if n < 300 else Transcript(0.0, fault="too long") for n in range(1000)]
     with pytest.raises(MedusaError, match=r"191 were dropped \(191 too long\): mend the prompts"):
         write_in_order(TextFile(tmp_path / "d", {}), 10**6, ended(*failing), lambda _: None, endless=False)
 
@@ -395,7 +395,7 @@ def test_the_time_that_is_left_is_told_once_it_is_known_and_steadily(
     monkeypatch.setattr("medusa.training.distill.time.perf_counter", lambda: clock[0])
     chance = random.Random(seed)
 
-    def simulated(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+    def simulated(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         numbers = itertools.count(start)
         running: dict[int, list[int]] = {}
         while True:

@@ -326,7 +326,7 @@ def test_a_check_that_is_told_to_stop_takes_its_part_with_it(tmp_path: Path) -> 
         " gpu_check.run_process('times', [sys.executable, '-c', sys.argv[2]], Path(sys.argv[1]), 60.0, os.environ)\n"
     )
     check = subprocess.Popen([sys.executable, "-c", script, str(path), PARENT])
-    while not log.is_file() or not log.read_text().split()[-1].isdigit():
+    while not (log.is_file() and (log.read_text().split() or [""])[-1].isdigit()):
         assert check.poll() is None
         time.sleep(0.02)
     check.terminate()

@@ -73,7 +73,7 @@ def make_trainer(
         config,
         directory,
         facts=facts or {},
-        tell=tell,
+        on_progress=tell,
     )
 
 

@@ -389,12 +389,13 @@ def test_the_lm_head_is_exact_on_whole_numbers(isa: str, precision: str) -> None
 # --- near where it cannot ---------------------------------------------------------------------------------------------
 
 
-def packed(weights: Tensor, precision: str, isa: str) -> Tensor:
-    """What the engine makes of weights [64, 64], read back through the output projection of the attention: token j
-    gives it an input that is zero but for place j."""
+def attended(values: Tensor, weights: Tensor, precision: str, isa: str) -> Tensor:
+    """What the output projection `weights` [64, 64] makes of the value projection `values` [64, 64].
+
+    Column j comes from token j, whose input is zero but for an 8 at place j.
+    """
     size = 64
     config = two_layers(size, heads=1, intermediate_size=16, vocab_size=size, context=4)
-    one = 15.0 if precision == "int4" else 127.0  # that each format holds exactly beside zeros
     tensors = {"model.embed_tokens.weight": 8 * torch.eye(size), "lm_head.weight": torch.eye(size)}
     tensors["model.norm.weight"] = torch.ones(size)
     for layer in range(2):
@@ -405,11 +406,31 @@ def packed(weights: Tensor, precision: str, isa: str) -> Tensor:
             )
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(size)
-    tensors["model.layers.0.self_attn.v_proj.weight"] = one * torch.eye(size)
+    tensors["model.layers.0.self_attn.v_proj.weight"] = values
     tensors["model.layers.0.self_attn.o_proj.weight"] = weights
     backend = NativeBackend(config, tensors, dtype=precision, isa=isa, feature_layers=(1,), threads=1)
     columns = [fill(backend, 0, [token])[1][:size] for token in range(size)]
-    return (torch.stack(columns, dim=1) - 8 * torch.eye(size)) / (8 * one)
+    return torch.stack(columns, dim=1) - 8 * torch.eye(size)
+
+
+def packed(weights: Tensor, precision: str, isa: str) -> Tensor:
+    """What the engine makes of weights [64, 64], read back through the output projection of the attention."""
+    one = 15.0 if precision == "int4" else 127.0  # that each format holds exactly beside zeros
+    return attended(one * torch.eye(64), weights, precision, isa) / (8 * one)
+
+
+@every_isa
+@every_precision
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_the_largest_weights_and_activations_do_not_overflow(isa: str, precision: str, sign: int) -> None:
+    values = torch.zeros(64, 64)
+    values[:, 5] = sign * (15.0 if precision == "int4" else 127.0)  # token 5: all activations are as large as they get
+    weights = torch.full((64, 64), 15.0 if precision == "int4" else 127.0)
+    weights[:, ::32] = 0.0  # the minimum of int4
+    weights[32:] = -weights[32:]
+    found = attended(values, weights, precision, isa)[:, 5]
+    expected = (weights @ (8 * values[:, 5])).expand(64)
+    assert torch.allclose(found, expected, rtol=1e-2), (found[0], expected[0])
 
 
 @pytest.mark.parametrize("kind", ["spread", "offset", "constant", "lonely", "zero"])

@@ -355,7 +355,7 @@ def trainer(
         directory,
         accelerator=Accelerator(cpu=True),
         facts=facts or {},
-        tell=tell,
+        on_progress=tell,
     )
 
 
@@ -432,7 +432,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_checkpoint(
             with torch.no_grad():
                 run.heads.project.weight[0, 0] = math.nan
 
-    run._tell = spoil
+    run._on_progress = spoil
     with pytest.raises(MedusaError, match="not a number at step 7"):
         run.run()
     again = trainer(caches, tmp_path)
@@ -461,7 +461,7 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(
         if progress.step == 6:
             run.heads.project.weight.register_hook(lambda gradient: gradient * math.inf)
 
-    run._tell = spoil
+    run._on_progress = spoil
     with pytest.raises(MedusaError, match="not a number at step 7: what was saved before is kept; go on with --resume"):
         run.run()
     assert all(torch.isfinite(parameter).all() for parameter in run.heads.parameters())

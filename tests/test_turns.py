@@ -16,7 +16,7 @@ from medusa.text.chat_template import render
 from medusa.text.turns import Turns
 from medusa.training.distill import DistillSettings
 from medusa.training.speaker import NO_QUESTION, Speaker, line_ends
-from medusa.training.talk import Said, Talk, Talked, Turn
+from medusa.training.talk import Reply, Talk, Transcript, Turn
 from tiny_models import make_tokenizer
 
 END, OTHER_END = 2, 0  # <|end|> and <|pad|>
@@ -70,10 +70,10 @@ SHAPES = {"qwen": QWEN, "llama": LLAMA, "gemma": GEMMA, "mistral": MISTRAL, "phi
 
 def speaker(template: str, **settings: int) -> Speaker:
     ends = frozenset({END, OTHER_END})
-    return Speaker(make_tokenizer(template), ends, DistillSettings(**settings), room=2000)
+    return Speaker(make_tokenizer(template), ends, DistillSettings(**settings), slot_length=2000)
 
 
-def acted(speaker: Speaker, talk: Talk, lines: Sequence[str]) -> tuple[list[int], Talked]:
+def acted(speaker: Speaker, talk: Talk, lines: Sequence[str]) -> tuple[list[int], Transcript]:
     """Plays the model, which says one line after the other; the text as it is in the slot, and the conversation."""
     text: list[int] = []
     said = None
@@ -93,7 +93,7 @@ def acted(speaker: Speaker, talk: Talk, lines: Sequence[str]) -> tuple[list[int]
                 reason = "stop"
                 break
         text += tokens
-        said = Said(tokens, reason)
+        said = Reply(tokens, reason)
 
 
 def without(messages: Sequence[dict[str, str]], space: str) -> list[dict[str, str]]:
@@ -223,18 +223,18 @@ def test_a_seam_is_read_as_in_the_middle_of_a_text() -> None:
         "<|start|>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
         "{% else %} {{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     )
-    speak = Speaker(fast, frozenset({END}), DistillSettings(turns=1), room=2000)
+    speak = Speaker(fast, frozenset({END}), DistillSettings(turns=1), slot_length=2000)
     turns, lines = Turns.of(fast), line_ends(fast)
     assert turns.before_next == "<|end|>[INST] "
     assert lines == {vocabulary["\n"]}
     read = fast("my bells\n", add_special_tokens=False)["input_ids"]
     talk = speak.invented(0, turns, lines)
     first = next(talk)
-    second = talk.send(Said(read, "stop"))
+    second = talk.send(Reply(read, "stop"))
     assert isinstance(second, Turn)
     assert [*first.tokens, *read[:-1], *second.tokens] == speak.encode(
         f"<|start|>[INST] {speak.opening(0, 0)} my bells [/INST]"
     )
     with pytest.raises(StopIteration) as ended:
-        talk.send(Said(speak.encode("So.<|end|>"), "stop"))
+        talk.send(Reply(speak.encode("So.<|end|>"), "stop"))
     assert ended.value.value.messages[0]["content"] == f"{speak.opening(0, 0)} my bells"

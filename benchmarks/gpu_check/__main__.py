@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import math
 import os
@@ -16,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from gpu_check.report import Options, Part, Report, all_well, machine_facts, told
+from gpu_check.report import Options, Part, Report, all_well, error_facts, machine_facts
 from gpu_check.table import table
 from medusa.errors import MedusaError, UsageError
 
@@ -35,6 +35,7 @@ PARTS = {
     "training": 60,
     "compiled": 60,
 }
+MODULES = {"correctness": "correct", "times": "shapes", "batches": "model", "compiled": "model"}  # else by its name
 OPTIONAL = ("compiled",)  # only where it is named, or with --compile
 TOTAL = 355.0
 GRACE = 15.0  # what a part may take past its seconds, its imports included
@@ -46,48 +47,12 @@ def run_one(name: str, options: Options, seconds: float) -> int:
     report = Report(options.out)
     part = Part(report, name, seconds)
     try:
-        _function(name)(part, options)
+        module = importlib.import_module(f"gpu_check.{MODULES.get(name, name)}")
+        getattr(module, f"{name}_part")(part, options)
     except Exception as error:  # noqa: BLE001  # a part that fails is told, and the next one runs
         part.fail(name, error)
     part.end()
     return 1 if part.data["status"] == "failed" else 0
-
-
-def _function(name: str) -> Callable[[Part, Options], None]:
-    if name == "correctness":
-        from gpu_check.correct import correctness_part
-
-        return correctness_part
-    if name == "attention":
-        from gpu_check.attention import attention_part
-
-        return attention_part
-    if name in ("model", "batches"):
-        from gpu_check.model import batches_part, model_part
-
-        return model_part if name == "model" else batches_part
-    if name == "profile":
-        from gpu_check.profile import profile_part
-
-        return profile_part
-    if name == "training":
-        from gpu_check.training import training_part
-
-        return training_part
-    if name == "compiled":
-        return compiled_part
-    from gpu_check.shapes import times_part
-
-    return times_part
-
-
-def compiled_part(part: Part, options: Options) -> None:
-    """With compiled layers: the real model, then steps of random ones."""
-    from gpu_check.model import compiled_texts
-    from gpu_check.shapes import compiled_times
-
-    part.attempt("model", lambda: compiled_texts(part, options), needs=20.0)
-    compiled_times(part, options)
 
 
 def run_process(name: str, command: Sequence[str], path: Path, seconds: float, env: Mapping[str, str]) -> None:
@@ -112,8 +77,8 @@ def run_process(name: str, command: Sequence[str], path: Path, seconds: float, e
     part = report.part(name)
     if not killed and part.get("status") not in (None, "running"):
         return
-    how = f"killed after {seconds:.0f} s" if killed else f"its process ended with code {process.returncode}"
-    error = told(name, MedusaError(how))
+    end = f"killed after {seconds:.0f} s" if killed else f"its process ended with code {process.returncode}"
+    error = error_facts(name, MedusaError(end))
     with log.open("rb") as read:
         read.seek(start)
         error["traceback"] = read.read().decode(errors="replace").splitlines()[-12:]
@@ -141,15 +106,9 @@ def check(
     begun = time.perf_counter()
     report = Report(options.out)
     report.data["machine"] = machine_facts(options.device)
-    report.data["options"] = {
-        "tiny": options.tiny,
-        "model": options.model,
-        "heads": options.heads,
-        "parts": list(parts),
-        "total_seconds": total,
-    }
-    for name in parts:
-        report.data["parts"][name] = {"status": "waiting"}
+    chosen = {"tiny": options.tiny, "model": options.model, "heads": options.heads}
+    report.data["options"] = {**chosen, "parts": list(parts), "total_seconds": total}
+    report.data["parts"].update({name: {"status": "waiting"} for name in parts})
     report.save()
     for name in parts:
         left = total - (time.perf_counter() - begun)
@@ -172,16 +131,16 @@ def check(
     return report
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit code: 0 all well, 1 something failed or was killed, 2 a bad argument."""
-    asked = _parser().parse_args(arguments)
+    arguments = _parser().parse_args(argv)
     try:
-        if asked.only is not None:
-            options = Options(asked.out, asked.device, asked.tiny, asked.model, asked.heads)
-            return run_one(asked.only, options, asked.seconds)
+        if arguments.only is not None:
+            options = Options(arguments.out, arguments.device, arguments.tiny, arguments.model, arguments.heads)
+            return run_one(arguments.only, options, arguments.seconds)
         with stopping_with_children(), tempfile.TemporaryDirectory(prefix="medusa-gpu-check-") as scratch:
-            parts, limits, env = _parts(asked), _limits(asked), _environment(asked.tiny, Path(scratch))
-            report = check(_options(asked, Path(scratch)), parts, limits, asked.total, env)
+            parts, limits, env = _parts(arguments), _limits(arguments), _environment(arguments.tiny, Path(scratch))
+            report = check(_options(arguments, Path(scratch)), parts, limits, arguments.total, env)
     except UsageError as error:
         print(f"gpu-check: {error}", file=sys.stderr)
         return 2
@@ -209,26 +168,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parts(asked: Any) -> list[str]:
-    if asked.parts is None:
-        return [name for name in PARTS if name not in OPTIONAL or asked.compile]
-    parts = [name.strip() for name in asked.parts.split(",") if name.strip()]
+def _parts(arguments: argparse.Namespace) -> list[str]:
+    if arguments.parts is None:
+        return [name for name in PARTS if name not in OPTIONAL or arguments.compile]
+    parts = [name.strip() for name in arguments.parts.split(",") if name.strip()]
     if not parts or (unknown := [name for name in parts if name not in PARTS]):
         raise UsageError(f"unknown part {unknown[0] if parts else 'of no name'}: use some of {', '.join(PARTS)}")
     return list(dict.fromkeys(parts))
 
 
-def _limits(asked: Any) -> dict[str, float]:
+def _limits(arguments: argparse.Namespace) -> dict[str, float]:
     limits = {name: float(seconds) for name, seconds in PARTS.items()}
-    for text in asked.limit:
+    for text in arguments.limit:
         name, _, seconds = text.partition("=")
         try:
-            given = float(seconds)
+            limit = float(seconds)
         except ValueError:
-            given = 0.0
-        if name not in PARTS or not 0 < given < math.inf:
+            limit = 0.0
+        if name not in PARTS or not 0 < limit < math.inf:
             raise UsageError(f"{text!r} is no limit: write PART=SECONDS, such as times=120")
-        limits[name] = given
+        limits[name] = limit
     return limits
 
 
@@ -245,34 +204,34 @@ def _environment(tiny: bool, scratch: Path) -> dict[str, str]:
     return env
 
 
-def _options(asked: Any, scratch: Path) -> Options:
-    """What is asked for, with the model where it can be loaded from; `scratch` lasts as long as the check."""
+def _options(arguments: argparse.Namespace, scratch: Path) -> Options:
+    """What the arguments ask for, with the model where it can be loaded from; `scratch` lasts as long as the check."""
     from gpu_check.model import join_pieces
 
-    device = asked.device or ("cpu" if asked.tiny else "cuda")
+    device = arguments.device or ("cpu" if arguments.tiny else "cuda")
     if device.startswith("cuda"):
         import torch
 
         if not torch.cuda.is_available():
             raise MedusaError("there is no CUDA device here: use --tiny to try the command on a CPU")
-    elif not asked.tiny:
+    elif not arguments.tiny:
         raise UsageError(f"only a tiny check runs on {device}: add --tiny")
-    if asked.model is not None and asked.pieces is not None:
+    if arguments.model is not None and arguments.pieces is not None:
         raise UsageError("give either --model or --pieces")
-    if asked.pieces is not None and not asked.pieces.is_dir():
-        raise UsageError(f"there is no directory {asked.pieces}")
+    if arguments.pieces is not None and not arguments.pieces.is_dir():
+        raise UsageError(f"there is no directory {arguments.pieces}")
     with contextlib.suppress(FileNotFoundError):
-        asked.out.unlink()  # what an earlier check found says nothing of this one
-    Report(asked.out).save()  # a file that cannot be written is told now
-    asked.out.with_suffix(".log").unlink(missing_ok=True)
-    model, heads = asked.model, asked.heads
-    if asked.pieces is not None:
-        model = str(join_pieces(asked.pieces, scratch))
-    elif asked.tiny and model is None:
+        arguments.out.unlink()  # what an earlier check found says nothing of this one
+    Report(arguments.out).save()  # a file that cannot be written is told now
+    arguments.out.with_suffix(".log").unlink(missing_ok=True)
+    model, heads = arguments.model, arguments.heads
+    if arguments.pieces is not None:
+        model = str(join_pieces(arguments.pieces, scratch))
+    elif arguments.tiny and model is None:
         from gpu_check.tiny import write_tiny
 
         model, heads = map(str, write_tiny(scratch))
-    return Options(asked.out, device, asked.tiny, model, heads)
+    return Options(arguments.out, device, arguments.tiny, model, heads)
 
 
 if __name__ == "__main__":

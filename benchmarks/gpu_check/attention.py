@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,10 +87,10 @@ def tree_mask(nodes: int, places: int, device: str) -> Tensor:
 def inputs(shape: Shape, allowed: Tensor, device: str) -> Inputs:
     """Random states of one layer in bfloat16."""
     nodes, places = allowed.shape
-    of: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
-    queries = torch.randn(1, shape.heads, nodes, shape.head_size, **of)
-    keys, values = (torch.randn(1, shape.kv_heads, places, shape.head_size, **of) for _ in range(2))
-    mask = torch.zeros(1, 1, nodes, places, **of).masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
+    kind: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
+    queries = torch.randn(1, shape.heads, nodes, shape.head_size, **kind)
+    keys, values = (torch.randn(1, shape.kv_heads, places, shape.head_size, **kind) for _ in range(2))
+    mask = torch.zeros(1, 1, nodes, places, **kind).masked_fill_(~allowed, torch.finfo(torch.bfloat16).min)
     return queries, keys, values, mask
 
 
@@ -101,13 +102,13 @@ def attention_part(part: Part, options: Options) -> None:
     for name, count, length in sizes:
         for way in (expanded, grouped, matmul):
             key = f"{name}/{count} nodes/{length} places/{way.__name__}"
-            part.measure(key, lambda n=name, c=count, p=length, w=way: _measure(options, shapes[n], c, p, w), needs=0.5)  # type: ignore[misc]
+            part.measure(key, partial(_measure, options, shapes[name], count, length, way), needs=0.5)
         free_memory(options.device)
     for name, count, length in sizes:
         if not options.tiny and (count not in FLEX_NODES or name != "7B"):
             continue
         key = f"{name}/{count} nodes/{length} places/flex"
-        part.measure(key, lambda n=name, c=count, p=length: _try_flex(options, shapes[n], c, p), needs=8.0)  # type: ignore[misc]
+        part.measure(key, partial(_try_flex, options, shapes[name], count, length), needs=8.0)
         free_memory(options.device)
 
 
@@ -115,7 +116,7 @@ def _try_flex(options: Options, shape: Shape, nodes: int, places: int) -> Any:
     """FlexAttention may be refused by this torch or device, which is no fault of ours."""
     try:
         return _measure(options, shape, nodes, places, None)
-    except Exception as error:  # noqa: BLE001  # whatever it was is told
+    except Exception as error:  # noqa: BLE001  # whatever it was is reported
         return {"refused": shortened(f"{type(error).__name__}: {error}", 300)}
 
 
@@ -129,7 +130,7 @@ def _measure(options: Options, shape: Shape, nodes: int, places: int, way: Calla
         warnings.simplefilter("ignore")  # FlexAttention says that it is not compiled
         run = way or flex(allowed, device, compile=not options.tiny)
         differs = float((run(*sets[0]).float() - expanded(*sets[0]).float()).abs().max())
-        seconds, graph = replayed([lambda given=given: run(*given) for given in sets], device)  # type: ignore[misc]
+        seconds, graph = replayed([partial(run, *states) for states in sets], device)
     return {
         "us": spread(seconds, unit=1e6),
         "graph": graph,

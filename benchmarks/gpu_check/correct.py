@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,7 @@ import torch
 from gpu_check.model import NODES as DEFAULT_NODES
 from gpu_check.model import PROMPTS, default_model, device_stepper, load
 from gpu_check.report import Options, Part
-from gpu_check.shapes import (
-    Shape,
-    capture_facts,
-    random_heads,
-    random_model,
-    shipped_tree,
-    trained_config,
-)
+from gpu_check.shapes import Shape, capture_facts, random_heads, random_model, shipped_tree, trained_config
 from gpu_check.timing import exact_float32, free_memory
 from medusa.decoding.draft import NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
@@ -45,8 +39,8 @@ def correctness_part(part: Part, options: Options) -> None:
     exact_float32()
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        found = part.measure(f"random/{name}", lambda dtype=dtype: _random_texts(options, dtype), needs=2.0)  # type: ignore[misc]
-        _expect(part, f"a random model in {name}", found, strict=dtype == torch.float32)
+        texts = part.measure(f"random/{name}", partial(_random_texts, options, dtype), needs=2.0)
+        _expect(part, f"a random model in {name}", texts, strict=dtype == torch.float32)
         free_memory(options.device)
     _default_texts(part, options)
     if options.tiny:
@@ -54,15 +48,13 @@ def correctness_part(part: Part, options: Options) -> None:
     elif not all((TESTS / name).is_file() for name in OWN):
         part.note(f"{' and '.join(OWN)} are not there: the step's own tests are left out")
     else:
-        found = part.measure("tests", lambda: _own_tests(options, part.left), needs=5.0)
-        part.expect(found is None or found["exit"] == 0, f"the step's own tests fail on {options.device}")
+        tests = part.measure("tests", lambda: _own_tests(options, part.left), needs=5.0)
+        part.expect(tests is None or tests["exit"] == 0, f"the step's own tests fail on {options.device}")
 
 
-def _expect(part: Part, what: str, found: dict[str, Any] | None, strict: bool) -> None:
+def _expect(part: Part, what: str, texts: dict[str, Any] | None, strict: bool) -> None:
     """In float32 every text must be that of plain decoding; in fewer bits the order of a sum may decide a tie."""
-    if not found:
-        return
-    for name, counts in found.items():
+    for name, counts in (texts or {}).items():
         good = counts["identical"] == counts["texts"]
         part.expect(not counts.get("refused"), f"{what} with {name}: not captured: {counts.get('refused')}")
         part.expect(good or not strict, f"{what}: only {counts['identical']} of {counts['texts']} texts with {name}")
@@ -86,8 +78,8 @@ def _own_tests(options: Options, seconds: float) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        said = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-        return {"exit": -1, "passed": None, "last_lines": ["out of time", *said.splitlines()[-15:]]}
+        printed = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
+        return {"exit": -1, "passed": None, "last_lines": ["out of time", *printed.splitlines()[-15:]]}
     passed = re.search(r"(\d+) passed", done.stdout)
     return {
         "exit": done.returncode,
@@ -120,17 +112,17 @@ def _random_texts(options: Options, dtype: torch.dtype) -> dict[str, Any]:
         "union": DeviceStepper(backend, UnionDrafter(drafter, NgramDrafter()), NODES),
     }
     expected = [_text(plain, prompt, new_tokens)[0] for prompt in prompts]
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     for name, stepper in steppers.items():
         texts = [_text(stepper, prompt, new_tokens) for prompt in prompts]
-        found[name] = {
+        counts[name] = {
             "texts": len(texts),
             "identical": sum(text == right for (text, _), right in zip(texts, expected, strict=True)),
             "tokens_per_step": round(sum(len(text) - 1 for text, _ in texts) / sum(steps for _, steps in texts), 3),
             "decoder": type(stepper).__name__,
             **capture_facts(stepper),
         }
-    return found
+    return counts
 
 
 def _text(stepper: Stepper, prompt: list[int], new_tokens: int) -> tuple[list[int], int]:
@@ -141,13 +133,13 @@ def _text(stepper: Stepper, prompt: list[int], new_tokens: int) -> tuple[list[in
 
 def _default_texts(part: Part, options: Options) -> None:
     """The same with the real model, where it is at hand."""
-    model = part.measure("default/model", lambda: default_model(options), needs=10.0)
+    model = part.measure("default/model", partial(default_model, options), needs=10.0)
     if model is None:
         part.note("no model at hand: give --model or --pieces to check its texts")
         return
     for dtype in ("float32", "bfloat16"):
-        found = part.measure(f"default/{dtype}", lambda dtype=dtype: _real_texts(options, dtype), needs=8.0)  # type: ignore[misc]
-        _expect(part, f"the model in {dtype}", found, strict=dtype == "float32")
+        texts = part.measure(f"default/{dtype}", partial(_real_texts, options, dtype), needs=8.0)
+        _expect(part, f"the model in {dtype}", texts, strict=dtype == "float32")
         free_memory(options.device)
 
 
@@ -160,9 +152,9 @@ def _real_texts(options: Options, dtype: str) -> dict[str, Any]:
         return [lm.generate(prompt, max_new_tokens=new_tokens, stepper=stepper).token_ids for prompt in prompts]
 
     expected = texts(device_stepper(lm, "none", 1))
-    found: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
     for name in ("heads", "union") if lm.heads is not None else ("union",):
         stepper = device_stepper(lm, name, DEFAULT_NODES)
         same = [text == right for text, right in zip(texts(stepper), expected, strict=True)]
-        found[name] = {"texts": len(same), "identical": sum(same), "decoder": type(stepper).__name__}
-    return found
+        counts[name] = {"texts": len(same), "identical": sum(same), "decoder": type(stepper).__name__}
+    return counts

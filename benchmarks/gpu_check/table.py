@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from medusa.errors import shortened
@@ -26,8 +26,7 @@ def table(data: Mapping[str, Any]) -> str:
         for error in part.get("errors", [])[:4]:
             lines.append(f"  ! {name}: {error['where']}: {error['type']}: {error['message']}")
     for name, part in parts.items():
-        made = _MAKERS.get(name, _nothing)(part.get("found") or {})
-        lines += made
+        lines += _MAKERS[name](part.get("found") or {})
         lines += [f"  ({name}: {note})" for note in part.get("notes", [])[:3]]
         if left_out := part.get("left_out"):
             lines.append(f"  ({name}: no time for {', '.join(left_out)})")
@@ -42,17 +41,13 @@ def shortened_line(line: str) -> str:
     return line if len(line) <= WIDTH else indent + shortened(line, WIDTH - len(indent))
 
 
-def _nothing(found: Mapping[str, Any]) -> list[str]:
-    return []
-
-
 def _correctness(found: Mapping[str, Any]) -> list[str]:
     lines = []
-    for of in ("random", "default"):
-        for dtype, drafters in found.get(of, {}).items():
+    for model in ("random", "default"):
+        for dtype, drafters in found.get(model, {}).items():
             if isinstance(drafters, dict):
-                told = ", ".join(f"{name} {c['identical']}/{c['texts']}" for name, c in drafters.items())
-                lines.append(f"  {of} model, {dtype}: texts as plain: {told}")
+                same = _listed(drafters, lambda counts: f"{counts['identical']}/{counts['texts']}")
+                lines.append(f"  {model} model, {dtype}: texts as plain: {same}")
     if tests := found.get("tests"):
         lines.append(f"  the step's own tests: exit {tests['exit']}, {tests['passed']} passed")
     return lines
@@ -61,54 +56,49 @@ def _correctness(found: Mapping[str, Any]) -> list[str]:
 def _times(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if rates := found.get("rates"):
-        lines.append(
-            "  " + ", ".join(f"{name} {value}" for name, value in rates.items() if name != "read_GB_per_second")
-        )
+        shown = {name: value for name, value in rates.items() if name != "read_GB_per_second"}
+        lines.append("  " + _listed(shown))
     lines.append("  shape, heads     ms of a step with N nodes (ratio to 1; share of the memory limit)")
-    for name, of in found.items():
+    for name, shape in found.items():
         for kind in ("trained", "narrow", "original"):
-            steps = of.get(kind, {}).get("steps", {}) if isinstance(of, dict) else {}
+            steps = shape.get(kind, {}).get("steps", {})
             cells = [
-                f"{n}: {s['ms']['median']:.2f} ({s.get('to_one', 1)}; {s.get('share_of_limit', 0):.0%})"
-                for n, s in sorted(steps.items(), key=lambda item: int(item[0]))
+                f"{nodes}: {step['ms']['median']:.2f} ({step.get('to_one', 1)}; {step.get('share_of_limit', 0):.0%})"
+                for nodes, step in sorted(steps.items(), key=lambda item: int(item[0]))
             ]
             if cells:
                 lines.append(f"  {name:4} {kind:9} " + "  ".join(cells))
-        if isinstance(of, dict) and "generate" in of:
-            host = of.get("trained", {}).get("host_loop_ms", {})
+        if "generate" in shape:
+            host = shape.get("trained", {}).get("host_loop_ms", {})
             lines.append(
-                f"       transformers' generate {of['generate']['tokens_per_second']} tokens/s, our plain "
-                f"{of.get('plain_to_generate')}x of it; loop on the host "
-                + ", ".join(f"{n}: {ms['median']:.2f} ms" for n, ms in host.items())
+                f"       transformers' generate {shape['generate']['tokens_per_second']} tokens/s, our plain "
+                f"{shape.get('plain_to_generate')}x of it; loop on the host "
+                + ", ".join(f"{nodes}: {ms['median']:.2f} ms" for nodes, ms in host.items())
             )
     for name, rows in found.get("expected_speedups", {}).items():
-        told = ", ".join(f"{row['speedup']}x at {row['tokens_per_step']}" for row in rows)
-        lines.append(f"  {name} computed, t(64)/t(1) = {rows[0]['overhead']}: {told} tokens a step (published for 7B)")
+        speedups = ", ".join(f"{row['speedup']}x at {row['tokens_per_step']}" for row in rows)
+        overhead = rows[0]["overhead"]
+        lines.append(f"  {name} computed, t(64)/t(1) = {overhead}: {speedups} tokens a step (published for 7B)")
     return lines
 
 
 def _compiled(found: Mapping[str, Any]) -> list[str]:
-    texts = [
-        f"  compiled {name:6} {of['tokens_per_second']:8.1f} tokens/s {of['tokens_per_step']:6.2f} a step "
-        f"{of['to_plain']}x plain, {of['identical']}/{of['texts']} texts as plain"
-        for name, of in found.get("model", {}).items()
-        if isinstance(of, dict)
-    ]
+    texts = [_rates("compiled", name, counts) for name, counts in _drafters(found.get("model", {}))]
     return texts + [
-        f"  {name} compiled: " + ", ".join(f"{n}: {s['ms']['median']:.2f} ms" for n, s in of["steps"].items())
-        for name, of in found.items()
-        if "steps" in of
+        f"  {name} compiled: "
+        + ", ".join(f"{nodes}: {step['ms']['median']:.2f} ms" for nodes, step in shape["steps"].items())
+        for name, shape in found.items()
+        if "steps" in shape
     ]
 
 
 def _attention(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, of in found.items():
-        for nodes, places in of.items():
-            for length, ways in places.items():
-                told = "  ".join(f"{way} {_way(w)}" for way, w in ways.items())
-                lines.append(f"  {name}, {nodes}, {length}, us: {told}")
-    return lines
+    return [
+        f"  {name}, {nodes}, {length}, us: " + "  ".join(f"{way} {_way(measured)}" for way, measured in ways.items())
+        for name, shape in found.items()
+        for nodes, places in shape.items()
+        for length, ways in places.items()
+    ]
 
 
 def _way(measured: Mapping[str, Any]) -> str:
@@ -118,36 +108,49 @@ def _way(measured: Mapping[str, Any]) -> str:
 
 
 def _model(found: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for kind in ("greedy", "sampled", "float32"):
-        for name, of in found.get(kind, {}).items():
-            if isinstance(of, dict):
-                lines.append(
-                    f"  {kind:8} {name:6} {of['tokens_per_second']:8.1f} tokens/s {of['tokens_per_step']:6.2f} a step "
-                    f"{of['to_plain']}x plain, {of['identical']}/{of['texts']} texts as plain ({of['decoder']})"
-                )
+    lines = [
+        f"{_rates(kind, name, counts)} ({counts['decoder']})"
+        for kind in ("greedy", "sampled", "float32")
+        for name, counts in _drafters(found.get(kind, {}))
+    ]
     if baselines := found.get("baselines"):
-        lines.append("  " + ", ".join(f"{name} {value}" for name, value in baselines.items()))
-    for size, of in found.get("batches", {}).items():
-        told = ", ".join(f"{name} {load['tokens_per_second']:.0f} ({load['to_plain']}x)" for name, load in of.items())
-        lines.append(f"  batch of {size}, tokens/s: {told}")
+        lines.append("  " + _listed(baselines))
+    for size, loads in found.get("batches", {}).items():
+        rates = _listed(loads, lambda load: f"{load['tokens_per_second']:.0f} ({load['to_plain']}x)")
+        lines.append(f"  batch of {size}, tokens/s: {rates}")
     return lines
+
+
+def _drafters(texts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The counts of each drafter, without what is said of all together."""
+    return [(name, counts) for name, counts in texts.items() if isinstance(counts, dict)]
+
+
+def _rates(kind: str, name: str, counts: Mapping[str, Any]) -> str:
+    return (
+        f"  {kind:8} {name:6} {counts['tokens_per_second']:8.1f} tokens/s {counts['tokens_per_step']:6.2f} a step "
+        f"{counts['to_plain']}x plain, {counts['identical']}/{counts['texts']} texts as plain"
+    )
 
 
 def _training(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"  {name}: {of['answer_tokens_per_second']} tokens/s of answers written, heads learn from "
-        f"{of['positions_per_second']:.0f} positions/s; seconds: {of['stage_seconds']}"
-        for name, of in found.items()
+        f"  {name}: {run['answer_tokens_per_second']} tokens/s of answers written, heads learn from "
+        f"{run['positions_per_second']:.0f} positions/s; seconds: {run['stage_seconds']}"
+        for name, run in found.items()
     ]
 
 
 def _profile(found: Mapping[str, Any]) -> list[str]:
     lines = []
-    for name, of in found.items():
-        told = ", ".join(f"{k['name'][:24]} {k['us']:.0f}/{k['calls']:.0f}" for k in of["longest"][:4])
-        lines.append(f"  {name}: {of['kernels']:.0f} kernels, {of['us']:.0f} us; longest (us/calls): {told}")
+    for name, step in found.items():
+        longest = ", ".join(f"{k['name'][:24]} {k['us']:.0f}/{k['calls']:.0f}" for k in step["longest"][:4])
+        lines.append(f"  {name}: {step['kernels']:.0f} kernels, {step['us']:.0f} us; longest (us/calls): {longest}")
     return lines
+
+
+def _listed(values: Mapping[str, Any], shown: Callable[[Any], str] = str) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
 
 
 _MAKERS = {

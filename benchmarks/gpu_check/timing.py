@@ -44,13 +44,13 @@ def timed(
         call()
     wait(device)
     if not device.startswith("cuda"):
-        found = []
+        seconds = []
         for _ in range(repeats):
             between()
             begun = time.perf_counter()
             call()
-            found.append(time.perf_counter() - begun)
-        return found
+            seconds.append(time.perf_counter() - begun)
+        return seconds
     events = []
     for _ in range(repeats):
         between()
@@ -73,16 +73,13 @@ def replayed(calls: Sequence[Callable[[], object]], device: str, *, repeats: int
         for call in calls:
             call()
 
-    whole: Callable[[], object] = run
-    graph = _captured(run) if device.startswith("cuda") else None
-    between: Callable[[], object] = lambda: None  # noqa: E731
+    graph = None
+    arguments: dict[str, Any] = {"repeats": repeats}
     if device.startswith("cuda"):
-        flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
-        between = flush.random_
-    if graph is not None:
-        whole = graph.replay
-    found = timed(whole, device, repeats=repeats, between=between)
-    return [seconds / len(calls) for seconds in found], graph is not None
+        graph = _captured(run)
+        arguments["between"] = torch.empty(256 << 20, dtype=torch.uint8, device=device).random_
+    whole = timed(run if graph is None else graph.replay, device, **arguments)
+    return [seconds / len(calls) for seconds in whole], graph is not None
 
 
 def _captured(run: Callable[[], None]) -> Any:
@@ -117,15 +114,15 @@ def device_rates(device: str, tiny: bool) -> dict[str, Any]:
         "sum": (lambda: weights.sum(), size),
         "product_with_a_vector": (lambda: weights @ vector, size),
     }
-    found: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for name, (call, moved) in runs.items():
-        found[f"{name}_GB_per_second"] = round(moved / 1e9 / statistics.median(timed(call, device, repeats=repeats)), 1)
-    found["read_GB_per_second"] = max(found.values())
+        rates[f"{name}_GB_per_second"] = round(moved / 1e9 / statistics.median(timed(call, device, repeats=repeats)), 1)
+    rates["read_GB_per_second"] = max(rates.values())
     side = 128 if tiny else 8192
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     seconds = statistics.median(timed(lambda: a @ b, device, repeats=repeats))
-    found["bfloat16_TFLOP_per_second"] = round(2 * side**3 / 1e12 / seconds, 3)
-    return found
+    rates["bfloat16_TFLOP_per_second"] = round(2 * side**3 / 1e12 / seconds, 3)
+    return rates
 
 
 def free_memory(device: str) -> None:

@@ -39,9 +39,9 @@ def write_tiny(directory: Path) -> tuple[Path, Path]:
     torch.manual_seed(0)
     shape = Shape(3, 32, 4, 2, 48, len(vocabulary))
     model = random_model(shape, "cpu", torch.float32, std=0.3)
-    of_model, of_heads = directory / "model", directory / "heads"
-    model.save_pretrained(of_model)
-    fast.save_pretrained(of_model)
+    model_directory, heads_directory = directory / "model", directory / "heads"
+    model.save_pretrained(model_directory)
+    fast.save_pretrained(model_directory)
     backend = TransformersBackend(model, self_check=False)
     config = HeadsConfig(
         hidden_size=shape.hidden,
@@ -54,5 +54,5 @@ def write_tiny(directory: Path) -> tuple[Path, Path]:
     )
     heads = random_heads(config, backend, "cpu", torch.float32)
     stir(heads, 0.1)
-    save_heads(heads, of_heads, torch.float32)
-    return of_model, of_heads
+    save_heads(heads, heads_directory, torch.float32)
+    return model_directory, heads_directory

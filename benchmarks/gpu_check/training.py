@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_check.model import default_model
+from gpu_check.model import default_model, has_model
 from gpu_check.report import Options, Part
 
 SLOTS = (256, 1024)  # conversations side by side
@@ -42,17 +43,15 @@ class Stages:
 
 def training_part(part: Part, options: Options) -> None:
     """A run of `medusa train` with some seconds for each stage, for every number of conversations side by side."""
-    model = default_model(options)
-    if model is None:
-        part.note("no model at hand: give --model or --pieces")
+    if not has_model(part, options):
         return
     sizes = (4,) if options.tiny else SLOTS
     for i, slots in enumerate(sizes):
         seconds = part.left / (len(sizes) - i)
-        part.measure(f"{slots} rows", lambda s=slots, t=seconds: _run(options, model, s, t), needs=12.0)  # type: ignore[misc]
+        part.measure(f"{slots} rows", partial(_run, options, slots, seconds), needs=12.0)
 
 
-def _run(options: Options, model: str, slots: int, seconds: float) -> dict[str, Any]:
+def _run(options: Options, slots: int, seconds: float) -> dict[str, Any]:
     from medusa.training.config import load_config
     from medusa.training.run import train
 
@@ -63,7 +62,7 @@ def _run(options: Options, model: str, slots: int, seconds: float) -> dict[str, 
         limits, sizes = {}, {"text.tokens": 300, "text.max_answer_tokens": 12, "training.batch_size": 16}
     with tempfile.TemporaryDirectory(prefix="medusa-training-") as scratch:
         settings = {
-            "model": model,
+            "model": default_model(options),
             "out": scratch,
             "log": [],
             "engine.backend": "transformers",

@@ -77,10 +77,10 @@ Engine::Engine(Config config, int threads, const std::string& isa)
   phases_ = std::vector<Phase>(layers_.size() * 10 + 3);
   for (Phase& phase : phases_) phase.shape(pool_.threads());
   const Format f = config_.format;
-  input_.shape(f, padded_inputs(f, config_.hidden_size));
-  attention_out_.shape(f, padded_inputs(f, config_.heads * dim_));
-  mlp_.shape(f, padded_inputs(f, round_up(config_.intermediate_size, kLanes)));
-  lm_input_.shape(lm_format_, padded_inputs(lm_format_, config_.hidden_size));
+  input_.shape(kernels_, f, padded_inputs(f, config_.hidden_size));
+  attention_out_.shape(kernels_, f, padded_inputs(f, config_.heads * dim_));
+  mlp_.shape(kernels_, f, padded_inputs(f, round_up(config_.intermediate_size, kLanes)));
+  lm_input_.shape(kernels_, lm_format_, padded_inputs(lm_format_, config_.hidden_size));
 }
 
 void Engine::load_layer(int index, const LayerWeights& w) {

@@ -129,10 +129,10 @@ void Heads::run(Work work) {
 void Heads::apply(const Block& block, const float* x, int width, int count, float* hidden) {
   const Kernels& kernels = engine_.kernels();
   const int size = hidden_size(), inner = block.first.outputs() / 2;
-  activation_.shape(block.first.format, block.first.inputs);
+  activation_.shape(kernels, block.first.format, block.first.inputs);
   activation_.fit(count);
   if (block.gated) {
-    between_.shape(block.down.format, block.down.inputs);
+    between_.shape(kernels, block.down.format, block.down.inputs);
     between_.fit(count);
   }
   run([&](int thread) {
@@ -177,7 +177,7 @@ void Heads::begin(const float* features, int batch, float* base) {
       if (f + 1 < config_.features) kernels.rms_norm(x, nullptr, 1.1920929e-7f, size, y);
       else std::memcpy(y, x, size * sizeof(float));
     }
-  activation_.shape(projection_.format, projection_.inputs);
+  activation_.shape(kernels, projection_.format, projection_.inputs);
   activation_.fit(batch);
   for (int b = 0; b < batch; b++) activation_.set(kernels, b, input + std::size_t(b) * wide, wide);
   run([&](int thread) {
@@ -245,7 +245,7 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
 
   const Linear& lm = lm_heads_.size() == 1 ? lm_heads_[0] : lm_heads_[level - 1];
   const Kernels& kernels = engine_.kernels();
-  activation_.shape(lm.format, lm.inputs);
+  activation_.shape(kernels, lm.format, lm.inputs);
   activation_.fit(rows);
   float* logits = logits_.as<float>();
   const std::size_t stride = lm.outputs();

@@ -32,7 +32,7 @@ struct Activations {
   const std::byte* data;      // [tokens][stride]
   std::size_t stride;         // bytes
   const float* scales;        // [tokens][groups]
-  const std::int32_t* start;  // [tokens][groups], int8
+  const std::int32_t* start;  // [tokens][groups], int8; in int4 what the instruction set wants
   const float* sums;          // [tokens][groups], int4
   std::size_t groups;
 };
@@ -83,9 +83,12 @@ struct Kernels {
   // y[t][0 .. 16 * blocks) for all tokens t.
   void (*matmul[kFormats])(const Panel&, const Activations&, int tokens, float* y, std::size_t y_stride);
 
-  // One row of n floats -> the format's row, padded with zeros to `padded` inputs.
+  // One row of n floats -> the row that `matmul` reads, of `input_bytes` for each input, padded with zeros to `padded`.
+  std::size_t input_bytes[kFormats];
   void (*quantise[kFormats])(const float* x, int n, int padded, std::byte* out, float* scales, std::int32_t* start,
                              float* sums);
+  // n floats, a multiple of 16, as the cache holds them.
+  void (*to_bfloat16)(const float* x, int n, std::byte* out);
 
   // `out` is the mean of the values that a query sees in the span. With `totals` it is their weighted sum, and `totals`
   // are the largest score and the sum of the weights: one part of `join`.

@@ -23,6 +23,8 @@ inline I dot_bytes(I acc, B w, std::int32_t x) {
   return _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(w02, x02), _mm512_madd_epi16(w13, x13)));
 }
 
+#include "kernels_products.inl"
+
 #include "kernels_generic.inl"
 
 constexpr Kernels kTable = table("avx512");

@@ -14,6 +14,8 @@ inline F dot_bf16(F acc, B w, std::uint32_t x) {
 }
 inline I dot_bytes(I acc, B w, std::int32_t x) { return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(x)); }
 
+#include "kernels_products.inl"
+
 #include "kernels_generic.inl"
 
 constexpr Kernels kTable = table("avx512_bf16");

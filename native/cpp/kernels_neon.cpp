@@ -119,6 +119,8 @@ inline B high_nibbles(B x) {
 #undef LANES
 #undef EACH
 
+#include "kernels_products.inl"
+
 #include "kernels_generic.inl"
 
 constexpr Kernels kTable = table("neon");

@@ -161,6 +161,8 @@ inline B high_nibbles(B a) {
 }
 #undef EACH
 
+#include "kernels_products.inl"
+
 #include "kernels_generic.inl"
 
 constexpr Kernels kTable = table("portable");

@@ -273,14 +273,11 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
   return linear;
 }
 
-void ActivationBuffer::shape(Format of, int padded) {
+void ActivationBuffer::shape(const Kernels& kernels, Format of, int padded) {
   format = of;
   inputs = padded;
-  switch (of) {
-    case Format::float32: stride = std::size_t(padded) * 4; break;
-    case Format::bfloat16: stride = std::size_t(padded) * 2; break;
-    default: stride = std::size_t(padded);
-  }
+  // An odd number of lines: rows that lie a power of two apart would crowd into few places of the nearest cache.
+  stride = (kernels.input_bytes[int(of)] * padded + 63) / 64 * 64 | 64;
   groups = of == Format::int8 ? padded / kInt8Group : of == Format::int4 ? padded / kInt4Group : 0;
 }
 

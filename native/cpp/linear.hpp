@@ -71,7 +71,7 @@ struct ActivationBuffer {
   std::size_t stride = 0;
   std::size_t groups = 0;
 
-  void shape(Format format, int inputs);  // `inputs` are padded
+  void shape(const Kernels& kernels, Format format, int inputs);  // `inputs` are padded
   void fit(int tokens);
   Activations view() const;
   void set(const Kernels& kernels, int token, const float* x, int n);

@@ -232,13 +232,15 @@ template <typename T>
 void Engine::write_cache(std::byte* block, int lane, const float* k, const float* v) const {
   T* keys = reinterpret_cast<T*>(block);
   alignas(64) T row[kLanes];
-  const Format format = sizeof(T) == 4 ? Format::float32 : Format::bfloat16;
+  const auto convert = [&](const float* from, int n, T* to) {
+    if constexpr (sizeof(T) == 4) std::memcpy(to, from, n * sizeof(float));
+    else kernels_.to_bfloat16(from, n, reinterpret_cast<std::byte*>(to));
+  };
   for (int d = 0; d < dim_; d += kLanes) {
-    kernels_.quantise[int(format)](k + d, kLanes, kLanes, reinterpret_cast<std::byte*>(row), nullptr, nullptr, nullptr);
+    convert(k + d, kLanes, row);
     for (int i = 0; i < kLanes; i++) keys[(d + i) * kLanes + lane] = row[i];
   }
-  T* values = keys + std::size_t(kLanes + lane) * dim_;
-  kernels_.quantise[int(format)](v, dim_, dim_, reinterpret_cast<std::byte*>(values), nullptr, nullptr, nullptr);
+  convert(v, dim_, keys + std::size_t(kLanes + lane) * dim_);
 }
 
 void Engine::attend(const Piece& piece, int thread, int l) {

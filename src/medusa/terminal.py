@@ -60,14 +60,10 @@ class Printer:
         if not wants_colour(sys.stdout):
             notice("--show-drafts needs a terminal; FORCE_COLOR=1 colours a pipe too.")
             return
-        parts = [("heads", "green: drafted by the heads"), ("ngram", "cyan: drafted by n-gram lookup")]
+        meanings = {"heads": "green: drafted by the heads", "ngram": "cyan: drafted by n-gram lookup"}
         if wants_colour(sys.stderr):
-            parts = [(source, f"{DRAFT_COLOURS[source]}{text}{RESET}") for source, text in parts]
-        print(
-            ", ".join([*(text for _, text in parts), "plain: decided by the model"]),
-            file=sys.stderr,
-            flush=True,
-        )
+            meanings = {source: f"{DRAFT_COLOURS[source]}{text}{RESET}" for source, text in meanings.items()}
+        print(", ".join([*meanings.values(), "plain: decided by the model"]), file=sys.stderr, flush=True)
 
 
 def collect(chunks: Iterable[Chunk], show: Callable[[Chunk], None]) -> Completion:
@@ -107,9 +103,9 @@ def totals(stats: Iterable[Stats]) -> tuple[int, int, float]:
     """(tokens from steps, steps, seconds) of several answers together."""
     known = list(stats)
     return (
-        sum(one.decoded_tokens for one in known),
-        sum(one.steps for one in known),
-        sum(one.decode_seconds for one in known),
+        sum(answer.decoded_tokens for answer in known),
+        sum(answer.steps for answer in known),
+        sum(answer.decode_seconds for answer in known),
     )
 
 

@@ -14,7 +14,7 @@ from medusa.text.stream import is_text
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Entry:
     """One message of a conversation. `interrupted` marks an answer that Ctrl-C cut short."""
 
     role: str  # "user" or "assistant"; the system prompt is kept beside the history
@@ -22,12 +22,12 @@ class Message:
     interrupted: bool = False
 
 
-def save_history(path: Path, system: str | None, history: Iterable[Message]) -> None:
+def save_history(path: Path, system: str | None, history: Iterable[Entry]) -> None:
     """Write a conversation as JSON; the file is complete or untouched. Raises OSError."""
     messages: list[dict[str, object]] = [] if system is None else [{"role": "system", "content": system}]
-    for message in history:
-        marked = {"interrupted": True} if message.interrupted else {}
-        messages.append({"role": message.role, "content": message.content, **marked})
+    for entry in history:
+        marked = {"interrupted": True} if entry.interrupted else {}
+        messages.append({"role": entry.role, "content": entry.content, **marked})
     # Through symbolic links, so that the rename replaces the file and not the link to it.
     path = Path(os.path.realpath(path))
     with replacing(path, shared=True) as scratch:
@@ -37,7 +37,7 @@ def save_history(path: Path, system: str | None, history: Iterable[Message]) -> 
             file.write("\n")
 
 
-def load_history(path: Path) -> tuple[str | None, list[Message]]:
+def load_history(path: Path) -> tuple[str | None, list[Entry]]:
     """Read what `save_history` wrote: (system prompt, history). Raises OSError; UsageError when malformed."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -46,15 +46,14 @@ def load_history(path: Path) -> tuple[str | None, list[Message]]:
     items = content.get("messages") if isinstance(content, dict) else None
     if not isinstance(items, list):
         raise UsageError(f'{path} is not a saved conversation: it has no list of "messages"')
-    messages = [_read_message(path, item) for item in items]
-    system = messages.pop(0).content if messages and messages[0].role == "system" else None
-    turns = [message.role for message in messages]
-    if turns != ["user", "assistant"] * (len(turns) // 2):
+    history = [_read_entry(path, item) for item in items]
+    system = history.pop(0).content if history and history[0].role == "system" else None
+    if [entry.role for entry in history] != ["user", "assistant"] * (len(history) // 2):
         raise UsageError(f"{path} is not a saved conversation: questions and answers must alternate")
-    return system, messages
+    return system, history
 
 
-def _read_message(path: Path, item: object) -> Message:
+def _read_entry(path: Path, item: object) -> Entry:
     if isinstance(item, dict):
         role, content, interrupted = item.get("role"), item.get("content"), item.get("interrupted", False)
         if (
@@ -64,5 +63,5 @@ def _read_message(path: Path, item: object) -> Message:
             and is_text(content)
             and isinstance(interrupted, bool)
         ):
-            return Message(role, content, interrupted)
+            return Entry(role, content, interrupted)
     raise UsageError(f"{path} is not a saved conversation: a message needs a role and a content")

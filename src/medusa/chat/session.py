@@ -6,12 +6,13 @@ line) leaves the answers alone on stdout.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medusa.chat.history import Message, load_history, save_history
+from medusa.chat.history import Entry, load_history, save_history
 from medusa.errors import ContextFullError, MedusaError, UsageError
 from medusa.terminal import (
     OUT_OF_MEMORY,
@@ -58,7 +59,7 @@ class Chat:
     ) -> None:
         self.lm = lm
         self.system = system
-        self.history: list[Message] = []  # user and assistant in turn
+        self.history: list[Entry] = []  # user and assistant in turn
         self.settings = dict(settings or {})
         self.printer = Printer(show_drafts)
         self.answered: list[Stats] = []  # one entry an answer, since the start or the last /reset
@@ -115,36 +116,36 @@ class Chat:
     def handle(self, line: str) -> bool:
         """Do what one line asks: a command or a turn. False when it asks to leave."""
         line = line.strip()
-        if not line:
-            return True
-        if line.startswith("//"):
-            self.say(line[1:])
-        elif line.startswith("/"):
-            name, _, argument = line.partition(" ")
-            if name == "/exit":
-                return False
-            if name in self._commands:
+        name, _, argument = line.partition(" ")
+        if name == "/exit":
+            return False
+        try:
+            if line.startswith("//"):
+                self.say(line[1:])
+            elif name in self._commands:
                 self._commands[name](argument.strip())
-            else:
-                self._fail(f"there is no command {name}; /help lists them")
-        else:
-            self.say(line)
+            elif line.startswith("/"):
+                raise UsageError(f"there is no command {name}; /help lists them")
+            elif line:
+                self.say(line)
+        except MedusaError as error:
+            self.failed = True
+            print(f"Error: {error}", file=sys.stderr, flush=True)
         return True
 
     def say(self, text: str) -> None:
-        """Put one user turn to the model and stream the answer; a turn that cannot be answered is dropped."""
-        if not is_text(text):
-            self._fail("the input is not UTF-8 text")
-            return
+        """Put one user turn to the model and stream the answer. A turn that cannot be answered is dropped: raises
+        MedusaError where that is not by Ctrl-C."""
+        _check_text(text)
         self._waiting = None
-        self.history.append(Message("user", text))
+        self.history.append(Entry("user", text))
         answer = None
         try:
             answer = self._answer()
         except ContextFullError as error:
             if len(self.history) > 1:
                 self._waiting = text
-            self._context_full(error)
+            raise self._context_full(error) from None
         finally:
             if answer is None:
                 self.history.pop()
@@ -156,14 +157,14 @@ class Chat:
         """Return the conversation as the chat template takes it."""
         return self._messages(self.history)
 
-    def _messages(self, history: Iterable[Message]) -> list[dict[str, str]]:
+    def _messages(self, history: Iterable[Entry]) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return system + [{"role": message.role, "content": message.content} for message in history]
+        return system + [{"role": entry.role, "content": entry.content} for entry in history]
 
-    def _answer(self, **changed: Any) -> Message | None:
-        """Stream an answer to the history; None, after saying why, when there is nothing to keep.
+    def _answer(self, **changed: Any) -> Entry | None:
+        """Stream an answer to the history; None, after saying so, when Ctrl-C came before it began.
 
-        Raises ContextFullError, with nothing said."""
+        Raises MedusaError; ContextFullError with nothing said."""
         shown = False
 
         def show(chunk: Chunk) -> None:
@@ -173,15 +174,13 @@ class Chat:
 
         try:
             answer = collect(self.lm.stream(self.messages(), **{**self.settings, **changed}), show)
-        except ContextFullError:
-            raise
         except (MedusaError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, MedusaError) and not is_out_of_memory(error):
-                raise
-            if shown:
+            out_of_memory = is_out_of_memory(error)
+            if shown and (out_of_memory or isinstance(error, MedusaError)):
                 print(flush=True)
-            self._fail(str(error) if isinstance(error, MedusaError) else OUT_OF_MEMORY)
-            return None
+            if out_of_memory:
+                raise MedusaError(OUT_OF_MEMORY) from None
+            raise
         print(flush=True)
         interrupted = answer.finish_reason == "interrupted"
         if interrupted and not answer.text:
@@ -192,39 +191,29 @@ class Chat:
         if interrupted:
             notice("Interrupted; what was said so far stays in the conversation.")
         elif answer.finish_reason == "length":
-            limit, said = self.settings.get("max_new_tokens"), len(answer.token_ids)
-            if limit is None or said >= limit:
+            limit = self.settings.get("max_new_tokens")
+            if limit is None or len(answer.token_ids) >= limit:
                 notice("The answer reached its limit of tokens (--max-new-tokens).")
             else:
                 notice("The answer filled the context: /drop forgets the oldest turn, /reset all.")
-        return Message("assistant", answer.text, interrupted)
+        return Entry("assistant", answer.text, interrupted)
 
-    def _fail(self, message: str) -> None:
-        self.failed = True
-        print(f"Error: {message}", file=sys.stderr, flush=True)
-
-    def _context_full(self, error: ContextFullError) -> None:
-        if len(self.history) == 1:  # the question alone
-            self._fail(str(error))
-            return
-        self._fail(
+    def _context_full(self, error: ContextFullError) -> MedusaError:
+        """The error as a conversation has it; as it is where the question alone is too long."""
+        if len(self.history) == 1:
+            return error
+        return UsageError(
             f"the conversation has {error.tokens} tokens and the context holds {error.context}: /drop forgets the "
             "oldest turns to make room and answers, /reset forgets all"
         )
 
-    # commands: each takes the text after its name
+    # commands: each takes the text after its name, and raises MedusaError where it cannot be done
 
     def _drop(self, _: str) -> None:
         if not self.history:
-            self._fail("there is no turn to forget")
-            return
-        question, turns = self._waiting, 1
-        if question is not None:
-            try:
-                turns = self._turns_too_many(question)
-            except MedusaError as error:
-                self._fail(str(error))
-                return
+            raise UsageError("there is no turn to forget")
+        question = self._waiting
+        turns = 1 if question is None else self._turns_too_many(question)
         del self.history[: 2 * turns]
         if turns:
             notice(f"Forgot the oldest {count(turns, 'turn')}; {count(len(self.history) // 2, 'turn')} left.")
@@ -238,7 +227,7 @@ class Chat:
         context = self.lm.backend.max_length
         fitting = None
         for turns in range(len(self.history) // 2 + 1):
-            tokens = len(self.lm.encode(self._messages([*self.history[2 * turns :], Message("user", question)])))
+            tokens = len(self.lm.encode(self._messages([*self.history[2 * turns :], Entry("user", question)])))
             if tokens <= (1 - FREE) * context:
                 return turns
             if fitting is None and tokens < context:
@@ -255,8 +244,7 @@ class Chat:
 
     def _regen(self, _: str) -> None:
         if not self.history:
-            self._fail("there is no answer to give again yet")
-            return
+            raise UsageError("there is no answer to give again yet")
         changed = {}
         if not self.settings.get("temperature"):
             notice("At temperature 0 the answer stays the same; start with --temperature 0.8 for another.")
@@ -268,43 +256,30 @@ class Chat:
         try:
             answer = self._answer(**changed)
         except ContextFullError as error:  # since then the system prompt has grown
-            self._context_full(error)
+            raise self._context_full(error) from None
         finally:
             self.history.append(answer or before)
         self._attempt += answer is not None
 
     def _save(self, name: str) -> None:
-        if not name:
-            self._fail("/save needs the name of a file")
-            return
-        path = _path(name)
+        path = _path("/save", name)
         try:
             save_history(path, self.system, self.history)
         except OSError as error:
-            self._fail(f"cannot write {path}: {error.strerror}")
-            return
+            raise MedusaError(f"cannot write {path}: {error.strerror}") from None
         notice(f"Saved {count(len(self.history) // 2, 'turn')} to {path}.")
 
     def _load(self, name: str) -> None:
-        if not name:
-            self._fail("/load needs the name of a file")
-            return
-        path = _path(name)
+        path = _path("/load", name)
         try:
-            system, history = load_history(path)
+            self.system, self.history = load_history(path)
         except OSError as error:
-            self._fail(f"cannot read {path}: {error.strerror}")
-            return
-        except UsageError as error:
-            self._fail(str(error))
-            return
-        self.system, self.history, self._attempt, self._waiting = system, history, 0, None
-        notice(f"Loaded {count(len(history) // 2, 'turn')} from {path}.")
+            raise MedusaError(f"cannot read {path}: {error.strerror}") from None
+        self._attempt, self._waiting = 0, None
+        notice(f"Loaded {count(len(self.history) // 2, 'turn')} from {path}.")
 
     def _system(self, text: str) -> None:
-        if not is_text(text):
-            self._fail("the input is not UTF-8 text")
-            return
+        _check_text(text)
         if text:
             self.system = text
         notice(f"System prompt: {self.system}" if self.system is not None else "There is no system prompt.")
@@ -322,8 +297,15 @@ class Chat:
             )
 
 
-def _path(name: str) -> Path:
-    """The file a user named; ~ is their home where it can be found."""
+def _check_text(text: str) -> None:
+    if not is_text(text):
+        raise UsageError("the input is not UTF-8 text")
+
+
+def _path(command: str, name: str) -> Path:
+    """The file a user named; ~ is their home where it can be found. Raises UsageError: there is no name."""
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
     path = Path(name.replace("\0", ""))  # no system call takes a zero byte
     try:
         return path.expanduser()
@@ -333,7 +315,5 @@ def _path(name: str) -> Path:
 
 def _enable_line_editing() -> None:
     """Arrow keys and recall of earlier lines in `input()`, where the platform has readline."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        return

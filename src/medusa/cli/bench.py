@@ -42,7 +42,7 @@ Questions = Annotated[
         show_default="80 questions that come with Medusa",
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Charts = Annotated[Literal["svg", "png"], typer.Option(help="Kind of the pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the line of JSON alone.")]
 DraftModel = Annotated[
@@ -98,7 +98,7 @@ def bench(
         raise UsageError("typical acceptance is a method here: --methods union,typical --temperature 0.7")
     chosen = Sampling(**values(sampling, Sampling) | {"seed": sampling.seed or 0})
     names = _method_names(methods, not chosen.greedy, draft_model, baseline_url)
-    asked = choose(read_questions(questions or BUILT_IN), limit)
+    selected = choose(read_questions(questions or BUILT_IN), limit)
     how = running.BenchSettings(sampling.max_new_tokens, turns, follow)
     facts = {
         "questions": str(questions) if questions else "built in",
@@ -123,7 +123,7 @@ def bench(
         found: list[Method] = [
             medusa_method(name, lm, chosen) if name in MEDUSA_METHODS else loader.method(name) for name in names
         ]
-        report = _run(lm, found, asked, how, out, facts)
+        report = _run(lm, found, selected, how, out, facts)
     report.write(out, charts)
     _show(report.tables(), report.summary(), out, as_json=as_json)
 
@@ -178,9 +178,9 @@ def ablate(
     tokens = max_new_tokens or TOKENS[kind]
     every = read_questions(questions or BUILT_IN)
     creative = [name for name in ablations.CREATIVE if any(question.category == name for question in every)]
-    asked = choose(every, limit or QUESTIONS[kind], creative if kind == "threshold" else ())
+    selected = choose(every, limit or QUESTIONS[kind], creative if kind == "threshold" else ())
     place = out or Path(f"medusa-ablate-{kind}")
-    run = _Ablation(kind, engine, sampling, asked, tokens, place)
+    run = _Ablation(kind, engine, sampling, selected, tokens, place)
     run.open(resume, str(questions) if questions else "built in", draft_model)
     rows = run.batch() if kind == "batch" else run.variants(draft_model, judge_url, judge_model, charts)
     ablations.write_csv(place / f"{kind}.csv", rows)
@@ -197,7 +197,7 @@ class _Ablation:
     kind: str
     engine: EngineSettings
     sampling: Sampling
-    asked: Sequence[Question]
+    selected: Sequence[Question]
     tokens: int
     out: Path
 
@@ -210,7 +210,7 @@ class _Ablation:
         facts = {
             "ablation": self.kind,
             "questions": source,
-            "limit": len(self.asked),
+            "limit": len(self.selected),
             **options_of(self.engine, ENGINE),
             **self._sampled(),
             "max_new_tokens": self.tokens,
@@ -250,11 +250,11 @@ class _Ablation:
             how = BenchSettings(self.tokens)
             methods = [variant.method for variant in variants]
             report = _run(
-                lm, methods, self.asked, how, self.out, {**options_of(self.engine, ENGINE), **self._sampled()}
+                lm, methods, self.selected, how, self.out, {**options_of(self.engine, ENGINE), **self._sampled()}
             )
         quality: dict[str, dict[str, Any]] = {}
         if self.kind == "threshold":
-            quality = _quality(lm, report.rows, self.asked, judge_url, judge_model)
+            quality = _quality(lm, report.rows, self.selected, judge_url, judge_model)
         if self.kind == "drafters":
             report.write(self.out, charts)
         return ablations.table(variants, report.overall.__getitem__, lambda name: quality.get(name, {}))
@@ -268,12 +268,12 @@ class _Ablation:
         prompts_and_answers = 2048  # positions of a slot; a longer prompt is left out
         slots = max(ablations.BATCH_SIZES)
         lm = _ready(self.engine, num_slots=slots, max_length=prompts_and_answers)
-        prompts = [first_prompt(lm, question) for question in self.asked]
+        prompts = [first_prompt(lm, question) for question in self.selected]
         prompts = [prompt for prompt in prompts if len(prompt) + self.tokens <= lm.backend.max_length]
         if not prompts:
             raise UsageError("every question is too long for this ablation")
         steppers = {PLAIN: lm.make_stepper("none"), "medusa": lm.stepper}
-        with _bar("texts side by side") as tell:
+        with _bar("texts side by side") as on_progress:
             loads = compare_loads(
                 lm,
                 steppers,
@@ -282,7 +282,7 @@ class _Ablation:
                 steps=BATCH_STEPS,
                 max_new_tokens=self.tokens,
                 sampling=self.sampling,
-                tell=tell,
+                on_progress=on_progress,
             )
         return ablations.batch_rows(loads)
 
@@ -316,7 +316,12 @@ def _ready(engine: EngineSettings, **options: Any) -> LanguageModel:
 
 
 def _run(
-    lm: LanguageModel, methods: Sequence[Method], asked: Sequence[Question], how: Any, out: Path, facts: dict[str, Any]
+    lm: LanguageModel,
+    methods: Sequence[Method],
+    selected: Sequence[Question],
+    how: Any,
+    out: Path,
+    facts: dict[str, Any],
 ) -> Report:
     from medusa.decoding.stepper import Request
     from medusa.evaluation.bench import run_bench
@@ -324,14 +329,14 @@ def _run(
     from medusa.evaluation.methods import first_prompt
     from medusa.evaluation.report import Report
 
-    for question in asked:
+    for question in selected:
         try:
             Request(first_prompt(lm, question), max_new_tokens=how.max_new_tokens).check(lm.backend.max_length)
         except UsageError as error:
             raise UsageError(f"question {question.id}: {error}") from None
     machine = describe_machine(lm)
-    with _bar("questions") as tell:
-        rows = run_bench(methods, asked, how, out, tell)
+    with _bar("questions") as on_progress:
+        rows = run_bench(methods, selected, how, out, on_progress)
     settings = {**facts, "backend": lm.backend.name, "max_new_tokens": how.max_new_tokens}
     return Report(rows, [method.name for method in methods], settings, machine)
 
@@ -339,7 +344,7 @@ def _run(
 def _quality(
     lm: LanguageModel,
     rows: Sequence[dict[str, Any]],
-    asked: Sequence[Question],
+    selected: Sequence[Question],
     judge_url: str | None,
     judge_model: str | None,
 ) -> dict[str, dict[str, Any]]:
@@ -352,8 +357,8 @@ def _quality(
             from medusa.remote import openai_client
 
             client = stack.enter_context(openai_client(judge_url))
-        with _bar("answers measured") as tell:
-            return measure(lm, rows, {question.id: question for question in asked}, client, judge_model, tell)
+        with _bar("answers measured") as on_progress:
+            return measure(lm, rows, {question.id: question for question in selected}, client, judge_model, on_progress)
 
 
 @contextmanager

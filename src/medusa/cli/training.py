@@ -31,7 +31,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one line of JSON at 
 
 @with_options
 def distill(
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is gone on with.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file; one that is there is continued.")],
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +62,7 @@ def distill(
     import medusa
     from medusa.models import zoo
     from medusa.training import distill as writing
-    from medusa.training.text import SLOTS, read_prompt_file, room, shown_by
+    from medusa.training.text import SLOTS, read_prompt_file, shown_by, slots_that_fit
 
     with progress_shown() as reporter:
         asked = None if prompts is None else read_prompt_file(prompts, reporter.say)
@@ -77,18 +77,18 @@ def distill(
                 served_model=served_model or engine.model,
                 prompts=asked,
                 parallel=slots or SLOTS,
-                tell=shown_by(reporter),
+                on_progress=shown_by(reporter),
             )
         else:
             reporter.stage(f"Loading {engine.model}")
             shape = zoo.load_config(zoo.resolve(engine.model)).get_text_config()
             # What turns of the longest kind take, and as much again for a system prompt and long questions.
             length = 2 * text.turns * (text.max_user_tokens + text.max_answer_tokens)
-            slots, length = room(shape, slots, length, engine.device)
+            slots, length = slots_that_fit(shape, slots, length, engine.device)
             engine = replace(engine, heads="none", drafter="none", num_slots=slots, max_length=length, progress=False)
             lm = medusa.load(**values(engine))
             reporter.stage("Writing")
-            written = writing.distill(lm, out, text, prompts=asked, tell=shown_by(reporter))
+            written = writing.distill(lm, out, text, prompts=asked, on_progress=shown_by(reporter))
         reporter.say(written.summary())
     if written.tokens < text.tokens:
         notice(f"The prompts ended before {text.tokens} tokens were written.")
@@ -119,7 +119,7 @@ def train(
     ] = None,
     dtype: Annotated[Dtype | None, Of(TrainingEngine, "dtype")] = None,
     device: Annotated[str | None, Of(TrainingEngine, "device")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in DIR.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in DIR.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make heads for a model, from nothing but the model."""

@@ -1,7 +1,7 @@
 """Ablations: one thing is varied, everything else stays. Each gives a table, a CSV file and a picture.
 
 All but `batch` are benchmarks (see `bench.py`) whose methods differ in that one thing, so the variants take turns on
-each question and a run that was cut short goes on.
+each question and a run that was cut short continues.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from medusa.api import LanguageModel
     from medusa.decoding.sampling import Sampling
     from medusa.evaluation.batch import Load
+    from medusa.heads.module import HeadsRunner
 
 TREE_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 RANDOM_TREES = 2  # of each size
@@ -61,26 +62,23 @@ def tree_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     Raises:
         UsageError: there are no heads, or they come without a tree.
     """
-    best = searched_tree(lm)
-    found = [plain_variant(lm, sampling)]
-
-    def add(name: str, kind: str, tree: Tree) -> None:
-        method = _with_tree(name, lm, tree, sampling)
-        facts = {"kind": kind, "nodes": len(tree), "expected": _expected(tree, best)}
-        found.append(Variant(method, facts))
-
-    heads = lm.heads
-    assert heads is not None, "searched_tree has checked it"
+    heads, best = heads_and_tree(lm)
+    levels = heads.config.num_heads
+    trees: list[tuple[str, str, Tree]] = []  # name, kind, tree
     for size in TREE_SIZES:
         if size <= len(best):
-            add(f"searched {size}", "searched", best.best(size))
+            trees.append((f"searched {size}", "searched", best.best(size)))
         for number in range(RANDOM_TREES):
-            tree = random_tree(size, heads.config.num_heads, seed=1000 * (sampling.seed or 0) + 10 * size + number)
-            add(f"random {size}.{number + 1}", "random", tree)
-    for top in CARTESIAN:
-        if len(top) <= heads.config.num_heads:
-            add("x".join(map(str, top)), "Cartesian", Tree.cartesian(*top))
-    return found
+            tree = random_tree(size, levels, seed=1000 * (sampling.seed or 0) + 10 * size + number)
+            trees.append((f"random {size}.{number + 1}", "random", tree))
+    trees += [("x".join(map(str, top)), "Cartesian", Tree.cartesian(*top)) for top in CARTESIAN if len(top) <= levels]
+    return [plain_variant(lm, sampling)] + [
+        Variant(
+            _with_tree(name, lm, heads, tree, sampling),
+            {"kind": kind, "nodes": len(tree), "expected": _expected(tree, best)},
+        )
+        for name, kind, tree in trees
+    ]
 
 
 def heads_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
@@ -90,38 +88,31 @@ def heads_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     Raises:
         UsageError: there are no heads, or they come without a tree.
     """
-    best = searched_tree(lm)
-    found = [plain_variant(lm, sampling)]
+    heads, best = heads_and_tree(lm)
+    variants = [plain_variant(lm, sampling)]
+
+    def add(name: str, kind: str, levels: int, tree: Tree) -> None:
+        method = _with_tree(f"{name}, {levels} heads", lm, heads, tree, sampling)
+        variants.append(Variant(method, {"kind": kind, "heads": levels, "nodes": len(tree)}))
+
     for levels in range(1, best.depth + 1):
-        chain = Tree.from_paths([(0,) * depth for depth in range(1, levels + 1)])
-        found.append(
-            Variant(
-                _with_tree(f"chain, {levels} heads", lm, chain, sampling),
-                {"kind": "chain of best guesses", "heads": levels, "nodes": len(chain)},
-            )
-        )
+        add("chain", "chain of best guesses", levels, Tree.cartesian(*[1] * levels))
     for levels in range(1, best.depth + 1):
-        shallow = {path: f for path, f in zip(best.paths, best.probabilities, strict=True) if 0 < len(path) <= levels}
-        tree = Tree.from_paths(shallow).best(SMALL_TREE)
-        found.append(
-            Variant(
-                _with_tree(f"tree, {levels} heads", lm, tree, sampling),
-                {"kind": "searched tree", "heads": levels, "nodes": len(tree)},
-            )
-        )
+        shallow = {path: share for path, share in heads.config.tree if len(path) <= levels}
+        add("tree", "searched tree", levels, Tree.from_paths(shallow).best(SMALL_TREE))
     for name, drafter in (("dynamic tree", "heads"), ("dynamic tree and n-grams", "union")):
         method = MedusaMethod(name, lm, lm.make_stepper(drafter, tree="dynamic", nodes=SMALL_TREE), sampling)
-        found.append(Variant(method, {"kind": name, "heads": best.depth, "nodes": SMALL_TREE}))
-    return found
+        variants.append(Variant(method, {"kind": name, "heads": best.depth, "nodes": SMALL_TREE}))
+    return variants
 
 
 def nodes_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     """The drafter of `lm` with fixed numbers of nodes, and with as many as pay."""
-    found = [plain_variant(lm, sampling)]
+    variants = [plain_variant(lm, sampling)]
     for nodes in (*NODE_SIZES[1:], "auto"):
         method = MedusaMethod(f"{nodes}", lm, lm.make_stepper(lm.stepper.drafter, nodes=nodes), sampling)
-        found.append(Variant(method, {"kind": "auto" if nodes == "auto" else "fixed", "nodes": nodes}))
-    return found
+        variants.append(Variant(method, {"kind": "auto" if nodes == "auto" else "fixed", "nodes": nodes}))
+    return variants
 
 
 def drafters_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
@@ -129,37 +120,37 @@ def drafters_variants(lm: LanguageModel, sampling: Sampling) -> list[Variant]:
     names = ["ngram"] if lm.heads is None else ["ngram", "heads", "union", "rubbish"]
     if lm.heads is not None and lm.heads.config.tree:
         names.insert(1, "heads-static")
-    found = [plain_variant(lm, sampling)]
+    variants = [plain_variant(lm, sampling)]
     for name in names:
         for nodes in (DRAFTERS_NODES, "auto"):
             method = replace(medusa_method(name, lm, sampling, nodes), name=f"{name}, {nodes}")
-            found.append(Variant(method, {"drafter": name, "nodes": nodes}))
-    return found
+            variants.append(Variant(method, {"drafter": name, "nodes": nodes}))
+    return variants
 
 
-def threshold_variants(
-    lm: LanguageModel, sampling: Sampling, baselines: Sequence[Method] = (), epsilons: Sequence[float] = EPSILONS
-) -> list[Variant]:
+def threshold_variants(lm: LanguageModel, sampling: Sampling, baselines: Sequence[Method] = ()) -> list[Variant]:
     """Typical acceptance by its threshold, delta = sqrt(epsilon), beside exact sampling and greedy decoding, all with
     the drafter of `lm`. `plain` samples; `baselines` are others' engines."""
     exact = replace(sampling, acceptance="exact")
-    found = [plain_variant(lm, exact)]
-    found.append(Variant(MedusaMethod("greedy", lm, lm.stepper, replace(exact, temperature=0.0)), {"kind": "greedy"}))
-    found.append(Variant(MedusaMethod("exact", lm, lm.stepper, exact), {"kind": "exact"}))
-    for epsilon in epsilons:
-        how = replace(sampling, acceptance="typical", epsilon=epsilon, delta=math.sqrt(epsilon))
-        method = MedusaMethod(f"typical {epsilon:g}", lm, lm.stepper, how)
-        found.append(Variant(method, {"kind": "typical", "epsilon": epsilon, "delta": round(math.sqrt(epsilon), 4)}))
-    return found + [Variant(method, {"kind": method.name}) for method in baselines]
+    variants = [
+        plain_variant(lm, exact),
+        Variant(MedusaMethod("greedy", lm, lm.stepper, replace(exact, temperature=0.0)), {"kind": "greedy"}),
+        Variant(MedusaMethod("exact", lm, lm.stepper, exact), {"kind": "exact"}),
+    ]
+    for epsilon in EPSILONS:
+        typical = replace(sampling, acceptance="typical", epsilon=epsilon, delta=math.sqrt(epsilon))
+        method = MedusaMethod(f"typical {epsilon:g}", lm, lm.stepper, typical)
+        variants.append(Variant(method, {"kind": "typical", "epsilon": epsilon, "delta": round(typical.delta, 4)}))
+    return variants + [Variant(method, {"kind": method.name}) for method in baselines]
 
 
-def searched_tree(lm: LanguageModel) -> Tree:
-    """The tree that calibration found. Raises UsageError without heads or tree."""
+def heads_and_tree(lm: LanguageModel) -> tuple[HeadsRunner, Tree]:
+    """The heads and the tree that calibration found for them. Raises UsageError without heads or tree."""
     if lm.heads is None:
         raise UsageError("this ablation is of heads, and the model has none: give --heads NAME or PATH")
     if not lm.heads.config.tree:
         raise UsageError("these heads come without a tree: run medusa calibrate first")
-    return Tree.from_paths(dict(lm.heads.config.tree))
+    return lm.heads, Tree.from_paths(dict(lm.heads.config.tree))
 
 
 def random_tree(nodes: int, levels: int, seed: int) -> Tree:
@@ -178,15 +169,14 @@ def random_tree(nodes: int, levels: int, seed: int) -> Tree:
     return Tree.from_paths(paths[1:])
 
 
-def _with_tree(name: str, lm: LanguageModel, tree: Tree, sampling: Sampling) -> MedusaMethod:
-    assert lm.heads is not None
-    return MedusaMethod(name, lm, lm.make_stepper(HeadsDrafter(lm.heads, tree), nodes=len(tree)), sampling)
+def _with_tree(name: str, lm: LanguageModel, heads: HeadsRunner, tree: Tree, sampling: Sampling) -> MedusaMethod:
+    return MedusaMethod(name, lm, lm.make_stepper(HeadsDrafter(heads, tree), nodes=len(tree)), sampling)
 
 
 def _expected(tree: Tree, best: Tree) -> float | None:
     """Tokens per step that calibration expects of a tree; None where it holds a path too rare to be stored."""
     known = dict(zip(best.paths, best.probabilities, strict=True))
-    if any(path not in known for path in tree.paths):
+    if not known.keys() >= set(tree.paths):
         return None
     return round(sum(known[path] for path in tree.paths), 3)
 
@@ -195,46 +185,48 @@ def _expected(tree: Tree, best: Tree) -> float | None:
 
 
 def table(
-    variants: Iterable[Variant], figures: Callable[[str], Figures], more: Callable[[str], dict[str, Any]] = lambda _: {}
+    variants: Iterable[Variant],
+    figures: Callable[[str], Figures],
+    extra_columns: Callable[[str], dict[str, Any]] = lambda _: {},
 ) -> list[dict[str, Any]]:
-    """A row for each variant: what was varied, what was measured, and `more` by name."""
+    """A row for each variant: what was varied, what was measured, and `extra_columns` by its name."""
     rows = []
     for variant in variants:
-        one = figures(variant.method.name)
-        low, high = one.speedup_interval
-        measured = {
-            "tokens_per_second": one.tokens_per_second,
-            "tokens_per_step": one.tokens_per_step,
-            "milliseconds_per_step": one.milliseconds_per_step,
-            "overhead": one.overhead,
-            "speedup": one.speedup,
+        name = variant.method.name
+        measured = figures(name)
+        low, high = measured.speedup_interval
+        columns = {
+            "tokens_per_second": measured.tokens_per_second,
+            "tokens_per_step": measured.tokens_per_step,
+            "milliseconds_per_step": measured.milliseconds_per_step,
+            "overhead": measured.overhead,
+            "speedup": measured.speedup,
             "speedup_low": low,
             "speedup_high": high,
-            "identical": one.identical,
-            "total": one.total,
+            "identical": measured.identical,
+            "total": measured.total,
         }
-        rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in measured.items()}
-        rows.append({"variant": variant.method.name, **variant.facts, **rounded, **more(variant.method.name)})
+        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in columns.items()}
+        rows.append({"variant": name, **variant.facts, **rounded, **extra_columns(name)})
     return rows
 
 
 def batch_rows(loads: dict[str, list[Load]]) -> list[dict[str, Any]]:
-    """A row for each number of texts: throughput and latency with drafts and without, and their ratio."""
-    plain, drafted = loads[PLAIN], next(some for name, some in loads.items() if name != PLAIN)
+    """A row for each number of texts: throughput and latency of "medusa" and "plain", and their ratio."""
     return [
         {
-            "texts": a.rows,
-            "plain_tokens_per_second": round(a.tokens_per_second, 1),
-            "medusa_tokens_per_second": round(b.tokens_per_second, 1),
-            "speedup": round(b.tokens_per_second / a.tokens_per_second, 3),
-            "plain_ms_per_token": round(a.token_milliseconds, 2),
-            "medusa_ms_per_token": round(b.token_milliseconds, 2),
-            "tokens_per_step": round(b.tokens_per_step, 3),
-            "nodes_per_text": round(b.nodes / b.steps / b.rows, 2),
-            "plain_ms_per_step": round(1e3 * a.seconds / a.steps, 2),
-            "medusa_ms_per_step": round(1e3 * b.seconds / b.steps, 2),
+            "texts": plain.rows,
+            "plain_tokens_per_second": round(plain.tokens_per_second, 1),
+            "medusa_tokens_per_second": round(medusa.tokens_per_second, 1),
+            "speedup": round(medusa.tokens_per_second / plain.tokens_per_second, 3),
+            "plain_ms_per_token": round(plain.token_milliseconds, 2),
+            "medusa_ms_per_token": round(medusa.token_milliseconds, 2),
+            "tokens_per_step": round(medusa.tokens_per_step, 3),
+            "nodes_per_text": round(medusa.nodes / medusa.steps / medusa.rows, 2),
+            "plain_ms_per_step": round(1e3 * plain.seconds / plain.steps, 2),
+            "medusa_ms_per_step": round(1e3 * medusa.seconds / medusa.steps, 2),
         }
-        for a, b in zip(plain, drafted, strict=True)
+        for plain, medusa in zip(loads[PLAIN], loads["medusa"], strict=True)
     ]
 
 
@@ -250,33 +242,46 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def cells(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Cells:
     """`columns` (key -> title) of rows, as text."""
-    found = [list(columns.values())]
-    for row in rows:
-        line = []
-        for name in columns:
-            value = row.get(name)
-            line.append("" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value}")
-        found.append(line)
-    return found
+
+    def text(value: Any) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else f"{value}"
+
+    return [list(columns.values()), *([text(row.get(key)) for key in columns] for row in rows)]
 
 
+_OF_A_STEP = {"tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step", "overhead": "overhead"}
+_INTERVAL = {"speedup_low": "from", "speedup_high": "to"}
 COLUMNS = {
-    "tree": {"variant": "tree", "nodes": "nodes", "expected": "expected", "tokens_per_step": "tokens/step",
-             "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
-    "heads": {"variant": "variant", "nodes": "nodes", "tokens_per_step": "tokens/step",
-              "milliseconds_per_step": "ms/step", "overhead": "overhead", "speedup": "speed-up"},
-    "nodes": {"variant": "nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
-              "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to"},
-    "drafters": {"variant": "drafter, nodes", "tokens_per_step": "tokens/step", "milliseconds_per_step": "ms/step",
-                 "overhead": "overhead", "speedup": "speed-up", "speedup_low": "from", "speedup_high": "to",
-                 "identical": "identical"},
-    "threshold": {"variant": "variant", "tokens_per_step": "tokens/step", "speedup": "speed-up",
-                  "perplexity": "perplexity", "distinct_2": "distinct-2", "repetition": "repetition", "mark": "mark"},
-    "batch": {"texts": "texts", "plain_tokens_per_second": "plain tokens/s",
-              "medusa_tokens_per_second": "Medusa tokens/s", "speedup": "speed-up",
-              "plain_ms_per_token": "plain ms/token", "medusa_ms_per_token": "Medusa ms/token",
-              "tokens_per_step": "tokens/step", "nodes_per_text": "nodes/text"},
+    "tree": {"variant": "tree", "nodes": "nodes", "expected": "expected", **_OF_A_STEP, "speedup": "speed-up"},
+    "heads": {"variant": "variant", "nodes": "nodes", **_OF_A_STEP, "speedup": "speed-up"},
+    "nodes": {"variant": "nodes", **_OF_A_STEP, "speedup": "speed-up", **_INTERVAL},
+    "drafters": {
+        "variant": "drafter, nodes", **_OF_A_STEP, "speedup": "speed-up", **_INTERVAL, "identical": "identical",
+    },
+    "threshold": {
+        "variant": "variant", "tokens_per_step": "tokens/step", "speedup": "speed-up",
+        "perplexity": "perplexity", "distinct_2": "distinct-2", "repetition": "repetition", "mark": "mark",
+    },
+    "batch": {
+        "texts": "texts", "plain_tokens_per_second": "plain tokens/s", "medusa_tokens_per_second": "Medusa tokens/s",
+        "speedup": "speed-up", "plain_ms_per_token": "plain ms/token", "medusa_ms_per_token": "Medusa ms/token",
+        "tokens_per_step": "tokens/step", "nodes_per_text": "nodes/text",
+    },
 }  # fmt: skip
+
+# The panels of each picture: (column of y, title, label of y).
+_STEPS = ("tokens_per_step", "Acceleration", "tokens per step")
+_SPEED = ("speedup", "Speed", "times as fast as plain decoding")
+PANELS = {
+    "tree": (_STEPS, _SPEED),
+    "heads": (_STEPS, _SPEED),
+    "nodes": (_STEPS, _SPEED),
+    "threshold": (_STEPS, ("perplexity", "Perplexity under the model", "perplexity")),
+    "batch": (
+        ("tokens_per_second", "Throughput", "tokens per second, all texts"),
+        ("ms_per_token", "Latency", "milliseconds per token of one text"),
+    ),
+}
 
 
 def draw(kind: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -284,59 +289,33 @@ def draw(kind: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     from medusa.evaluation.charts import Curves, draw_curves
 
     def points(name: str, x: str, y: str) -> list[tuple[float, float]]:
-        some = [row for row in rows if row.get("kind") == name and isinstance(row.get(x), (int, float))]
-        return sorted((float(row[x]), float(row[y])) for row in some if row.get(y) is not None)
+        of_kind = [row for row in rows if row.get("kind") == name and isinstance(row.get(x), (int, float))]
+        return sorted((float(row[x]), float(row[y])) for row in of_kind if row.get(y) is not None)
 
     def by_kind(kinds: Sequence[str], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
-        return {name: found for name in kinds if (found := points(name, x, y))}
+        return {name: series for name in kinds if (series := points(name, x, y))}
 
-    def level(name: str, y: str = "speedup") -> float | None:
+    def level(name: str, y: str) -> float | None:
         return next((row[y] for row in rows if row.get("kind") == name), None)
 
-    kinds: tuple[str, ...]
-    nodes, steps, speed = "nodes verified in a step", "tokens per step", "times as fast as plain decoding"
-    panels: list[Curves]
-    if kind == "tree":
-        kinds = ("searched", "Cartesian", "random")
-        panels = [
-            Curves(
-                by_kind(kinds, "nodes", "tokens_per_step"), "Acceleration", nodes, steps, log=True, joined=("searched",)
-            ),
-            Curves(by_kind(kinds, "nodes", "speedup"), "Speed", nodes, speed, log=True, joined=("searched",), base=1.0),
-        ]
-    elif kind == "heads":
-        kinds = ("chain of best guesses", "searched tree")
-        levels = {name: level(name) for name in ("dynamic tree", "dynamic tree and n-grams")}
-        gains = {name: level(name, "tokens_per_step") for name in levels}
-        panels = [
-            Curves(by_kind(kinds, "heads", "tokens_per_step"), "Acceleration", "heads", steps, levels=gains),
-            Curves(by_kind(kinds, "heads", "speedup"), "Speed", "heads", speed, levels=levels, base=1.0),
-        ]
-    elif kind == "nodes":
-        panels = [
-            Curves({"fixed": [(1.0, 1.0), *points("fixed", "nodes", y)]}, title, nodes, label, log=True,
-                   levels={"auto": level("auto", y)}, base=1.0 if y == "speedup" else None)
-            for title, y, label in (("Acceleration", "tokens_per_step", steps), ("Speed", "speedup", speed))
-        ]  # fmt: skip
-    elif kind == "threshold":
-        others = {row["variant"]: row for row in rows if row.get("kind") != "typical" and row["variant"] != PLAIN}
-        panels = [
-            Curves({"typical": points("typical", "epsilon", y)}, title, "epsilon (delta is its root)", label,
-                   levels={name: row.get(y) for name, row in others.items()})
-            for title, y, label in (
-                ("Acceleration", "tokens_per_step", steps),
-                ("Perplexity under the model", "perplexity", "perplexity"),
-            )
-        ]  # fmt: skip
-    elif kind == "batch":
-        panels = [
-            Curves({"Medusa": [(row["texts"], row["medusa_tokens_per_second"]) for row in rows],
-                    "plain": [(row["texts"], row["plain_tokens_per_second"]) for row in rows]},
-                   "Throughput", "texts at once", "tokens per second, all texts", log=True),
-            Curves({"Medusa": [(row["texts"], row["medusa_ms_per_token"]) for row in rows],
-                    "plain": [(row["texts"], row["plain_ms_per_token"]) for row in rows]},
-                   "Latency", "texts at once", "milliseconds per token of one text", log=True),
-        ]  # fmt: skip
-    else:
-        raise AssertionError(kind)
-    draw_curves(panels, path)
+    def panel(y: str, title: str, label: str) -> Curves:
+        nodes, base = "nodes verified in a step", 1.0 if y == "speedup" else None
+        if kind == "tree":
+            series = by_kind(("searched", "Cartesian", "random"), "nodes", y)
+            return Curves(series, title, nodes, label, log=True, joined=("searched",), base=base)
+        if kind == "heads":
+            series = by_kind(("chain of best guesses", "searched tree"), "heads", y)
+            levels = {name: level(name, y) for name in ("dynamic tree", "dynamic tree and n-grams")}
+            return Curves(series, title, "heads", label, levels=levels, base=base)
+        if kind == "nodes":
+            series = {"fixed": [(1.0, 1.0), *points("fixed", "nodes", y)]}
+            return Curves(series, title, nodes, label, log=True, levels={"auto": level("auto", y)}, base=base)
+        if kind == "threshold":
+            others = [row for row in rows if row.get("kind") != "typical" and row["variant"] != PLAIN]
+            levels = {row["variant"]: row.get(y) for row in others}
+            series = {"typical": points("typical", "epsilon", y)}
+            return Curves(series, title, "epsilon (delta is its root)", label, levels=levels)
+        series = {name: [(row["texts"], row[f"{name.lower()}_{y}"]) for row in rows] for name in ("Medusa", "plain")}
+        return Curves(series, title, "texts at once", label, log=True)
+
+    draw_curves([panel(*measure) for measure in PANELS[kind]], path)

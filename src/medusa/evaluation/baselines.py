@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError, UsageError
-from medusa.evaluation.methods import Measured, PeakMemory, prompt_of
+from medusa.evaluation.methods import Measurement, PeakMemory, prompt_of
 
 if TYPE_CHECKING:
     import torch
@@ -55,22 +56,18 @@ class TransformersMethod:
     sampling: Sampling
     options: dict[str, Any] = field(default_factory=dict)
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measurement:
         import torch
 
         peak = PeakMemory()
         ids = self.lm.encode(prompt_of(self.lm, messages))
         prompt = torch.tensor([ids], device=self.network.device)
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        sampling = self.sampling
-        if not sampling.greedy:
-            torch.manual_seed(sampling.seed or 0)
-            how = {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-            }
+        sampled = not self.sampling.greedy
+        filters = {
+            name: getattr(self.sampling, name) if sampled else None for name in ("temperature", "top_p", "top_k")
+        }
+        if sampled:
+            torch.manual_seed(self.sampling.seed or 0)
         watch, passes = Watch(), 0
 
         def count(*_: object) -> None:
@@ -88,14 +85,15 @@ class TransformersMethod:
                 eos_token_id=list(self.lm.eos_token_ids) or None,
                 pad_token_id=self.lm.eos_token_ids[0] if self.lm.eos_token_ids else None,
                 streamer=watch,
-                **how,
+                do_sample=sampled,
+                **filters,
                 **self.options,
             )
         finally:
             hook.remove()
         ended = time.perf_counter()
         tokens = _to_end(out[0, len(ids) :].tolist(), self.lm.eos_token_ids)
-        return Measured(
+        return Measurement(
             text=str(self.lm.tokenizer.decode(tokens, skip_special_tokens=True)),
             token_ids=tokens,
             new_tokens=len(tokens),
@@ -123,11 +121,11 @@ class ServerMethod:
     lm: LanguageModel
     sampling: Sampling
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measurement:
         sent: Any = [dict(message) for message in messages]
         seed = self.sampling.seed
         texts: list[str] = []
-        used = None
+        new_tokens = None
         begun = time.perf_counter()
         first = last = 0.0
         for event in self.client.chat.completions.create(
@@ -141,20 +139,20 @@ class ServerMethod:
             stream_options={"include_usage": True},
         ):
             if event.usage is not None:
-                used = event.usage.completion_tokens
+                new_tokens = event.usage.completion_tokens
             piece = (event.choices[0].delta.content or "") if event.choices else ""
             if piece:
                 last = time.perf_counter()
                 first = first or last
                 texts.append(piece)
         text = "".join(texts)
-        if not used:  # a server that does not count: its text in the model's own tokens
-            used = len(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Measured(
+        if not new_tokens:  # a server that does not count: its text in the model's own tokens
+            new_tokens = len(self.lm.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Measurement(
             text=text,
             token_ids=None,
-            new_tokens=used,
-            decoded_tokens=max(0, used - 1),
+            new_tokens=new_tokens,
+            decoded_tokens=max(0, new_tokens - 1),
             steps=None,
             decode_seconds=last - first,
             ttft_seconds=first - begun if texts else time.perf_counter() - begun,
@@ -173,12 +171,14 @@ class BaselineOptions:
     served_model: str | None = None
 
 
+@dataclass
 class Baselines:
     """Loads what the baselines need, once; closed by `stack`."""
 
-    def __init__(self, lm: LanguageModel, options: BaselineOptions, sampling: Sampling, stack: ExitStack) -> None:
-        self.lm, self.options, self.sampling, self._stack = lm, options, sampling, stack
-        self._network: PreTrainedModel | None = None
+    lm: LanguageModel
+    options: BaselineOptions
+    sampling: Sampling
+    stack: ExitStack
 
     def method(self, name: str) -> TransformersMethod | ServerMethod:
         """One of BASELINES.
@@ -192,22 +192,20 @@ class Baselines:
                 raise UsageError("the method server needs --baseline-url URL")
             from medusa.remote import openai_client
 
-            client = self._stack.enter_context(openai_client(options.url))
+            client = self.stack.enter_context(openai_client(options.url))
             return ServerMethod(name, client, options.served_model or options.model, self.lm, self.sampling)
         if name == "assisted":
             if not options.draft_model:
                 raise UsageError("the method assisted needs --draft-model MODEL")
-            more: dict[str, Any] = {"assistant_model": self._draft(options.draft_model)}
+            arguments: dict[str, Any] = {"assistant_model": self._draft(options.draft_model)}
         else:
-            more = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "lookup" else {}
-        return TransformersMethod(name, self.network, self.lm, self.sampling, more)
+            arguments = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if name == "lookup" else {}
+        return TransformersMethod(name, self.network, self.lm, self.sampling, arguments)
 
-    @property
+    @cached_property
     def network(self) -> PreTrainedModel:
         """The model in transformers, shared by its methods; in bfloat16 where Medusa's engine has fewer bits."""
-        if self._network is None:
-            self._network = self._load(self.options.model)
-        return self._network
+        return self._load(self.options.model)
 
     def _draft(self, name: str) -> PreTrainedModel:
         draft = self._load(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,12 +79,6 @@ def run_load(
         scheduler.close()
 
 
-def endless(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
-    """The prompts, over and over."""
-    while True:
-        yield from prompts
-
-
 def compare_loads(
     lm: LanguageModel,
     steppers: dict[str, Stepper],
@@ -94,7 +89,7 @@ def compare_loads(
     max_new_tokens: int,
     sampling: Sampling,
     rounds: int = 3,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Load]]:
     """By stepper, a Load for each of `sizes`. In each of `rounds` all take turns, with the same prompts."""
     loads = {name: [Load(rows) for rows in sizes] for name in steppers}
@@ -106,12 +101,12 @@ def compare_loads(
                 run_load(
                     lm,
                     stepper,
-                    endless([*prompts[first:], *prompts[:first]]),
+                    itertools.cycle([*prompts[first:], *prompts[:first]]),
                     loads[name][i],
                     steps=steps,
                     max_new_tokens=max_new_tokens,
                     sampling=sampling,
                 )
                 done += 1
-                tell(done, rounds * len(sizes) * len(steppers))
+                on_progress(done, rounds * len(sizes) * len(steppers))
     return loads

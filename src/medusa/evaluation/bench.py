@@ -1,6 +1,6 @@
 """A benchmark: every question to every method in turn, each answer on disk as soon as it is there.
 
-    OUT/run.json        the settings, which a run that goes on must have too
+    OUT/run.json        the settings, which a run that continues must have too
     OUT/answers.jsonl   a line for each question: all methods' answers with their counts
     OUT/report.json, report.md, *.svg     made of these by `report.py`
 
@@ -48,7 +48,7 @@ def open_run(out: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
     facts = json.loads(json.dumps(facts, default=str))
     if path.is_file() and (resume or (out / ANSWERS_FILE).is_file()):  # more than a first, mistaken call
         if not resume:
-            raise UsageError(f"{out} holds a run already: add --resume to go on with it, or name another --out")
+            raise UsageError(f"{out} holds a run already: add --resume to continue it, or name another --out")
         before = json.loads(path.read_text(encoding="utf-8"))
         changed = [name for name in sorted({*before, *facts}) if before.get(name) != facts.get(name)]
         if changed:
@@ -80,13 +80,13 @@ def run_bench(
     questions: Sequence[Question],
     settings: BenchSettings,
     out: Path,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
     """Asks what is not answered in `out` yet; returns all rows, in the order of `questions`.
 
     Args:
         methods: one of them called "plain".
-        tell: called after each question.
+        on_progress: called after each question.
     """
     rows = {row["question_id"]: row for row in read_rows(out)}
     if any(question.id not in rows for question in questions):
@@ -101,19 +101,19 @@ def run_bench(
             file.write(json.dumps(row) + "\n")
             file.flush()
             rows[question.id] = row
-            tell(len(rows), len(questions))
+            on_progress(len(rows), len(questions))
     return [rows[question.id] for question in questions]
 
 
 def _ask(methods: Sequence[Method], question: Question, settings: BenchSettings) -> Row:
-    said: dict[str, list[dict[str, str]]] = {method.name: [] for method in methods}
+    histories: dict[str, list[dict[str, str]]] = {method.name: [] for method in methods}
     turns: list[dict[str, Any]] = []
     for turn in question.turns[: settings.turns]:
         answers = {}
         for method in methods:
-            messages = [*said[method.name], {"role": "user", "content": turn}]
+            messages = [*histories[method.name], {"role": "user", "content": turn}]
             answers[method.name] = method.answer(messages, settings.max_new_tokens).as_json()
-        for name, messages in said.items():
+        for name, messages in histories.items():
             text = answers[name if settings.follow == "own" else PLAIN]["text"]
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": text}]
         turns.append(answers)

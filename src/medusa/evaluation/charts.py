@@ -19,12 +19,8 @@ COLOURS = ("#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#6
 
 def draw_report(report: Report, out: Path, kind: str = "svg") -> list[Path]:
     """speedup, phases and acceptance; those for which there is nothing are left out. Raises MedusaError."""
-    drawn: list[Path] = []
-    for name, draw in (("speedup", draw_speedup), ("phases", draw_phases), ("acceptance", draw_acceptance)):
-        path = out / f"{name}.{kind}"
-        if draw(report, path):
-            drawn.append(path)
-    return drawn
+    charts = {"speedup": draw_speedup, "phases": draw_phases, "acceptance": draw_acceptance}
+    return [path for name, draw in charts.items() if draw(report, path := out / f"{name}.{kind}")]
 
 
 def draw_speedup(report: Report, path: Path) -> bool:
@@ -38,71 +34,57 @@ def draw_speedup(report: Report, path: Path) -> bool:
     canvas = new_figure(width=min(9.5, 2.5 + 0.3 * bars + 0.3 * len(groups)), height=3.6)
     axes = canvas.subplots()
     for i, name in enumerate(methods):
-        found = [some[name] for some in groups.values()]
-        at = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(groups))]
-        heights = [one.speedup for one in found]
+        measured = [of_group[name] for of_group in groups.values()]
+        centres = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(groups))]
+        heights = [figures.speedup for figures in measured]
         reach = [
-            [max(0.0, one.speedup - one.speedup_interval[0]) for one in found],
-            [max(0.0, one.speedup_interval[1] - one.speedup) for one in found],
+            [max(0.0, figures.speedup - figures.speedup_interval[0]) for figures in measured],
+            [max(0.0, figures.speedup_interval[1] - figures.speedup) for figures in measured],
         ]
-        axes.bar(at, heights, 0.9 * width, color=COLOURS[i % len(COLOURS)], label=name)
-        axes.errorbar(at, heights, reach, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.7)
+        axes.bar(centres, heights, 0.9 * width, color=COLOURS[i % len(COLOURS)], label=name)
+        axes.errorbar(centres, heights, reach, fmt="none", ecolor=INK, elinewidth=0.8, alpha=0.7)
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xticks(
-        range(len(groups)),
-        list(groups),
-        rotation=30 if len(groups) > 1 else 0,
-        ha="right" if len(groups) > 1 else "center",
-    )
+    slanted: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(groups) > 1 else {}
+    axes.set_xticks(range(len(groups)), list(groups), **slanted)
     axes.set_ylabel("times as fast as plain decoding", fontsize=8)
-    _legend(canvas, axes)
-    plain(axes, f"Speed-up by category, {len(report.rows)} questions; lines: 95% intervals")
-    save(canvas, path)
-    return True
+    return _finish(canvas, axes, f"Speed-up by category, {len(report.rows)} questions; lines: 95% intervals", path)
 
 
 def draw_phases(report: Report, path: Path) -> bool:
     """Where the milliseconds of a step go, one bar a method."""
-    found = {name: one.phases for name, one in report.overall.items() if one.phases is not None}
-    if not found:
+    phases_of = {name: figures.phases for name, figures in report.overall.items() if figures.phases is not None}
+    if not phases_of:
         return False
-    canvas = new_figure(width=6.4, height=1.2 + 0.36 * len(found))
+    canvas = new_figure(width=6.4, height=1.2 + 0.36 * len(phases_of))
     axes = canvas.subplots()
-    for row, phases in enumerate(found.values()):
+    for row, phases in enumerate(phases_of.values()):
         left = 0.0
         for i, phase in enumerate(PHASES):
             axes.barh(row, phases[phase], 0.7, left=left, color=COLOURS[i], label=phase if row == 0 else None)
             left += phases[phase]
         axes.annotate(f"{left:.1f}", (left, row), xytext=(4, -3), textcoords="offset points", fontsize=8, color=INK)
-    axes.set_yticks(range(len(found)), list(found))
+    axes.set_yticks(range(len(phases_of)), list(phases_of))
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("milliseconds per step", fontsize=8)
-    _legend(canvas, axes)
-    plain(axes, "Where the time of a step goes")
-    save(canvas, path)
-    return True
+    return _finish(canvas, axes, "Where the time of a step goes", path)
 
 
 def draw_acceptance(report: Report, path: Path) -> bool:
     """How often a draft was right up to each depth."""
-    methods = {name: one.reached for name, one in report.overall.items() if one.reached}
+    methods = {name: figures.reached for name, figures in report.overall.items() if figures.reached}
     if not methods:
         return False
     canvas = new_figure(width=5.6, height=3.2)
     axes = canvas.subplots()
     for i, (name, shares) in enumerate(methods.items()):
-        axes.plot(
-            range(1, len(shares) + 1), shares, marker="o", markersize=4, color=COLOURS[i % len(COLOURS)], label=name
-        )
+        depths = range(1, len(shares) + 1)
+        axes.plot(depths, shares, marker="o", markersize=4, color=COLOURS[i % len(COLOURS)], label=name)
     axes.set_xticks(range(1, max(map(len, methods.values())) + 1))
     axes.set_ylim(0, 1)
     axes.set_xlabel("drafted tokens accepted in a step, at least", fontsize=8)
     axes.set_ylabel("share of steps", fontsize=8)
-    _legend(canvas, axes)
-    plain(axes, "How far drafts are right")
-    save(canvas, path)
-    return True
+    return _finish(canvas, axes, "How far drafts are right", path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,19 +133,20 @@ def draw_curves(panels: Sequence[Curves], path: Path) -> None:
         plain(axes, panel.title)
         if panel.log:
             axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-    canvas.legend(
-        list(labels.values()),
-        list(labels),
-        loc="outside lower center",
-        ncols=min(5, len(labels)),
-        frameon=False,
-        fontsize=8,
-    )
+    _legend(canvas, list(labels.values()), list(labels), columns=5)
     save(canvas, path)
 
 
-def _legend(canvas: Any, axes: Any) -> None:
-    """Below the axes, where it hides nothing."""
+def _finish(canvas: Any, axes: Any, title: str, path: Path) -> bool:
     handles, labels = axes.get_legend_handles_labels()
+    _legend(canvas, handles, labels, columns=6)
+    plain(axes, title)
+    save(canvas, path)
+    return True
+
+
+def _legend(canvas: Any, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
+    """Below the axes, where it hides nothing."""
     if labels:
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False, fontsize=8)
+        ncols = min(columns, len(labels))
+        canvas.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from medusa.completion import Completion
 from medusa.decoding.draft import MODEL
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.errors import UsageError
@@ -29,7 +30,7 @@ PHASES = ("draft", "verify", "accept", "keep", "text")
 
 
 @dataclass(slots=True)
-class Measured:
+class Measurement:
     """One answer and its counts. What a method cannot know is None.
 
     `new_tokens` go up to the end-of-text token, which counts. `decoded_tokens` came after the prefill (and, for others'
@@ -60,7 +61,7 @@ class Method(Protocol):
     @property
     def name(self) -> str: ...
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured: ...
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measurement: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +73,18 @@ class MedusaMethod:
     stepper: Stepper
     sampling: Sampling
 
-    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measured:
+    def answer(self, messages: Sequence[Message], max_new_tokens: int) -> Measurement:
         peak = PeakMemory()
-        texts: list[str] = []
-        token_ids: list[int] = []
-        steps: list[Step] = []
-        for chunk in self.lm.stream(
-            prompt_of(self.lm, messages), self.sampling, max_new_tokens=max_new_tokens, stepper=self.stepper
-        ):
-            texts.append(chunk.text)
-            token_ids.extend(chunk.token_ids)
-            steps.append(chunk.step)
-        stats = chunk.stats
+        prompt = prompt_of(self.lm, messages)
+        chunks = list(self.lm.stream(prompt, self.sampling, max_new_tokens=max_new_tokens, stepper=self.stepper))
+        answer = Completion.of(chunks)
+        stats = answer.stats
         phases = dict(zip(PHASES, stats.phases, strict=False))
         phases["text"] = max(0.0, stats.decode_seconds - sum(stats.phases))
-        depths, drafters = counts(steps)
-        return Measured(
-            text="".join(texts),
-            token_ids=token_ids,
+        depths, drafters = counts([chunk.step for chunk in chunks])
+        return Measurement(
+            text=answer.text,
+            token_ids=list(answer.token_ids),
             new_tokens=stats.new_tokens,
             decoded_tokens=stats.decoded_tokens,
             steps=stats.steps,
@@ -103,7 +98,7 @@ class MedusaMethod:
 
 
 def prompt_of(lm: LanguageModel, messages: Sequence[Message]) -> str | Sequence[Message]:
-    """What `LanguageModel.encode` takes: a model without chat template is given the texts, to go on with."""
+    """What `LanguageModel.encode` takes: a model without chat template is given the texts, to continue."""
     return messages if lm.tokenizer.chat_template else "\n\n".join(message["content"] for message in messages)
 
 
@@ -113,7 +108,7 @@ def first_prompt(lm: LanguageModel, question: Question) -> list[int]:
 
 
 def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]]:
-    """Of the steps after the prefill: drafted and accepted by depth, and by drafter (see `Measured`)."""
+    """Of the steps after the prefill: drafted and accepted by depth, and by drafter (see `Measurement`)."""
     depths: list[list[int]] = []
     drafters: dict[str, list[int]] = {}
     for step in steps:
@@ -124,11 +119,10 @@ def counts(steps: Sequence[Step]) -> tuple[list[list[int]], dict[str, list[int]]
         for node in step.path[1:]:
             drafters[step.draft.sources[node]][1] += 1
         deepest = int(max(step.draft.topology.depths))
-        while len(depths) < deepest:
-            depths.append([0, 0])
-        for depth in range(deepest):
-            depths[depth][0] += 1
-            depths[depth][1] += depth + 1 < len(step.path)
+        depths += [[0, 0] for _ in range(deepest - len(depths))]
+        for depth, drafted_and_accepted in enumerate(depths[:deepest], 1):
+            drafted_and_accepted[0] += 1
+            drafted_and_accepted[1] += depth < len(step.path)
     drafters.pop(MODEL, None)
     return depths, drafters
 

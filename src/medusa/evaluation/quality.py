@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,13 +45,12 @@ def nats(backend: Backend, prompt: Sequence[int], answer: Sequence[int], slot: i
 
     if not answer:
         return 0.0
+    total, done = 0.0, 0
     try:
-        logits, _ = backend.extend(slot, prompt)
-        total = -float(torch.log_softmax(logits.float(), dim=-1)[answer[0]])
-        done = 1
-        for rows in every_logits(backend, slot, answer[:-1]):
-            said = torch.tensor(answer[done : done + len(rows)], device=rows.device)
-            total -= float(torch.log_softmax(rows.float(), dim=-1).gather(1, said[:, None]).sum())
+        first, _ = backend.extend(slot, prompt)
+        for rows in itertools.chain([first[None]], every_logits(backend, slot, answer[:-1])):
+            tokens = torch.tensor(answer[done : done + len(rows)], device=rows.device)
+            total -= float(torch.log_softmax(rows.float(), dim=-1).gather(1, tokens[:, None]).sum())
             done += len(rows)
     finally:
         backend.release(slot)
@@ -80,8 +80,8 @@ def judge(client: OpenAI, model: str, request: str, answer: str) -> float:
     reply = client.chat.completions.create(model=model, messages=messages, temperature=0.0, max_tokens=8)
     if not reply.choices:
         raise MedusaError(f"the judge {model} gave no answer")
-    found = re.search(r"\d+(?:\.\d+)?", reply.choices[0].message.content or "")
-    mark = float(found.group()) if found else math.nan
+    number = re.search(r"\d+(?:\.\d+)?", reply.choices[0].message.content or "")
+    mark = float(number.group()) if number else math.nan
     return mark if 1 <= mark <= 10 else math.nan
 
 
@@ -91,7 +91,7 @@ def measure(
     questions: Mapping[str, Question],
     client: OpenAI | None = None,
     judge_model: str | None = None,
-    tell: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, float]]:
     """By method: perplexity of its first answers (over all their tokens), means of the rest.
 
@@ -99,29 +99,34 @@ def measure(
         rows: of `bench.run_bench`.
         questions: by id.
         client: of a judge, if there is to be one.
-        tell: called after each question.
+        on_progress: called after each question.
     """
-    sums: dict[str, dict[str, list[float]]] = {}
+    answers: dict[str, list[dict[str, float]]] = {}
     for number, row in enumerate(rows, 1):
         question = questions[row["question_id"]]
         prompt = first_prompt(lm, question)
         for name, answer in row["turns"][0].items():
             ids = answer["token_ids"] or []
-            found = sums.setdefault(name, {"nats": [], "tokens": [], "distinct_2": [], "repetition": [], "mark": []})
-            found["nats"].append(nats(lm.backend, prompt, ids))
-            found["tokens"].append(len(ids))
-            found["distinct_2"].append(distinct(ids))
-            found["repetition"].append(repetition(ids))
+            mark = math.nan
             if client is not None and judge_model is not None:
-                found["mark"].append(judge(client, judge_model, question.turns[0], answer["text"]))
-        tell(number, len(rows))
-    return {name: _means(found) for name, found in sums.items()}
+                mark = judge(client, judge_model, question.turns[0], answer["text"])
+            measured = {
+                "nats": nats(lm.backend, prompt, ids),
+                "tokens": len(ids),
+                "distinct_2": distinct(ids),
+                "repetition": repetition(ids),
+                "mark": mark,
+            }
+            answers.setdefault(name, []).append(measured)
+        on_progress(number, len(rows))
+    return {name: _means(measured) for name, measured in answers.items()}
 
 
-def _means(found: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    means = {"perplexity": round(math.exp(sum(found["nats"]) / max(1, sum(found["tokens"]))), 3)}
+def _means(answers: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    nats, tokens = (sum(answer[name] for answer in answers) for name in ("nats", "tokens"))
+    means = {"perplexity": round(math.exp(nats / max(1, tokens)), 3)}
     for name in ("distinct_2", "repetition", "mark"):
-        known = [value for value in found[name] if not math.isnan(value)]
+        known = [answer[name] for answer in answers if not math.isnan(answer[name])]
         if known:
             means[name] = round(sum(known) / len(known), 4)
     return means

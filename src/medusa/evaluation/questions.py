@@ -36,18 +36,19 @@ def read_questions(path: Path = BUILT_IN) -> tuple[Question, ...]:
         raise UsageError(f"cannot read the questions in {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"the questions in {path} are not UTF-8 text") from None
-    found = [_question(line, f"{path}, line {number}", number) for number, line in enumerate(lines, 1) if line.strip()]
-    if not found:
+    questions = [_question(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
         raise UsageError(f"there are no questions in {path}")
     seen: set[str] = set()
-    for question in found:
+    for question in questions:
         if question.id in seen:
             raise UsageError(f"{path} holds two questions with the id {question.id}")
         seen.add(question.id)
-    return tuple(found)
+    return tuple(questions)
 
 
-def _question(line: str, where: str, number: int) -> Question:
+def _question(line: str, path: Path, number: int) -> Question:
+    where = f"{path}, line {number}"
     try:
         row: Any = json.loads(line)
     except ValueError as error:

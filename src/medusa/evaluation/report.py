@@ -34,7 +34,8 @@ class Report:
         self.rows = list(rows)
         self.overall: dict[str, Figures] = {name: figures(rows, name) for name in methods}
         self.by_category: dict[str, dict[str, Figures]] = {
-            category: {name: figures(some, name) for name in methods} for category, some in categories(rows).items()
+            category: {name: figures(of_category, name) for name in methods}
+            for category, of_category in categories(rows).items()
         }
 
     # --- for machines ---------------------------------------------------------------------------------------------
@@ -42,21 +43,18 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """The last line of `medusa bench`."""
 
-        def short(found: Figures) -> dict[str, Any]:
-            return {
-                "tokens_per_second": _rounded(found.tokens_per_second, 2),
-                "tokens_per_step": _rounded(found.tokens_per_step, 3),
-                "overhead": _rounded(found.overhead, 3),
-                "speedup": _rounded(found.speedup, 3),
-                "identical": found.identical,
-                "total": found.total,
+        short = {
+            name: {
+                "tokens_per_second": _rounded(measured.tokens_per_second, 2),
+                "tokens_per_step": _rounded(measured.tokens_per_step, 3),
+                "overhead": _rounded(measured.overhead, 3),
+                "speedup": _rounded(measured.speedup, 3),
+                "identical": measured.identical,
+                "total": measured.total,
             }
-
-        return {
-            "plain": short(self.overall[PLAIN]),
-            "methods": {name: short(found) for name, found in self.overall.items() if name != PLAIN},
-            "machine": self.machine,
+            for name, measured in self.overall.items()
         }
+        return {"plain": short.pop(PLAIN), "methods": short, "machine": self.machine}
 
     def as_json(self) -> dict[str, Any]:
         """All that is known, as report.json holds it."""
@@ -65,11 +63,8 @@ class Report:
                 **self.summary(),
                 "settings": self.settings,
                 "questions": len(self.rows),
-                "overall": {name: asdict(found) for name, found in self.overall.items()},
-                "categories": {
-                    category: {name: asdict(found) for name, found in some.items()}
-                    for category, some in self.by_category.items()
-                },
+                "overall": _as_dicts(self.overall),
+                "categories": {name: _as_dicts(of_category) for name, of_category in self.by_category.items()},
             }
         )
         return facts
@@ -78,72 +73,65 @@ class Report:
 
     def main_table(self) -> Cells:
         """Method by method."""
-        cells = [["method", "tokens/s", "tokens/step", "ms/step", "overhead", "speed-up", "95%", "identical"]]
-        cells[0] += ["repeated", "first token", "memory"]
-        for name, one in self.overall.items():
-            low, high = one.speedup_interval
-            cells.append(
-                [
-                    name,
-                    _number(one.tokens_per_second, 1),
-                    _number(one.tokens_per_step, 2),
-                    _number(one.milliseconds_per_step, 1),
-                    _number(one.overhead, 2),
-                    f"{_number(one.speedup, 2)}x",
-                    f"{_number(low, 2)} to {_number(high, 2)}" if name != PLAIN and math.isfinite(low) else "",
-                    f"{one.identical}/{one.total}",
-                    "" if one.repetition is None else f"{100 * one.repetition:.0f}%",
-                    f"{_number(1e3 * one.ttft_seconds, 0)} ms",
-                    "" if one.peak_bytes is None else f"{one.peak_bytes / 1e6:.0f} MB",
-                ]
-            )
+        columns = ["method", "tokens/s", "tokens/step", "ms/step", "overhead", "speed-up", "95%", "identical"]
+        cells = [[*columns, "repeated", "first token", "memory"]]
+        for name, measured in self.overall.items():
+            row = [
+                name,
+                _number(measured.tokens_per_second, 1),
+                _number(measured.tokens_per_step, 2),
+                _number(measured.milliseconds_per_step, 1),
+                _number(measured.overhead, 2),
+                f"{_number(measured.speedup, 2)}x",
+                "" if name == PLAIN else _interval(measured),
+                f"{measured.identical}/{measured.total}",
+                "" if measured.repetition is None else f"{100 * measured.repetition:.0f}%",
+                f"{_number(1e3 * measured.ttft_seconds, 0)} ms",
+                "" if measured.peak_bytes is None else f"{measured.peak_bytes / 1e6:.0f} MB",
+            ]
+            cells.append(row)
         return cells
 
     def category_table(self) -> Cells:
         """Tokens per step and speed-up by category; plain decoding is left out."""
         names = [name for name in self.methods if name != PLAIN]
         cells = [["category", *names]]
-        for category, some in self.by_category.items():
-            line = [category]
+        for category, of_category in self.by_category.items():
+            row = [category]
             for name in names:
-                low, high = some[name].speedup_interval
-                steps = some[name].tokens_per_step
-                line.append(
-                    ("" if steps is None else f"{_number(steps, 2)}, ")
-                    + f"{_number(some[name].speedup, 2)}x"
-                    + (f" ({_number(low, 2)} to {_number(high, 2)})" if math.isfinite(low) else "")
-                )
-            cells.append(line)
+                measured = of_category[name]
+                steps = "" if measured.tokens_per_step is None else f"{_number(measured.tokens_per_step, 2)}, "
+                interval = _interval(measured)
+                row.append(f"{steps}{_number(measured.speedup, 2)}x" + (f" ({interval})" if interval else ""))
+            cells.append(row)
         return cells
 
     def phase_table(self) -> Cells:
         """Where a step's milliseconds go."""
-        cells = [["ms per step", *PHASES]]
-        for name, one in self.overall.items():
-            if one.phases is not None:
-                cells.append([name, *(f"{one.phases[phase]:.2f}" for phase in PHASES)])
-        return cells
+        phases_of = {name: measured.phases for name, measured in self.overall.items() if measured.phases is not None}
+        rows = [[name, *(f"{phases[phase]:.2f}" for phase in PHASES)] for name, phases in phases_of.items()]
+        return [["ms per step", *PHASES], *rows]
 
     def acceptance_table(self) -> Cells:
         """How often a draft was right up to each depth, of all steps; and what share of each drafter's nodes was."""
-        depth = max((len(one.reached) for one in self.overall.values()), default=0)
+        depth = max((len(measured.reached) for measured in self.overall.values()), default=0)
         cells = [["accepted", *(f"{d} deep" for d in range(1, depth + 1)), "of their nodes"]]
-        for name, one in self.overall.items():
-            if not one.reached:
-                continue
-            line = [f"{share:.2f}" for share in one.reached] + [""] * (depth - len(one.reached))
-            cells.append([name, *line, ", ".join(f"{who} {share:.2f}" for who, share in one.accepted.items())])
+        for name, measured in self.overall.items():
+            if measured.reached:
+                shares = [f"{share:.2f}" for share in measured.reached] + [""] * (depth - len(measured.reached))
+                by_drafter = ", ".join(f"{drafter} {share:.2f}" for drafter, share in measured.accepted.items())
+                cells.append([name, *shares, by_drafter])
         return cells
 
     def tables(self) -> dict[str, Cells]:
         """Title -> cells, without empty ones."""
-        found = {
+        titled = {
             "All questions": self.main_table(),
             "By category: tokens per step, speed-up (95% interval)": self.category_table(),
             "Where the time of a step goes": self.phase_table(),
             "Acceptance: share of steps in which a draft was right so deep": self.acceptance_table(),
         }
-        return {title: cells for title, cells in found.items() if len(cells) > 1}
+        return {title: cells for title, cells in titled.items() if len(cells) > 1}
 
     def markdown(self) -> str:
         """report.md."""
@@ -196,6 +184,16 @@ def rich_table(title: str, cells: Cells) -> Table:
     return table
 
 
+def _as_dicts(by_method: Mapping[str, Figures]) -> dict[str, Any]:
+    return {name: asdict(measured) for name, measured in by_method.items()}
+
+
+def _interval(measured: Figures) -> str:
+    """Empty where there is none: of a single question."""
+    low, high = measured.speedup_interval
+    return f"{_number(low, 2)} to {_number(high, 2)}" if math.isfinite(low) else ""
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
@@ -207,7 +205,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
 def _finite(value: Any) -> Any:
     """The same without numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

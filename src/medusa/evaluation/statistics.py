@@ -10,8 +10,9 @@ plain decoding on the same questions:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,6 @@ from medusa.evaluation.quality import repetition
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 DEEPEST = 8
-
-Answer = dict[str, Any]  # of `Measured.as_json`
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +58,15 @@ class Figures:
         return {name: right / nodes for name, (nodes, right) in self.drafters.items() if nodes}
 
 
-def answers(rows: Sequence[dict[str, Any]], method: str) -> list[list[Answer]]:
-    """The answers of a method, by question and turn."""
+def answers(rows: Sequence[dict[str, Any]], method: str) -> list[list[dict[str, Any]]]:
+    """The answers of a method, by question and turn, as `Measurement.as_json` has them."""
     return [[turn[method] for turn in row["turns"]] for row in rows]
 
 
 def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
     """What `rows` (of `bench.run_bench`) say of a method."""
     ours, plain = answers(rows, method), answers(rows, PLAIN)
-    flat = [answer for turns in ours for answer in turns]
-    base = [answer for turns in plain for answer in turns]
+    flat, base = list(chain.from_iterable(ours)), list(chain.from_iterable(plain))
     tokens, seconds = _sum(flat, "decoded_tokens"), _sum(flat, "decode_seconds")
     rate = _ratio(tokens, seconds)
     plain_rate = _ratio(_sum(base, "decoded_tokens"), _sum(base, "decode_seconds"))
@@ -86,6 +84,7 @@ def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
     phases = None
     if steps and all(answer["phases"] is not None for answer in flat):
         phases = {name: 1e3 * sum(answer["phases"][name] for answer in flat) / steps for name in PHASES}
+    repeated = [repetition(answer["token_ids"]) for answer in flat if answer["token_ids"]]
     peaks = [answer["peak_bytes"] for answer in flat if answer["peak_bytes"]]
     return Figures(
         tokens_per_second=rate,
@@ -97,7 +96,7 @@ def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
         speedup_interval=interval(ours, plain),
         identical=sum(_same(a, b) for a, b in zip(flat, base, strict=True)),
         total=len(flat),
-        repetition=_repetition(flat),
+        repetition=sum(repeated) / len(repeated) if repeated else None,
         ttft_seconds=_sum(flat, "ttft_seconds") / len(flat),
         new_tokens=int(_sum(flat, "new_tokens")),
         steps=None if steps is None else int(steps),
@@ -108,7 +107,9 @@ def figures(rows: Sequence[dict[str, Any]], method: str) -> Figures:
     )
 
 
-def interval(ours: Sequence[Sequence[Answer]], plain: Sequence[Sequence[Answer]], seed: int = 0) -> tuple[float, float]:
+def interval(
+    ours: Sequence[Sequence[dict[str, Any]]], plain: Sequence[Sequence[dict[str, Any]]]
+) -> tuple[float, float]:
     """The bootstrap interval of the speed-up; whole questions are drawn, since turns of one belong together.
     NaN for a single question, which says nothing of others."""
     if len(ours) < 2:
@@ -119,7 +120,7 @@ def interval(ours: Sequence[Sequence[Answer]], plain: Sequence[Sequence[Answer]]
             for a, b in zip(ours, plain, strict=True)
         ]
     )  # [Q, 4]
-    drawn = np.random.default_rng(seed).integers(len(table), size=(RESAMPLES, len(table)))
+    drawn = np.random.default_rng(0).integers(len(table), size=(RESAMPLES, len(table)))
     tokens, seconds, base_tokens, base_seconds = table[drawn].sum(axis=1).T
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (tokens / seconds) / (base_tokens / base_seconds)
@@ -132,43 +133,34 @@ def interval(ours: Sequence[Sequence[Answer]], plain: Sequence[Sequence[Answer]]
 
 def categories(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Rows by category, in the order of the questions."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_category: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(row["category"], []).append(row)
-    return found
+        by_category.setdefault(row["category"], []).append(row)
+    return by_category
 
 
-def _sum(some: Sequence[Answer], name: str) -> float:
-    return math.fsum(answer[name] for answer in some)
+def _sum(answers: Iterable[dict[str, Any]], name: str) -> float:
+    return math.fsum(answer[name] for answer in answers)
 
 
 def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def _same(a: Answer, b: Answer) -> bool:
-    if a["token_ids"] is None or b["token_ids"] is None:
-        return bool(a["text"] == b["text"])
-    return bool(a["token_ids"] == b["token_ids"])
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    key = "text" if a["token_ids"] is None or b["token_ids"] is None else "token_ids"
+    return bool(a[key] == b[key])
 
 
-def _repetition(flat: Sequence[Answer]) -> float | None:
-    found = [repetition(answer["token_ids"]) for answer in flat if answer["token_ids"]]
-    return sum(found) / len(found) if found else None
+def _depths(answers: Sequence[dict[str, Any]]) -> tuple[tuple[int, int], ...]:
+    return tuple(map(_summed, zip_longest(*(answer["depths"] for answer in answers), fillvalue=(0, 0))))
 
 
-def _depths(flat: Sequence[Answer]) -> tuple[tuple[int, int], ...]:
-    deepest = max((len(answer["depths"]) for answer in flat), default=0)
-    return tuple(
-        (
-            sum(answer["depths"][d][0] for answer in flat if d < len(answer["depths"])),
-            sum(answer["depths"][d][1] for answer in flat if d < len(answer["depths"])),
-        )
-        for d in range(deepest)
-    )
+def _drafters(answers: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    names = sorted({name for answer in answers for name in answer["drafters"]})
+    return {name: _summed(answer["drafters"].get(name, (0, 0)) for answer in answers) for name in names}
 
 
-def _drafters(flat: Sequence[Answer]) -> dict[str, tuple[int, int]]:
-    names = sorted({name for answer in flat for name in answer["drafters"]})
-    pairs = {name: [answer["drafters"].get(name, [0, 0]) for answer in flat] for name in names}
-    return {name: (sum(p[0] for p in some), sum(p[1] for p in some)) for name, some in pairs.items()}
+def _summed(pairs: Iterable[Sequence[int]]) -> tuple[int, int]:
+    firsts, seconds = zip(*pairs, strict=True)
+    return sum(firsts), sum(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -67,10 +68,6 @@ class TracedStep:
     ms: dict[str, float]  # of each phase; "text" is the rest, "total" the sum
 
     @property
-    def root(self) -> str:
-        return self.nodes[0].label
-
-    @property
     def own(self) -> Token | None:
         """The token that the model itself decided, if the text did not end before it."""
         return self.tokens[-1] if self.tokens and self.tokens[-1].source == MODEL else None
@@ -118,12 +115,11 @@ class Trace:
     def by_depth(self) -> dict[str, list[tuple[int, int]]]:
         """For each drafter and depth, from 1: (accepted nodes, all nodes)."""
         nodes = [node for step in self.steps for node in step.nodes[1:]]
-        deepest = max((node.depth for node in nodes), default=0)
-        found = {source: [(0, 0)] * deepest for source in _by_source(node.source for node in nodes)}
-        for node in nodes:
-            accepted, all_nodes = found[node.source][node.depth - 1]
-            found[node.source][node.depth - 1] = accepted + node.accepted, all_nodes + 1
-        return found
+        depths = range(1, max((node.depth for node in nodes), default=0) + 1)
+        accepted = Counter((node.source, node.depth) for node in nodes if node.accepted)
+        drafted = Counter((node.source, node.depth) for node in nodes)
+        sources = _by_source(node.source for node in nodes)
+        return {source: [(accepted[source, d], drafted[source, d]) for d in depths] for source in sources}
 
     def facts(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -221,30 +217,30 @@ def children(step: TracedStep) -> list[list[int]]:
 
 def _by_source(sources: Iterable[str]) -> dict[str, int]:
     """Counts, our drafters first."""
-    found = Counter(sources)
-    order = [*DRAFT_COLOURS, *sorted(found)]
-    return {source: found[source] for source in dict.fromkeys(order) if source in found}
+    counts = Counter(sources)
+    order = [*DRAFT_COLOURS, *sorted(counts.keys() - DRAFT_COLOURS.keys())]
+    return {source: counts[source] for source in order if source in counts}
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
 
 
-def lines(found: Trace, *, steps: int = 6, colour: bool = False) -> Iterator[str]:
+def lines(traced: Trace, *, steps: int = 6, colour: bool = False) -> Iterator[str]:
     """The first `steps` steps (0 is all) as trees, and a summary of the whole text."""
-    shown = found.steps[: steps or None]
-    if found.first is not None and found.stats is not None:
-        read = count(found.stats.prompt_tokens, "token")
-        yield f"prompt: {read} read, first token {found.first.label}, {1e3 * found.stats.ttft_seconds:.1f} ms"
+    shown = traced.steps[: steps or None]
+    if traced.first is not None and traced.stats is not None:
+        read = count(traced.stats.prompt_tokens, "token")
+        yield f"prompt: {read} read, first token {traced.first.label}, {1e3 * traced.stats.ttft_seconds:.1f} ms"
         yield f"\u2713 accepted, \u00d7 rejected, \u2192 decided by the model; % is {SHARE}"
         yield ""
     for step in shown:
         yield from _tree_lines(step, colour)
         yield step.summary()
         yield ""
-    if len(shown) < len(found.steps):
-        yield f"{count(len(found.steps) - len(shown), 'more step')} not shown; --steps 0 shows all"
+    if len(shown) < len(traced.steps):
+        yield f"{count(len(traced.steps) - len(shown), 'more step')} not shown; --steps 0 shows all"
         yield ""
-    yield from _summary_lines(found, colour)
+    yield from _summary_lines(traced, colour)
 
 
 def _paint(text: str, code: str, colour: bool) -> str:
@@ -261,16 +257,17 @@ def _tree_lines(step: TracedStep, colour: bool) -> Iterator[str]:
         own = step.own if node == step.path[-1] else None
         for child in below[node]:
             last = child == below[node][-1] and own is None
-            it = step.nodes[child]
-            mark = "\u2713" if it.accepted else "\u00d7"
-            code = _BOLD + DRAFT_COLOURS.get(it.source, "") if it.accepted else DIM
+            drafted = step.nodes[child]
+            mark = "\u2713" if drafted.accepted else "\u00d7"
+            code = _BOLD + DRAFT_COLOURS.get(drafted.source, "") if drafted.accepted else DIM
+            share = f"{100 * drafted.probability:.1f} %"
             branch = "\u2514\u2500 " if last else "\u251c\u2500 "
-            rows.append((indent + branch, f"{mark} {it.label}", f"{100 * it.probability:.1f} %", it.source, code))
+            rows.append((indent + branch, f"{mark} {drafted.label}", share, drafted.source, code))
             add(child, indent + ("   " if last else "\u2502  "))
         if own is not None:
             rows.append((f"{indent}\u2514\u2500 ", f"\u2192 {own.label}", "", MODEL, _BOLD))
 
-    yield step.root
+    yield step.nodes[0].label
     add(0, "")
     width = max((cell_len(branch + token) for branch, token, *_ in rows), default=0)
     for branch, token, share, who, code in rows:
@@ -278,42 +275,32 @@ def _tree_lines(step: TracedStep, colour: bool) -> Iterator[str]:
         yield branch + _paint(f"{token}{space}  {share:>7}  {who}", code, colour)
 
 
-def _summary_lines(found: Trace, colour: bool) -> Iterator[str]:
-    if colour:
-        marks = {source: _paint(source, code, colour) for source, code in DRAFT_COLOURS.items()}
-    else:
-        marks = {source: f"{pair[0]}{source}{pair[1]}" for source, pair in _BRACKETS.items()}
-    yield f"text by who proposed it ({', '.join(marks.values())}, plain: the model):"
-    yield "".join(_span(text, source, colour) for text, source in _joined(found.spans))
+def _summary_lines(traced: Trace, colour: bool) -> Iterator[str]:
+    marks = ", ".join(_span(source, source, colour) for source in DRAFT_COLOURS)
+    yield f"text by who proposed it ({marks}, plain: the model):"
+    yield "".join(_span(text, source, colour) for text, source in _joined(traced.spans))
     yield ""
-    if found.stats is not None:
-        yield stats_line(found.stats)
-    table = found.by_depth()
+    if traced.stats is not None:
+        yield stats_line(traced.stats)
+    table = traced.by_depth()
     if not table:
         return
     yield "accepted of drafted nodes, by depth:"
     depths = max(map(len, table.values()))
     cells = [["", *(str(depth) for depth in range(1, depths + 1)), "all"]]
     for source, pairs in table.items():
-        total = sum(a for a, _ in pairs), sum(n for _, n in pairs)
-        cells.append([source, *(f"{a}/{n}" if n else "-" for a, n in [*pairs, total])])
-    widths = [max(len(row[i]) for row in cells) for i in range(depths + 2)]
-    for row in cells:
-        head, *rest = (
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  " + _paint(head, DRAFT_COLOURS.get(row[0], ""), colour) + "  " + "  ".join(rest)
+        total = sum(accepted for accepted, _ in pairs), sum(drafted for _, drafted in pairs)
+        cells.append([source, *(f"{accepted}/{drafted}" if drafted else "-" for accepted, drafted in [*pairs, total])])
+    first, *widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+    for name, *shares in cells:
+        source = _paint(f"{name:<{first}}", DRAFT_COLOURS.get(name, ""), colour)
+        yield "  ".join(["", source, *(f"{share:>{width}}" for share, width in zip(shares, widths, strict=True))])
 
 
 def _joined(spans: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Neighbours of one source as one piece."""
-    joined: list[tuple[str, str]] = []
-    for text, source in spans:
-        if joined and joined[-1][1] == source:
-            joined[-1] = joined[-1][0] + text, source
-        elif text:
-            joined.append((text, source))
-    return joined
+    runs = itertools.groupby((span for span in spans if span[0]), key=lambda span: span[1])
+    return [("".join(text for text, _ in run), source) for source, run in runs]
 
 
 def _span(text: str, source: str, colour: bool) -> str:

@@ -39,25 +39,32 @@ def check_picture(path: Path) -> None:
     need_matplotlib()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class _Box:
-    """A node with its place in the panel. `x` is its left edge, `y` its middle, counted downwards."""
+    """A node. `x` is its left edge, `y` its middle, counted downwards; both are known once the sizes of all are."""
 
     label: str
-    share: str
     source: str
     accepted: bool
-    parent: int
-    x: float
-    y: float
-    width: float
-    label_width: float
+    share: str = ""
+    parent: int = -1
+    depth: int = 0
+    x: float = 0.0
+    y: float = 0.0
+
+    @functools.cached_property
+    def label_width(self) -> float:
+        return _width(self.label, _TEXT, self.accepted) + 2 * _PAD
+
+    @functools.cached_property
+    def width(self) -> float:
+        return self.label_width + (_width(self.share, _SMALL, False) + 3 if self.share else 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Panel:
     title: str
-    boxes: tuple[_Box, ...]
+    boxes: Sequence[_Box]
     width: float
     height: float
 
@@ -82,7 +89,7 @@ def draw_trace(trace: Trace, path: Path, *, steps: int = 6) -> None:
     if any(len(step.nodes) > 1 for step in shown):
         heading += f" (% is {SHARE})"
     legend = _legend(shown)
-    legend_width = sum(width + 14 for *_, width in legend)
+    legend_width = sum(box.width + 14 for box in legend)
     width = 2 * _MARGIN + max(sum(widths) + _GAP * (columns - 1), _width(heading, _HEADING, True), legend_width)
     height = 2 * _MARGIN + _HEADER + sum(heights) + _GAP / 2 * (len(rows) - 1)
 
@@ -93,9 +100,9 @@ def draw_trace(trace: Trace, path: Path, *, steps: int = 6) -> None:
     axes.set_axis_off()
     _write(axes, _MARGIN, _MARGIN + 5, heading, _HEADING, INK, bold=True)
     x = _MARGIN
-    for label, source, accepted, label_width in legend:
-        _draw_box(axes, _Box(label, "", source, accepted, -1, x, _MARGIN + 24, label_width, label_width), 0, 0)
-        x += label_width + 14
+    for box in legend:
+        _draw_box(axes, box, x, _MARGIN + 24)
+        x += box.width + 14
     y = _MARGIN + _HEADER
     for row, row_height in zip(rows, heights, strict=True):
         x = _MARGIN
@@ -106,14 +113,13 @@ def draw_trace(trace: Trace, path: Path, *, steps: int = 6) -> None:
     save(figure, path)
 
 
-def _legend(steps: Sequence[TracedStep]) -> list[tuple[str, str, bool, float]]:
-    """(label, source, accepted, width) of the boxes that explain the colours."""
+def _legend(steps: Sequence[TracedStep]) -> list[_Box]:
+    """The boxes that explain the colours."""
     drafters = {node.source for step in steps for node in step.nodes[1:]}
-    entries = [(drawable(f"accepted, from {source}"), source, True) for source in sorted(drafters)]
+    boxes = [_Box(drawable(f"accepted, from {source}"), source, True) for source in sorted(drafters)]
     if drafters:
-        entries.append(("rejected", "", False))
-    entries.append(("decided by the model", MODEL, True))
-    return [(*entry, _width(entry[0], _TEXT, entry[2]) + 2 * _PAD) for entry in entries]
+        boxes.append(_Box("rejected", "", False))
+    return [*boxes, _Box("decided by the model", MODEL, True)]
 
 
 def _columns(panels: Sequence[_Panel]) -> int:
@@ -127,12 +133,12 @@ def _columns(panels: Sequence[_Panel]) -> int:
 
 def _panel(step: TracedStep) -> _Panel:
     """Places the boxes of one tree; the token that the model decided hangs on the last accepted node."""
-    nodes = [
-        (
-            node.label,
-            f"{100 * node.probability:.0f} %" if i else "",
+    boxes = [
+        _Box(
+            drawable(node.label),
             node.source,
             node.accepted,
+            f"{100 * node.probability:.0f} %" if i else "",
             node.parent,
             node.depth,
         )
@@ -140,26 +146,14 @@ def _panel(step: TracedStep) -> _Panel:
     ]
     if step.own is not None:
         last = step.path[-1]
-        nodes.append((step.own.label, "", MODEL, True, last, step.nodes[last].depth + 1))
+        boxes.append(_Box(drawable(step.own.label), MODEL, True, "", last, step.nodes[last].depth + 1))
+    left = [0.0]  # edge of each column
+    for depth in range(max(box.depth for box in boxes) + 1):
+        left.append(left[-1] + max(box.width for box in boxes if box.depth == depth) + _COLUMN)
     # Siblings: the likeliest first, the model's own last.
     order = [*(-node.probability for node in step.nodes), 1.0]
-    places = tree_places([parent for *_, parent, _ in nodes], order)
-    sizes: list[tuple[str, float, float]] = []
-    for label, share, _, accepted, *_ in nodes:
-        label = drawable(label)
-        label_width = _width(label, _TEXT, accepted) + 2 * _PAD
-        sizes.append((label, label_width, label_width + (_width(share, _SMALL, False) + 3 if share else 0)))
-    deepest = max(depth for *_, depth in nodes)
-    left = [0.0]
-    for depth in range(deepest + 1):
-        widest = max(width for (_, _, width), (*_, at) in zip(sizes, nodes, strict=True) if at == depth)
-        left.append(left[-1] + widest + _COLUMN)
-    boxes = tuple(
-        _Box(label, share, source, accepted, parent, left[depth], _TITLE + _ROW * (y + 0.5), width, label_width)
-        for (_, share, source, accepted, parent, depth), (_, y), (label, label_width, width) in zip(
-            nodes, places, sizes, strict=True
-        )
-    )
+    for box, (_, row) in zip(boxes, tree_places([box.parent for box in boxes], order), strict=True):
+        box.x, box.y = left[box.depth], _TITLE + _ROW * (row + 0.5)
     title = drawable(step.summary(phases=False))
     height = max(box.y for box in boxes) + _ROW / 2
     return _Panel(title, boxes, max(left[-1] - _COLUMN, _width(title, _HEADING, False)), height)

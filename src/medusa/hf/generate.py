@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -81,25 +83,18 @@ class _Built:
     times: dict[tuple[object, ...], PassTimes] = field(default_factory=dict)  # by what they depend on besides
 
 
+@dataclass(eq=False)
 class _CustomGenerate:
-    def __init__(
-        self,
-        heads: str | Path | None,
-        drafter: str,
-        nodes: Nodes,
-        seed: int | None,
-        streamer: BaseStreamer | None,
-        tokenizer: PreTrainedTokenizerBase | None,
-        typical: dict[str, Any],
-    ) -> None:
-        self._heads = heads
-        self._drafter = drafter
-        self._nodes = nodes
-        self._seed = seed
-        self._streamer = streamer
-        self._tokenizer = tokenizer
-        self._typical = typical
-        self._built: WeakKeyDictionary[PreTrainedModel, _Built] = WeakKeyDictionary()
+    """The arguments of `custom_generate`, and what is kept of each model that it was called with."""
+
+    heads: str | Path | None
+    drafter: str
+    nodes: Nodes
+    seed: int | None
+    streamer: BaseStreamer | None
+    tokenizer: PreTrainedTokenizerBase | None
+    typical: dict[str, Any]
+    built: WeakKeyDictionary[PreTrainedModel, _Built] = field(default_factory=WeakKeyDictionary)
 
     # `stop_strings` is named so that `generate` leaves it to us: with them in its own settings it would ask for a
     # tokenizer, which it drops where it has a callable.
@@ -117,7 +112,7 @@ class _CustomGenerate:
             if (value := inputs.pop(name, None)) is not None:
                 arguments[name] = value
         theirs = arguments.get("streamer")  # has been given the prompt by generate
-        streamers = [one for one in (theirs, self._streamer) if one is not None]
+        streamers = [streamer for streamer in (theirs, self.streamer) if streamer is not None]
         try:
             if len(streamers) > 1:
                 raise UsageError("there are two streamers: give one to generate or to custom_generate, not to both")
@@ -128,12 +123,12 @@ class _CustomGenerate:
             check_arguments(arguments)
             check_config(generation_config)
             check_model(model)
-            tokenizer = arguments.get("tokenizer", self._tokenizer)
+            tokenizer = arguments.get("tokenizer", self.tokenizer)
             stops = read_stops(inputs.pop("stopping_criteria", ()), stop_strings, tokenizer)
             return self._generate(model, input_ids, generation_config, stops, inputs, *streamers)
         finally:
-            for one in streamers:  # after an error too: whoever reads must not wait for more
-                one.end()
+            for streamer in streamers:  # after an error too: whoever reads must not wait for more
+                streamer.end()
 
     def _generate(
         self,
@@ -152,17 +147,22 @@ class _CustomGenerate:
         settings = read_sampling(
             processors, do_sample=bool(config.do_sample), padding=[width - len(prompt) for prompt in prompts]
         )
-        sampling = Sampling(**settings, seed=self._seed, **self._typical)
+        sampling = Sampling(**settings, seed=self.seed, **self.typical)
         limit = max(1, stops.max_length - width)  # generate always says one token
         stepper = self._make_stepper(model, max(map(len, prompts)) + limit)
 
         def say(prompt: list[int], padding: list[int], limit: int, stops: Stops) -> list[int]:
-            said: list[int] = []
-            for token in _tokens(stepper, prompt, padding, sampling, limit, stops):
-                said.append(token)
-                if streamer is not None:
-                    streamer.put(torch.tensor([token]))
-            return said
+            """The tokens of a text, up to the one that ends it. `padding` came before the prompt."""
+            ids = [*padding, *prompt]
+            steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
+            with closing(steps):  # type: ignore[type-var]
+                for token in chain.from_iterable(step.tokens for step in steps):
+                    ids.append(token)
+                    if streamer is not None:
+                        streamer.put(torch.tensor([token]))
+                    if stops.hit(ids):
+                        break
+            return ids[len(padding) + len(prompt) :]
 
         paddings = [row[: width - len(prompt)] for row, prompt in zip(input_ids.tolist(), prompts, strict=True)]
         rows = [say(prompt, padding, limit, stops) for prompt, padding in zip(prompts, paddings, strict=True)]
@@ -170,7 +170,7 @@ class _CustomGenerate:
         filler = _filler(config, stops)
         for prompt, row in zip(prompts, rows, strict=True):
             missing = longest - len(row)
-            if missing and filler is None:  # as generate does: without end tokens a row goes on until all have ended
+            if missing and filler is None:  # as generate does: without end tokens a row continues until all have ended
                 row += say(prompt + row, [], missing, Stops(stops.max_length, (), ()))
             elif filler is not None:
                 row += [filler] * missing
@@ -184,7 +184,7 @@ class _CustomGenerate:
         from medusa.engines.transformers import TransformersBackend, check_tree_attention
         from medusa.heads.file import load_heads, read_config
 
-        layers = read_config(self._heads).feature_layers if self._heads else ()
+        layers = read_config(self.heads).feature_layers if self.heads else ()
         backend = TransformersBackend(
             model,
             max_length=positions if positions > DEFAULT_MAX_LENGTH else None,
@@ -196,12 +196,12 @@ class _CustomGenerate:
                 f"max_length, or max_new_tokens after the prompt, reaches {positions} tokens, past the context of "
                 f"{backend.max_length}: ask for fewer"
             )
-        facts = _facts(model, backend, self._heads)
-        built = self._built.get(model)
+        facts = _facts(model, backend, self.heads)
+        built = self.built.get(model)
         if built is None or built.facts != facts:
             check_tree_attention(backend)
-            heads = load_heads(self._heads, backend.base_weights(), dtype=model.dtype) if self._heads else None
-            built = self._built[model] = _Built(facts, heads)
+            heads = load_heads(self.heads, backend.base_weights(), dtype=model.dtype) if self.heads else None
+            built = self.built[model] = _Built(facts, heads)
 
         timed = {
             "parameters": model.num_parameters(),
@@ -216,8 +216,8 @@ class _CustomGenerate:
                 built.times[key] = measured_times(backend, built.heads, timed) or PassTimes.typical()
             return built.times[key]
 
-        proposer = make_drafter(self._drafter, built.heads)
-        return ReferenceStepper(backend, proposer, choose_nodes(self._nodes, proposer, MachineTimes(times), backend))
+        proposer = make_drafter(self.drafter, built.heads)
+        return ReferenceStepper(backend, proposer, choose_nodes(self.nodes, proposer, MachineTimes(times), backend))
 
 
 def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Path | None) -> tuple[object, ...]:
@@ -238,10 +238,9 @@ def _facts(model: PreTrainedModel, backend: TransformersBackend, heads: str | Pa
     from medusa.heads.file import CONFIG_FILE, WEIGHTS_FILE
 
     files = tuple(
-        (found.st_mtime_ns, found.st_size, found.st_ino)
-        for name in (CONFIG_FILE, WEIGHTS_FILE)
-        if (path := Path(heads) / name).exists()
-        for found in (path.stat(),)
+        (path.stat().st_mtime_ns, path.stat().st_size, path.stat().st_ino)
+        for path in (Path(heads) / CONFIG_FILE, Path(heads) / WEIGHTS_FILE)
+        if path.exists()
     )
     base = backend.base_weights()
     weights = tuple(
@@ -256,20 +255,3 @@ def _filler(config: GenerationConfig, stops: Stops) -> int | None:
     if not stops.eos_token_ids:
         return None
     return stops.eos_token_ids[0] if config.pad_token_id is None else int(config.pad_token_id)
-
-
-def _tokens(
-    stepper: Stepper, prompt: list[int], padding: Sequence[int], sampling: Sampling, limit: int, stops: Stops
-) -> Iterator[int]:
-    """The tokens of a text, one by one, up to the one that ends it. `padding` came before the prompt."""
-    ids = [*padding, *prompt]
-    steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
-    try:
-        for step in steps:
-            for token in step.tokens:
-                ids.append(token)
-                yield token
-                if stops.hit(ids):
-                    return
-    finally:
-        steps.close()  # type: ignore[attr-defined]

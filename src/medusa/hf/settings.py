@@ -144,7 +144,7 @@ def read_sampling(processors: Iterable[Any], *, do_sample: bool, padding: Sequen
     """
     import transformers
 
-    found: dict[str, Any] = {"temperature": 1.0}
+    settings: dict[str, Any] = {"temperature": 1.0}
     order = list(_PROCESSORS)
     last = -1
     for step in processors:
@@ -161,10 +161,10 @@ def read_sampling(processors: Iterable[Any], *, do_sample: bool, padding: Sequen
             raise refuse(f"prompt_ignore_length of {name}")
         field, attribute = _PROCESSORS[name]
         if field:
-            found[field] = getattr(step, attribute)
+            settings[field] = getattr(step, attribute)
     if not do_sample:  # the filters keep the best token, whatever they are
-        return {"temperature": 0.0, "repetition_penalty": found.get("repetition_penalty", 1.0)}
-    return found
+        return {"temperature": 0.0, "repetition_penalty": settings.get("repetition_penalty", 1.0)}
+    return settings
 
 
 def _ignored(penalty: Any, rows: int) -> list[int]:
@@ -237,7 +237,7 @@ def withheld(function: Callable[..., Any]) -> dict[str, Any]:
     only if it was given this very function as `custom_generate`. Other frames are not looked into: Python before 3.13
     would keep their variables alive.
     """
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     frame = inspect.currentframe()
     for _ in range(2):  # over this function and its caller
         frame = frame and frame.f_back
@@ -247,6 +247,6 @@ def withheld(function: Callable[..., Any]) -> dict[str, Any]:
             if isinstance(given, Mapping) and given.get("custom_generate") is function:
                 for name in ("streamer", "tokenizer", *_REFUSED_ARGUMENTS):
                     if given.get(name) is not None:
-                        found.setdefault(name, given[name])
+                        arguments.setdefault(name, given[name])
         frame = frame.f_back
-    return found
+    return arguments

@@ -33,7 +33,7 @@ def ranks(heads: Heads, batches: Iterable[Batch]) -> Tensor:
     and logits rounded to bfloat16 tie so often that ties would decide some ranks in a hundred. Of equal logits the
     smaller id of the draft vocabulary comes first.
     """
-    found = []
+    tables = []
     dtype = next(heads.parameters()).dtype
     for batch in batches:
         whole = (batch.tokens >= 0).all(dim=1)
@@ -51,8 +51,8 @@ def ranks(heads: Heads, batches: Iterable[Batch]) -> Tensor:
             before = (level > value) | ((level == value) & (ids < label))
             known = (label[:, 0] >= 0) & level.isfinite().all(1)  # NaN compares as smaller: all would be right
             levels.append(torch.where(known, before.sum(1).clamp_max(DEEPEST), DEEPEST))
-        found.append(torch.stack(levels, dim=1).cpu())
-    return torch.cat(found) if found else torch.empty(0, heads.config.num_heads, dtype=torch.int64)
+        tables.append(torch.stack(levels, dim=1).cpu())
+    return torch.cat(tables) if tables else torch.empty(0, heads.config.num_heads, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import medusa
 from medusa.decoding.times import PassTimes
 from medusa.decoding.tree import Tree
@@ -30,8 +28,8 @@ from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
-from medusa.training.features import joined, longest_answer, read_rows
-from medusa.training.text import Reporter, read_text, room, write_text
+from medusa.training.features import LiveFeatures, longest_answer
+from medusa.training.text import Reporter, read_text, slots_that_fit, write_text
 
 DRAWN_NODES = 32  # a picture of more is hard to read
 REPORTED_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
@@ -62,37 +60,27 @@ class Calibration:
 
 def measure(heads: Heads, backend: Backend, examples: Sequence[Example]) -> Accuracy:
     """The heads' accuracy on texts that they have not learned from. Raises MedusaError where there is no such text."""
-    levels, size = heads.config.num_heads, heads.config.hidden_size
+    levels = heads.config.num_heads
     if longest_answer(examples, backend.max_length) <= levels:
         raise MedusaError(f"every answer is shorter than the {levels + 1} tokens that {levels} heads look at")
     gpu = on_one_gpu(backend)
-    if gpu is not None:
-        return Accuracy.of(ranks(heads, DeviceFeatures(gpu, examples).in_order(levels, BATCH)))
-    table = joined([read_rows(backend, example) for example in examples])
-    batches = (table.take(rows, levels, size, finals=False) for rows in torch.arange(len(table)).split(BATCH))
-    return Accuracy.of(ranks(heads, batches))
+    rows = LiveFeatures(backend, examples) if gpu is None else DeviceFeatures(gpu, examples)
+    return Accuracy.of(ranks(heads, rows.in_order(levels, BATCH)))
 
 
 def sizes(accuracy: Accuracy, times: PassTimes) -> list[Size]:
     """What the best tree of each size up to 64 nodes would give; drafting counts."""
-    found = []
+    candidates = []
     for nodes in range(1, max(REPORTED_SIZES) + 1):
         expected = accuracy.expected_tokens(nodes)
         seconds = times(nodes) + (times.draft_seconds if nodes > 1 else 0.0)
-        found.append(Size(nodes, expected, seconds, expected / seconds * times(1)))
-    return found
+        candidates.append(Size(nodes, expected, seconds, expected / seconds * times(1)))
+    return candidates
 
 
 def best_size(candidates: Sequence[Size]) -> Size:
     """N*: the fastest. One node is plain decoding, which wins where no tree pays."""
     return max(candidates, key=lambda size: (size.speed_up, -size.nodes))
-
-
-def store(heads: Heads, accuracy: Accuracy, directory: Path) -> None:
-    """Writes the tree into the heads' config, and pictures of tree and accuracies beside it."""
-    heads.config = replace(heads.config, tree=accuracy.tree)
-    write_config(heads.config, directory)
-    draw(accuracy, directory)
 
 
 def draw(accuracy: Accuracy, directory: Path) -> None:
@@ -115,17 +103,18 @@ def calibrate_heads(
         UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
     """
     source = zoo.resolve(engine.model)
-    found = zoo.find_heads(engine.heads, source)
-    if found is None:
+    directory = zoo.find_heads(engine.heads, source)
+    if directory is None:
         raise UsageError(f"there are no heads for {engine.model}: give --heads PATH")
-    check_target(found if out is None else out)
+    target = out or directory
+    check_target(target)
     reporter.stage("Loading")
     text = TextSettings(tokens=tokens, seed=SEED)
-    slots, length = room(zoo.load_config(source).get_text_config(), SLOTS, text.max_length, engine.device)
-    engine = replace(engine, heads=str(found), drafter="none", num_slots=slots, max_length=length, progress=False)
+    slots, length = slots_that_fit(zoo.load_config(source).get_text_config(), SLOTS, text.max_length, engine.device)
+    engine = replace(engine, heads=str(directory), drafter="none", num_slots=slots, max_length=length, progress=False)
     lm = medusa.load(**values(engine))
     module = load_heads(
-        found,
+        directory,
         lm.backend.base_weights(),
         vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()),
         num_layers=lm.backend.num_layers,
@@ -139,11 +128,13 @@ def calibrate_heads(
     accuracy = measure(module, lm.backend, examples)
     reporter.stage("Measuring this machine")
     times = lm.pass_times(refresh=True)
-    target = found if out is None else out
+    module.config = replace(module.config, tree=accuracy.tree)
     try:
-        if out is not None:
-            save_heads(module, out)
-        store(module, accuracy, target)
+        if out is None:
+            write_config(module.config, target)
+        else:
+            save_heads(module, target)
+        draw(accuracy, target)
     except OSError as error:
         raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
     return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
@@ -154,8 +145,8 @@ def check_target(directory: Path) -> None:
     empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
     if not empty and not (directory / WEIGHTS_FILE).is_file():
         raise UsageError(f"{directory} is there and does not hold heads: name a new directory with --out")
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not os.access(there, os.W_OK):
+    nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
         raise MedusaError(f"cannot write {directory}: permission denied; name another directory with --out")
 
 

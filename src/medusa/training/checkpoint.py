@@ -16,11 +16,8 @@ from medusa.training.config import flat
 
 
 def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Writes tensors and plain values. `facts` are what a run must agree on to go on from them.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
+    """Writes tensors and plain values. `facts` are what a run must agree on to continue from them. Raises MedusaError:
+    no room, or no permission."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as scratch:
@@ -30,34 +27,29 @@ def write_checkpoint(path: Path, facts: Mapping[str, Any], content: Mapping[str,
 
 
 @contextmanager
-def taking_up(path: Path) -> Iterator[None]:
-    """For the code that puts the content of a checkpoint in its places: MedusaError where it does not fit there."""
+def taking_up(path: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
+    """The parts of the content called `names`, on the CPU, for code that puts them in their places.
+
+    Raises:
+        UsageError: it belongs to a run of other settings.
+        MedusaError: it is damaged, or does not fit in these places.
+    """
     try:
-        yield
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved_facts, content = flat(saved["facts"]), tuple(saved[name] for name in names)
+    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise MedusaError(f"{path} is damaged ({error}): delete it to begin again") from None
+    for name, value in flat(facts).items():  # an older version has written more of them, or not this one
+        if name in saved_facts and saved_facts[name] != value:
+            other = f"another {name}" if name in ("text", "model") else f"{name}={saved_facts[name]}, not {value}"
+            raise UsageError(
+                f"{path} belongs to a run with {other}: go on with the run.yaml that it was begun with, or take "
+                "another --out"
+            )
+    try:
+        yield content
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise MedusaError(f"{path} is of another version of Medusa ({reason}): delete it to begin again") from None
-
-
-def read_checkpoint(path: Path, facts: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The parts of the content called `names`, on the CPU.
-
-    Raises:
-        UsageError: it belongs to a run of other settings. MedusaError: it is damaged.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        found, content = saved["facts"], tuple(saved[name] for name in names)
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise MedusaError(f"{path} is damaged ({error}): delete it to begin again") from None
-    found = flat(found)
-    for name, value in flat(facts).items():  # an older version has written more of them, or not this one
-        if name in found and found[name] != value:
-            other = f"another {name}" if name in ("text", "model") else f"{name}={found[name]}, not {value}"
-            raise UsageError(
-                f"{path} belongs to a run with {other}: go on with the run.yaml that it was begun with, or take "
-                "another --out"
-            )
-    return content

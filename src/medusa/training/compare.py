@@ -36,16 +36,16 @@ def compare(run: Path, heads: Sequence[Path]) -> dict[str, dict[str, object]]:
     text = replace(config.text, data=sources)  # written already, so one slot is enough
     lm = load_model(config.model_copy(update={"text": text}))
     _, held_out = split(read_text(sources, lm, text.max_length, print), text.held_out)
-    found, layers = {}, feature_layers(config.heads, lm.backend.num_layers)
+    compared, layers = {}, feature_layers(config.heads, lm.backend.num_layers)
     for directory in heads:
         if (read := read_config(directory).feature_layers) != layers:
             raise UsageError(
                 f"{directory} reads layers {read}, those of {run} {layers}: compare heads that read the same"
             )
         module = load_heads(directory, lm.backend.base_weights(), vocab_hash=vocabulary_hash(lm.tokenizer.get_vocab()))
-        found[str(directory)] = measure(module, lm.backend, held_out).facts()
-    write_whole(run / COMPARED, json.dumps(found, indent=1) + "\n")
-    return found
+        compared[str(directory)] = measure(module, lm.backend, held_out).facts()
+    write_whole(run / COMPARED, json.dumps(compared, indent=1) + "\n")
+    return compared
 
 
 if __name__ == "__main__":

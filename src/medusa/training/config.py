@@ -59,10 +59,10 @@ class TrainConfig(BaseModel):
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+        flattened |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flattened
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str] = ()) -> TrainConfig:
@@ -106,7 +106,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any], assignments: Se
             raise UsageError(f"unknown setting {name}; run.yaml of any run lists all there are") from None
         if first["type"] == "value_error":  # what a section says of itself
             raise UsageError(f"{name}.{first['ctx']['error']}") from None
-        raise UsageError(f"{name}: {_lower(first['msg'])}, not {first['input']!r}") from None
+        problem = first["msg"][:1].lower() + first["msg"][1:]
+        raise UsageError(f"{name}: {problem}, not {first['input']!r}") from None
 
 
 def _set(data: dict[str, Any], name: str, value: Any) -> None:
@@ -116,7 +117,3 @@ def _set(data: dict[str, Any], name: str, value: Any) -> None:
             raise UsageError(f"{section} is not a section of settings")
         data = data.setdefault(section, {})
     data[key] = value
-
-
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]

@@ -170,8 +170,8 @@ def _history(fields: Mapping[str, Any]) -> tuple[Message, ...]:
     for pair in list_of(fields, "history", "earlier turns must be a list") if fields.get("history") else []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise MalformedRow('"history" must be a list of [question, answer]')
-        for role, said in zip(("user", "assistant"), pair, strict=True):
-            turns.append({"role": role, "content": text_of({"history": said}, "history")})
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": text_of({"history": text}, "history")})
     return tuple(turns)
 
 

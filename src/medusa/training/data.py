@@ -71,7 +71,7 @@ class Reader:
             if isinstance(item, Conversation):
                 return list(encode_rows(item, self.tokenizer, self.name))
             model = row.get("model") if isinstance(row, dict) else None
-            # Only said: one model may have two names.
+            # Only reported: one model may have two names.
             if isinstance(model, str) and model not in {self.name, *others}:
                 others.add(model)
                 self.report(f"{where}: written by {model}, not by {self.name}; are its tokens the same?")

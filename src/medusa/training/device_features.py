@@ -11,26 +11,26 @@ import torch
 
 from medusa.engines.transformers import TransformersBackend
 from medusa.training.data import Example
-from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled
+from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, shuffled, whole_batches
 
 BATCH_TOKENS = 65_536  # of texts that are read at once, filled up to the longest
 SHARE = 0.6  # of the free memory, that rows may take
 
 
 class DeviceFeatures(LiveFeatures):
-    """Rows on the device of `backend`; `room` is how many bytes they may take, None: a share of what is free."""
+    """Rows on the device of `backend`; they may take `max_bytes`, None: a share of what is free."""
 
-    def __init__(self, backend: TransformersBackend, examples: Sequence[Example], room: int | None = None) -> None:
+    def __init__(self, backend: TransformersBackend, examples: Sequence[Example], max_bytes: int | None = None) -> None:
         super().__init__(backend, examples)
         self._model = backend
         row_bytes = 2 * backend.hidden_size * (1 + len(backend.feature_layers))
-        self._most = max(1, (free_memory(backend.device) if room is None else room) // row_bytes)
-        whole = self.num_rows <= self._most
-        self._table = self._read(list(range(len(examples)))) if whole else None
+        self._most = max(1, (free_memory(backend.device) if max_bytes is None else max_bytes) // row_bytes)
+        everything = list(range(len(examples)))
+        self._table = self._read_anew(everything) if self.num_rows <= self._most else None
 
     @property
     def kept(self) -> bool:
-        """Whether all rows found room."""
+        """Whether all rows are kept."""
         return self._table is not None
 
     def batches(
@@ -40,16 +40,11 @@ class DeviceFeatures(LiveFeatures):
             yield from super().batches(heads, size, seed=seed, epoch=epoch, start=start, finals=finals)
             return
         order = shuffled(self.num_rows, seed, epoch, self._model.device)
-        for first in range(start * size, self.num_rows - size + 1, size):
-            yield self._table.take(order[first : first + size], heads, self._model.hidden_size, finals)
-
-    def in_order(self, heads: int, size: int) -> Iterator[Batch]:
-        """All rows once, as they stand in the texts; the last batch of what is read at once may be smaller."""
-        for table in [self._table] if self._table else map(self._read, self._groups(list(range(len(self._examples))))):
-            for rows in torch.arange(len(table), device=self._model.device).split(size):
-                yield table.take(rows, heads, self._model.hidden_size, finals=False)
+        for rows in whole_batches(order, size, start):
+            yield self._table.take(rows, heads, self._model.hidden_size, finals)
 
     def _groups(self, order: list[int]) -> Iterator[list[int]]:
+        """As many conversations as find room at once, which are all, and in order, where they are kept."""
         group: list[int] = []
         count = 0
         for i in order:
@@ -62,6 +57,9 @@ class DeviceFeatures(LiveFeatures):
             yield group
 
     def _read(self, group: list[int]) -> Table:
+        return self._read_anew(group) if self._table is None else self._table
+
+    def _read_anew(self, group: list[int]) -> Table:
         return read_table(self._model, [self._examples[i] for i in group])
 
 
@@ -78,23 +76,23 @@ def free_memory(device: torch.device) -> int:
 def read_table(backend: TransformersBackend, examples: Sequence[Example], batch_tokens: int = BATCH_TOKENS) -> Table:
     """The rows of texts, in their order, on the device of the model. Texts of like length are read together."""
     device = backend.device
-    found = [labelled_rows(example, backend.max_length) for example in examples]
-    counts = [len(roots) for _, roots, _ in found]
+    rows_of = [labelled_rows(example, backend.max_length) for example in examples]
+    counts = [len(roots) for _, roots, _ in rows_of]
     starts = torch.tensor([0, *counts]).cumsum(0).tolist()
     width = backend.hidden_size * (1 + len(backend.feature_layers))
     features = torch.empty(starts[-1], width, dtype=torch.bfloat16, device=device)
-    lengths = [int(positions[-1]) + 1 if len(positions) else 0 for positions, *_ in found]
+    lengths = [int(positions[-1]) + 1 if len(positions) else 0 for positions, *_ in rows_of]
     for group in batched(lengths, batch_tokens):
         longest = lengths[group[-1]]
         tokens = torch.zeros(len(group), longest, dtype=torch.int64)
         for row, i in enumerate(group):
             tokens[row, : lengths[i]] = torch.tensor(examples[i].token_ids[: lengths[i]])
-        places = torch.cat([found[i][0] + row * longest for row, i in enumerate(group)]).to(device)
+        places = torch.cat([rows_of[i][0] + row * longest for row, i in enumerate(group)]).to(device)
         parts = backend.read_texts(tokens.to(device))  # [B, T, H] each; what is filled up comes after all that counts
         values = torch.cat([part.flatten(0, 1).index_select(0, places).to(features) for part in parts], dim=-1)
         for i, rows in zip(group, values.split([counts[i] for i in group]), strict=True):
             features[starts[i] : starts[i] + counts[i]] = rows
-    roots, left = (torch.cat([part[n] for part in found]).to(device) for n in (1, 2))
+    roots, left = (torch.cat([part[n] for part in rows_of]).to(device) for n in (1, 2))
     return Table(features, roots, torch.arange(len(roots), dtype=torch.int32, device=device) + left)
 
 

@@ -31,7 +31,7 @@ from medusa.engines.protocol import Backend
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
 from medusa.steppers import on_one_gpu
-from medusa.training.talk import LoopWatch, Said, Talk, Talked, Turn
+from medusa.training.talk import LoopWatch, Reply, Talk, Transcript, Turn, next_turn
 
 STEPS = 8  # between two looks
 BUCKET = 128  # attention sees a multiple of so many places
@@ -41,11 +41,16 @@ CANDIDATES = 512  # tokens that one is drawn from, at the most
 def runs_on_device(backend: Backend) -> TransformersBackend | None:
     """The backend, where conversations run on its device; None where they run by `talk_in_slots`. Tells people where a
     GPU is not used so."""
-    found = on_one_gpu(backend)
-    if found is None or not (told := refusal(found)):
-        return found
-    print(f"conversations run one pass at a time, not as one graph on the device: {told}", file=sys.stderr, flush=True)
+    gpu = on_one_gpu(backend)
+    if gpu is None or not (reason := refusal(gpu)):
+        return gpu
+    _warn(f"conversations run one pass at a time, not as one graph on the device: {reason}")
     return None
+
+
+def _warn(text: str) -> None:
+    """What makes a GPU slower than it could be."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def refusal(backend: TransformersBackend) -> str:
@@ -63,7 +68,7 @@ def refusal(backend: TransformersBackend) -> str:
 
 
 class Edit(NamedTuple):
-    """A row as it goes on: fed from `position` on, of a text whose tokens from there on are `tokens`."""
+    """A row as it continues: fed from `position` on, of a text whose tokens from there on are `tokens`."""
 
     row: int
     position: int
@@ -80,12 +85,12 @@ class Look(NamedTuple):
     def wait(self) -> list[list[int]]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        found: list[list[int]] = self.tokens.tolist()
-        return found
+        rows: list[list[int]] = self.tokens.tolist()
+        return rows
 
 
 class DeviceRows:
-    """The table: B texts, one in each slot, and how each goes on. The backend is nobody else's meanwhile."""
+    """The table: B texts, one in each slot, and how each continues. The backend is nobody else's meanwhile."""
 
     def __init__(self, backend: TransformersBackend) -> None:
         size, device = backend.num_slots, backend.device
@@ -104,18 +109,13 @@ class DeviceRows:
         self._straight = torch.zeros_like(self.position)[:, None]  # a text is a tree of one node a pass
         self._itself = torch.ones(1, 1, dtype=torch.bool, device=device)
         self.flash = FlashAttention(backend, self.position)
-        self._told = ""
+        self._graphs_refused = False  # and people know
         if self.flash.refused and device.type == "cuda":
-            self._tell(f"conversations attend by masks, not by flash attention: {self.flash.refused}")
-
-    def _tell(self, text: str) -> None:
-        """What makes a GPU slower than it could be."""
-        self._told += text
-        print(text, file=sys.stderr, flush=True)
+            _warn(f"conversations attend by masks, not by flash attention: {self.flash.refused}")
 
     @torch.inference_mode()
     def write(self, edits: list[Edit], idle: list[int]) -> None:
-        """Rows that go on otherwise than by themselves, and such as nobody needs any more."""
+        """Rows that are fed anew, and such as nobody needs any more."""
         if idle:
             self.moving[self._sent(np.array(idle))] = 0
         if not edits:
@@ -127,10 +127,9 @@ class DeviceRows:
         values = np.array([token for edit in edits for token in edit.tokens])
         self.tokens[self._sent(where), self._sent(places)] = self._sent(values)
         positions = np.array([edit.position for edit in edits])
-        seeds = np.array([signed(edit.sampling.seed or 0) for edit in edits])
         self.position[rows] = self._sent(positions)
         self.known[rows] = self._sent(positions + np.array(counts))
-        self.seed[rows] = self._sent(seeds)
+        self.seed[rows] = self._sent(np.array([signed(edit.sampling.seed or 0) for edit in edits]))
         self.temperature[rows] = self._sent(np.array([e.sampling.temperature for e in edits], dtype=np.float32))
         self.top_p[rows] = self._sent(np.array([e.sampling.top_p for e in edits], dtype=np.float32))
         self.moving[rows] = 1
@@ -149,13 +148,14 @@ class DeviceRows:
         with self.flash.used():
             for _ in range(STEPS):
                 self._steps.run(used, lambda: self.step(used), self._standing)
-        if self._steps.refused and self._steps.refused not in self._told:
-            self._tell(f"the steps of conversations run one by one, not as a graph: {self._steps.refused}")
-        found = self.tokens.gather(1, (begin[:, None] + self._ahead).clamp_max_(self._last + 1))
+        if self._steps.refused and not self._graphs_refused:
+            self._graphs_refused = True
+            _warn(f"the steps of conversations run one by one, not as a graph: {self._steps.refused}")
+        written = self.tokens.gather(1, (begin[:, None] + self._ahead).clamp_max_(self._last + 1))
         if self._device.type != "cuda":
-            return Look(found, None)
-        host, arrived = torch.empty(found.shape, dtype=found.dtype, pin_memory=True), torch.cuda.Event()
-        host.copy_(found, non_blocking=True)
+            return Look(written, None)
+        host, arrived = torch.empty(written.shape, dtype=written.dtype, pin_memory=True), torch.cuda.Event()
+        host.copy_(written, non_blocking=True)
         arrived.record()
         return Look(host, arrived)
 
@@ -233,26 +233,24 @@ class _Text:
     position: int  # where the row will stand when the next steps begin
     watch: LoopWatch = field(default_factory=LoopWatch)
 
-    def hear(self, tokens: list[int]) -> Said | None:
-        """Takes what the model wrote, up to where the turn ends; what it said in it then."""
+    def add(self, tokens: list[int]) -> Reply | None:
+        """Adds what the model wrote, up to where the turn ends; the whole reply then."""
         for token in tokens:
             self.tokens.append(token)
             looped = self.watch.push(token)
-            said = len(self.tokens) - self.begin
-            reason = "stop" if token in self.ends else "length" if said >= self.limit else "loop" if looped else ""
+            count = len(self.tokens) - self.begin
+            reason = "stop" if token in self.ends else "length" if count >= self.limit else "loop" if looped else ""
             if reason:
-                return Said(self.tokens[self.begin :], reason)
+                return Reply(self.tokens[self.begin :], reason)
         return None
 
 
 def talk_on_device(
     backend: TransformersBackend,
     talks: Iterable[tuple[int, Talk]],
-    spent: Callable[[int], None] = lambda tokens: None,
-) -> Iterator[tuple[int, Talked]]:
-    """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
-
-    `spent` is told after each few steps how many tokens they gave.
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> Iterator[tuple[int, Transcript]]:
+    """As `talk_in_slots`; `on_tokens` is called after each few steps.
 
     Raises:
         UsageError: a turn asks for more than temperature and top-p, or has no room; see `Request.check`.
@@ -263,16 +261,15 @@ def talk_on_device(
     free = list(range(backend.num_slots))[::-1]
     running: dict[int, _Text] = {}
     edits: list[Edit] = []
-    ended: list[tuple[int, Talked]] = []
+    ended: list[tuple[int, Transcript]] = []
 
-    def go_on(slot: int, number: int, talk: Talk, said: Said | None, before: list[int]) -> None:
-        """Starts the conversation's next turn."""
-        try:
-            turn = next(talk) if said is None else talk.send(said)
-        except StopIteration as end:
+    def take_turn(slot: int, number: int, talk: Talk, before: list[int], reply: Reply | None) -> None:
+        """Starts the conversation's next turn, or ends it."""
+        turn = next_turn(talk, reply)
+        if isinstance(turn, Transcript):
             running.pop(slot, None)
             free.append(slot)
-            ended.append((number, end.value))
+            ended.append((number, turn))
             return
         fed = max(0, len(before) - 1)  # what stands before the last token is in the cache
         tokens = [*(before[:-1] if turn.drop_last else before), *turn.tokens]
@@ -285,7 +282,7 @@ def talk_on_device(
     flight: tuple[Look, dict[int, tuple[_Text, int]]] | None = None
     while True:
         while free and (item := next(queue, None)) is not None:
-            go_on(free.pop(), *item, None, [])
+            take_turn(free.pop(), *item, [], None)
             yield from ended  # at once: there may be no end of conversations that are over before they begin
             ended.clear()
         table.write(edits, free)
@@ -297,16 +294,16 @@ def talk_on_device(
             for text in running.values():
                 text.position = min(last, text.position + STEPS)
         if flight is not None:
-            rows, heard = flight[0].wait(), 0
+            rows, count = flight[0].wait(), 0
             for slot, (text, position) in flight[1].items():
                 if running.get(slot) is not text:
                     continue  # it ended in the steps before, and what it wrote since is nobody's
-                count = len(text.tokens)
-                said = text.hear(rows[slot][max(0, text.begin - 1 - position) :])
-                heard += len(text.tokens) - count
-                if said is not None:
-                    go_on(slot, text.number, text.talk, said, text.tokens)
-            spent(heard)
+                before = len(text.tokens)
+                reply = text.add(rows[slot][max(0, text.begin - 1 - position) :])
+                count += len(text.tokens) - before
+                if reply is not None:
+                    take_turn(slot, text.number, text.talk, text.tokens, reply)
+            on_tokens(count)
             yield from ended
             ended.clear()
         if ahead is None and not running:

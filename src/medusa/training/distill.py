@@ -1,9 +1,9 @@
 """Training text that the model writes itself: invented user turns, its answers, several turns deep.
 
 Conversation n is a function of the settings, the seed and n alone, and rows are written in the order of n: a run that
-was killed and goes on ends with the same file as one that was not. So it is on the native engine, to the bit, and in
+was killed and continues ends with the same file as one that was not. So it is on the native engine, to the bit, and in
 float32. On the transformers backend in bfloat16 the width of a pass changes how sums are rounded, and near-ties fall
-differently: there a conversation also depends on which others ran beside it, and a run that goes on ends with another
+differently: there a conversation also depends on which others ran beside it, and a run that continues ends with another
 file, as good as the first. The same holds for an endpoint, as far as its engine does so.
 
 What heads learn best is what will be decoded, so answers end where the model ends them; those that fall into a loop are
@@ -30,7 +30,7 @@ from medusa.text.chat_template import encode_plain
 from medusa.text.turns import Turns
 from medusa.training import openings
 from medusa.training.speaker import Speaker, line_ends
-from medusa.training.talk import Talk, Talked, talk_in_slots
+from medusa.training.talk import Talk, Transcript, talk_in_slots
 from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
 
 if TYPE_CHECKING:
@@ -87,16 +87,16 @@ def distill(
     settings: DistillSettings,
     *,
     prompts: Sequence[Prompt] | None = None,
-    tell: Callable[[Written], None] = lambda written: None,
+    on_progress: Callable[[Written], None] = lambda written: None,
     seconds: float | None = None,
 ) -> Written:
     """Writes conversations of `lm` to `out` until there are `settings.tokens` tokens of answers, or no prompt is left.
 
     Args:
         lm: the model, with as many slots as conversations are to run side by side; it decodes plainly.
-        out: a JSONL file; one that an earlier run with the same settings left is gone on with.
+        out: a JSONL file; one that an earlier run with the same settings left is continued.
         prompts: what users say; None lets the model invent it.
-        tell: called after each pass and each row.
+        on_progress: called after each pass and each row.
         seconds: after which it ends with what there is; None: no limit.
 
     Raises:
@@ -108,15 +108,15 @@ def distill(
 
     device = runs_on_device(lm.backend)
 
-    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+    def finished(start: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         talks = _talks(speaker, start, prompts)
         if device is not None:
-            return talk_on_device(device, talks, spent)
-        return talk_in_slots(ReferenceStepper(lm.backend, NoDrafter(), 1), talks, spent)
+            return talk_on_device(device, talks, on_tokens)
+        return talk_in_slots(ReferenceStepper(lm.backend, NoDrafter(), 1), talks, on_tokens)
 
     header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
     return write_in_order(
-        TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None, seconds=seconds
+        TextFile(out, header), settings.tokens, finished, on_progress, endless=prompts is None, seconds=seconds
     )
 
 
@@ -128,19 +128,19 @@ def row_header(
     runs_on: Mapping[str, object],
 ) -> dict[str, Any]:
     """What every row says of how it came about."""
-    asked = {}
+    users = {}
     if prompts is not None:
-        asked["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+        users["prompts"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
     elif tokenizer.chat_template:
-        asked[OPENINGS] = openings.digest()
-    return {"model": model, "seed": settings.seed, "settings": {**settings.shape(), **runs_on, **asked}}
+        users[OPENINGS] = openings.digest()
+    return {"model": model, "seed": settings.seed, "settings": {**settings.shape(), **runs_on, **users}}
 
 
 def write_in_order(
     file: TextFile,
     wanted: int,
-    finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Talked]]],
-    tell: Callable[[Written], None],
+    finished: Callable[[int, Callable[[int], None]], Iterator[tuple[int, Transcript]]],
+    on_progress: Callable[[Written], None],
     *,
     endless: bool,
     seconds: float | None = None,
@@ -148,7 +148,7 @@ def write_in_order(
     """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations. When
     `seconds` have gone by, those that have ended are written and those under way are left out, numbers and all.
 
-    `finished` is called with the first number and with what is to hear of tokens spent; it gives conversations in the
+    `finished` is called with the first number and what to call with tokens spent; it gives conversations in the
     order in which they end. `endless` says that it always gives another one.
 
     Raises:
@@ -165,14 +165,14 @@ def write_in_order(
     judge = Judge(endless)
     started = time.perf_counter()
 
-    def spent(tokens: int) -> None:
-        written.spent += tokens
+    def on_tokens(count: int) -> None:
+        written.spent += count
         written.seconds = time.perf_counter() - started
-        tell(written)
+        on_progress(written)
 
-    waiting: dict[int, Talked] = {}
+    waiting: dict[int, Transcript] = {}
     number = file.next_number
-    talks = finished(number, spent)
+    talks = finished(number, on_tokens)
     try:
         while file.tokens < wanted:
             over = seconds is not None and time.perf_counter() - started >= seconds
@@ -184,19 +184,20 @@ def write_in_order(
                 ended = next(talks, None)
                 if ended is None:
                     break
-                waiting[ended[0]] = ended[1]
-                written.ended_spent += ended[1].spent
-                written.ended_kept += 0 if fault_of(ended[1]) else ended[1].answer_tokens
+                ended_number, transcript = ended
+                waiting[ended_number] = transcript
+                written.ended_spent += transcript.spent
+                written.ended_kept += 0 if fault_of(transcript) else transcript.answer_tokens
                 continue
-            talked = waiting.pop(number)
-            reason = file.add(number, talked)
+            transcript = waiting.pop(number)
+            reason = file.add(number, transcript)
             if reason:
                 written.dropped[reason] += 1
-                written.ended_kept -= 0 if fault_of(talked) else talked.answer_tokens  # it is a repetition
+                written.ended_kept -= 0 if fault_of(transcript) else transcript.answer_tokens  # it is a repetition
             number += 1
             written.rows, written.tokens = file.rows, file.tokens
-            tell(written)
-            judge.hear(reason)
+            on_progress(written)
+            judge.add(reason)
     finally:
         talks.close()  # type: ignore[attr-defined]
         file.close()
@@ -211,7 +212,7 @@ class Judge:
     endless: bool
     _last: deque[str] = field(default_factory=lambda: deque(maxlen=JUDGED))
 
-    def hear(self, reason: str) -> None:
+    def add(self, reason: str) -> None:
         """Takes why a conversation was dropped, or "". Raises MedusaError."""
         if reason == REPEATED and not self.endless:
             return

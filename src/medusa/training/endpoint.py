@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from medusa.models import zoo
 from medusa.remote import openai_client
-from medusa.settings import DistillSettings
+from medusa.settings import DistillSettings, Sampling
 from medusa.text.turns import Turns
 from medusa.training.data import Conversation, MalformedRow, encode
 from medusa.training.distill import Prompt, Written, row_header, write_in_order
 from medusa.training.speaker import NO_QUESTION, Speaker, is_question
-from medusa.training.talk import LoopWatch, Talked
+from medusa.training.talk import LoopWatch, Transcript
 from medusa.training.text_file import TextFile
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def distill_remotely(
     served_model: str,
     prompts: Sequence[Prompt] | None = None,
     parallel: int = 8,
-    tell: Callable[[Written], None] = lambda written: None,
+    on_progress: Callable[[Written], None] = lambda written: None,
 ) -> Written:
     """Writes conversations to `out`, as `distill` does, asking `url` for each turn.
 
@@ -51,27 +51,27 @@ def distill_remotely(
 
     Raises:
         MedusaError: the endpoint cannot be reached, or refuses; or nearly all conversations are dropped. What was
-            written stays, and is gone on with.
+            written stays, and the next run continues it.
     """
     tokenizer = zoo.load_tokenizer(zoo.resolve(model))
     turns = Turns.of(tokenizer)
-    speaker = Speaker(tokenizer, frozenset(), settings, room=0)
+    speaker = Speaker(tokenizer, frozenset(), settings, slot_length=0)
 
-    def finished(start: int, spent: Callable[[int], None]) -> Iterator[tuple[int, Talked]]:
+    def finished(start: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         numbers = iter(range(start, 2**63 if prompts is None else len(prompts)))
         with ThreadPoolExecutor(parallel) as pool:
-            running: dict[Future[Talked], int] = {}
+            running: dict[Future[Transcript], int] = {}
             try:
                 while True:
                     while len(running) < parallel and (number := next(numbers, None)) is not None:
-                        given = None if prompts is None else prompts[number]
-                        running[pool.submit(remote.talk, number, given)] = number
+                        prompt = None if prompts is None else prompts[number]
+                        running[pool.submit(remote.talk, number, prompt)] = number
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        number, talked = running.pop(future), future.result()
-                        spent(talked.spent)
-                        yield number, talked
+                        number, transcript = running.pop(future), future.result()
+                        on_tokens(transcript.spent)
+                        yield number, transcript
             finally:
                 for future in running:
                     future.cancel()
@@ -79,7 +79,7 @@ def distill_remotely(
     header = row_header(model, tokenizer, settings, prompts, {"backend": "endpoint", "dtype": None})
     with openai_client(url) as client:
         remote = Remote(client, served_model, speaker, turns)
-        return write_in_order(TextFile(out, header), settings.tokens, finished, tell, endless=prompts is None)
+        return write_in_order(TextFile(out, header), settings.tokens, finished, on_progress, endless=prompts is None)
 
 
 def _only(choices: Sequence[T] | None) -> T:
@@ -98,104 +98,96 @@ class Remote:
     speaker: Speaker
     turns: Turns
 
-    def talk(self, number: int, prompt: Prompt | None) -> Talked:
+    def talk(self, number: int, prompt: Prompt | None) -> Transcript:
         """A whole conversation: of the given turns, or of invented ones. What cannot be used has a fault."""
         from openai import BadRequestError
 
-        talked = Talked(self.speaker.answering(number, 0).temperature)
+        transcript = Transcript(self.speaker.answering(number, 0).temperature)
         try:
-            whole = self._talk(talked, number, prompt)
-            if not talked.fault:
-                self._encode(talked, whole)
+            whole = self._talk(transcript, number, prompt)
+            if not transcript.fault:
+                self._encode(transcript, whole)
         except BadRequestError as error:  # say, it is longer than the engine's context; other refusals end the run
-            talked.fault = "refused by the endpoint: " + re.sub(r"\d+", "N", error.message)[:120]  # counted by reason
+            transcript.fault = (
+                "refused by the endpoint: " + re.sub(r"\d+", "N", error.message)[:120]
+            )  # counted by reason
         except MalformedRow as error:
-            talked.fault = str(error)
-        talked.spent = talked.answer_tokens
-        return talked
+            transcript.fault = str(error)
+        transcript.spent = transcript.answer_tokens
+        return transcript
 
-    def _talk(self, talked: Talked, number: int, prompt: Prompt | None) -> bool:
+    def _talk(self, transcript: Transcript, number: int, prompt: Prompt | None) -> bool:
         """Adds the messages; whether the last answer came to its end."""
         speaker, settings = self.speaker, self.speaker.settings
         count = 1 + speaker.seed(number, 0, "turns") % settings.turns if prompt is None else len(prompt.users)
         if prompt is not None and prompt.system:
-            talked.messages.append({"role": "system", "content": prompt.system})
+            transcript.messages.append({"role": "system", "content": prompt.system})
         whole = True
         for turn in range(count):
-            user = self._invent(talked, number, turn) if prompt is None else prompt.users[turn]
+            user = self._invent(transcript, number, turn) if prompt is None else prompt.users[turn]
             if user is None:
-                talked.fault = "" if turn else NO_QUESTION
+                transcript.fault = "" if turn else NO_QUESTION
                 break
-            talked.messages.append({"role": "user", "content": user})
-            answer, whole = self._answer(talked, number, turn)
-            talked.messages.append({"role": "assistant", "content": answer})
+            transcript.messages.append({"role": "user", "content": user})
+            answer, whole = self._answer(transcript, number, turn)
+            transcript.messages.append({"role": "assistant", "content": answer})
             if not whole:
                 break
         return whole
 
-    def _invent(self, talked: Talked, number: int, turn: int) -> str | None:
+    def _invent(self, transcript: Transcript, number: int, turn: int) -> str | None:
         """The next user turn, by the text interface; None where the model does not come to an end."""
         text = self.turns.before_user
-        if talked.messages:
+        if transcript.messages:
             if self.turns.before_next is None:
                 return None
-            contents = [message["content"] for message in talked.messages]
+            contents = [message["content"] for message in transcript.messages]
             seams = [self.turns.before_answer, self.turns.before_next] * len(contents)
             text += "".join(piece for pair in zip(contents, seams, strict=False) for piece in pair)
-        given = self.speaker.opening(number, turn)
-        room = self.speaker.settings.max_user_tokens
-        said = self._go_on(text + given, number, turn, room, [self.turns.before_answer.strip(), "\n"])
-        if said is not None and said[0].rstrip().endswith(":") and (room := room - said[1]) > 0:
-            line = f"{said[0]}\n"
-            more = self._go_on(text + given + line, number, turn, room, [self.turns.before_answer.strip()])
-            said = None if more is None else (line + more[0], 0)
-        return given + said[0].rstrip() if said is not None and is_question(given, said[0]) else None
+        opening = self.speaker.opening(number, turn)
+        options = self._options(self.speaker.asking(number, turn))
+        limit, end = self.speaker.settings.max_user_tokens, self.turns.before_answer.strip()
+        rest = self._completed(text + opening, limit, [end, "\n"], options)
+        if rest is not None and rest.rstrip().endswith(":"):
+            limit -= len(self.speaker.encode(rest)) + 1
+            if limit > 0:
+                line = f"{rest}\n"
+                announced = self._completed(text + opening + line, limit, [end], options)
+                rest = None if announced is None else line + announced
+        return opening + rest.rstrip() if rest is not None and is_question(opening, rest) else None
 
-    def _go_on(self, text: str, number: int, turn: int, room: int, stop: list[str]) -> tuple[str, int] | None:
-        """How a user's turn goes on after `text`, and in how many tokens; None where it does not end within `room`."""
-        sampling = self.speaker.asking(number, turn)
-        found = self.client.completions.create(
-            model=self.served_model,
-            prompt=text,
-            max_tokens=room,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=None if sampling.seed is None else sampling.seed % 2**31,
-            stop=stop,
-        )
-        choice = _only(found.choices)
-        tokens = len(self.speaker.encode(choice.text)) + 1
-        return (choice.text, tokens) if choice.finish_reason == "stop" else None
+    def _completed(self, text: str, limit: int, stop: list[str], options: dict[str, Any]) -> str | None:
+        """How a user's turn continues after `text`; None where it does not end within `limit` tokens."""
+        reply = self.client.completions.create(prompt=text, max_tokens=limit, stop=stop, **options)
+        choice = _only(reply.choices)
+        return str(choice.text) if choice.finish_reason == "stop" else None
 
-    def _answer(self, talked: Talked, number: int, turn: int) -> tuple[str, bool]:
+    def _answer(self, transcript: Transcript, number: int, turn: int) -> tuple[str, bool]:
         """The answer, and whether the model came to its end."""
-        sampling = self.speaker.answering(number, turn)
-        messages: Any = talked.messages
-        found = self.client.chat.completions.create(
-            model=self.served_model,
-            messages=messages,
-            max_tokens=self.speaker.settings.max_answer_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=None if sampling.seed is None else sampling.seed % 2**31,
-        )
-        choice = _only(found.choices)
+        messages: Any = transcript.messages
+        limit, options = self.speaker.settings.max_answer_tokens, self._options(self.speaker.answering(number, turn))
+        reply = self.client.chat.completions.create(messages=messages, max_tokens=limit, **options)
+        choice = _only(reply.choices)
         return choice.message.content or "", choice.finish_reason == "stop"
 
-    def _encode(self, talked: Talked, whole: bool) -> None:
+    def _options(self, sampling: Sampling) -> dict[str, Any]:
+        """What both interfaces are asked alike."""
+        seed = None if sampling.seed is None else sampling.seed % 2**31
+        model, temperature, top_p = self.served_model, sampling.temperature, sampling.top_p
+        return {"model": model, "temperature": temperature, "top_p": top_p, "seed": seed}
+
+    def _encode(self, transcript: Transcript, whole: bool) -> None:
         """Tokens and labels; an answer that was cut short or loops ends where it did, and the text with it."""
-        example = encode(Conversation(tuple(talked.messages), ""), self.speaker.tokenizer, self.served_model)
+        example = encode(Conversation(tuple(transcript.messages), ""), self.speaker.tokenizer, self.served_model)
         ids, spans = list(example.token_ids), list(example.spans)
         for i, (start, end) in enumerate(spans):
             if i == len(spans) - 1 and not whole:
                 end -= 1  # the template ends every turn, but the model did not
             watch = LoopWatch()
             loop = next((at for at in range(start, end) if watch.push(ids[at])), None)
-            if loop is not None:
-                end = loop + 1
-            spans[i] = start, end
+            spans[i] = start, end if loop is None else loop + 1
             if loop is not None:
                 del spans[i + 1 :]
                 break
-        talked.labels = [(start, end) for start, end in spans if end > start]
-        talked.token_ids = ids[: talked.labels[-1][1]] if talked.labels else []
+        transcript.labels = [(start, end) for start, end in spans if end > start]
+        transcript.token_ids = ids[: transcript.labels[-1][1]] if transcript.labels else []

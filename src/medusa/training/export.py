@@ -30,52 +30,33 @@ ADAPTER_DIR = "adapter"
 
 def write_heads(heads: Heads, accuracy: Accuracy, directory: Path, config: TrainConfig) -> None:
     """The heads with what made them and pictures of how good they are. Raises MedusaError where there is no room."""
-    _sweep(directory)
-    with _explained(directory):
+    with _written(directory):
         save_heads(heads, directory)
         write_whole(directory / RUN_FILE, config.dump())
         draw(accuracy, directory)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes weights as safetensors, configuration and tokenizer; the directory appears whole or not at all.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
-    with _written(directory) as new, quiet():
+    """Writes weights as safetensors, configuration and tokenizer. Raises MedusaError: no room, or no permission."""
+    with _written(directory), swapped_in(directory) as new, quiet():
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
 
 
 def save_adapter(model: PeftModel, base: str, directory: Path) -> None:
-    """Writes the adapters in peft's format, with a README; `base` is the model's name as a user knows it.
-
-    Raises:
-        MedusaError: no room, or no permission.
-    """
+    """Writes the adapters in peft's format, with a README; `base` is the model's name as a user knows it. Raises
+    MedusaError: no room, or no permission."""
     model.peft_config["default"].base_model_name_or_path = base
-    with _written(directory) as new:
+    with _written(directory), swapped_in(directory) as new:
         model.save_pretrained(str(new), save_embedding_layers=False)
         (new / "README.md").write_text(_README.format(base=base), encoding="utf-8")
 
 
 @contextmanager
-def _written(directory: Path) -> Iterator[Path]:
-    """`swapped_in`, with errors in one sentence."""
-    _sweep(directory)
-    with _explained(directory), swapped_in(directory) as new:
-        yield new
-
-
-def _sweep(directory: Path) -> None:
-    """Removes what a run left beside `directory` that was killed while it wrote."""
+def _written(directory: Path) -> Iterator[None]:
+    """For code that writes `directory`: errors in one sentence. What a killed run left beside it is removed first."""
     for left in directory.parent.glob(f".{directory.name}-*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-@contextmanager
-def _explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:

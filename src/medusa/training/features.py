@@ -79,6 +79,7 @@ class Table:
         return len(self.roots)
 
     def take(self, rows: Tensor, heads: int, hidden_size: int, finals: bool) -> Batch:
+        """Those rows [B], in batch form. `heads` is K, `hidden_size` H."""
         after = rows[:, None] + torch.arange(heads + 1, device=rows.device)  # [B, 1 + K]
         absent = after >= self.ends[rows][:, None]
         after = after.clamp_max(len(self) - 1)
@@ -154,10 +155,10 @@ class FeatureCache:
         backend: Backend,
         examples: Sequence[Example],
         facts: dict[str, Any],
-        tell: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> FeatureCache:
         """Computes what is missing. `facts` say what the features depend on besides the examples (model, number
-        format, layers): a cache made from anything else is thrown away. `tell` hears of (examples done, all)."""
+        format, layers): a cache made from anything else is thrown away. `on_progress` takes (examples done, all)."""
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for example in examples:
             digest.update(repr((example.token_ids, example.spans)).encode())
@@ -173,7 +174,7 @@ class FeatureCache:
             if not path.exists():
                 parts.append(read_rows(backend, example))
             rows += count_rows(example, backend.max_length)
-            tell(done, len(examples))
+            on_progress(done, len(examples))
             if rows >= SHARD_ROWS or done == len(examples):
                 if parts:
                     _write_shard(path, joined(parts))
@@ -184,12 +185,10 @@ class FeatureCache:
     def batches(
         self, heads: int, size: int, *, seed: int, epoch: int, start: int = 0, finals: bool = False
     ) -> Iterator[Batch]:
-        order = shuffled(self.num_rows, seed, epoch)
-        for first in range(start * size, self.num_rows - size + 1, size):
-            yield self._take(order[first : first + size], heads, finals)
+        for rows in whole_batches(shuffled(self.num_rows, seed, epoch), size, start):
+            yield self._take(rows, heads, finals)
 
     def in_order(self, heads: int, size: int) -> Iterator[Batch]:
-        """All rows once, as they stand in the texts; the last batch may be smaller."""
         for rows in torch.arange(self.num_rows).split(size):
             yield self._take(rows, heads, finals=False)
 
@@ -236,6 +235,13 @@ class LiveFeatures:
                 yield _sliced(rows, begin, begin + size)
             left = [_sliced(rows, whole, len(rows.tokens))]
 
+    def in_order(self, heads: int, size: int) -> Iterator[Batch]:
+        """All rows once, as they stand in the texts; the last batch of what is read at once may be smaller."""
+        for group in self._groups(list(range(len(self._examples)))):
+            table = self._read(group)
+            for rows in torch.arange(len(table), device=table.roots.device).split(size):
+                yield table.take(rows, heads, self._backend.hidden_size, finals=False)
+
     def _groups(self, order: list[int]) -> Iterator[list[int]]:
         """Conversations whose positions are mixed with each other."""
         for start in range(0, len(order), LIVE_EXAMPLES):
@@ -257,6 +263,12 @@ def _concatenated(batches: Sequence[Batch]) -> Batch:
 def _sliced(batch: Batch, start: int, end: int) -> Batch:
     finals = None if batch.finals is None else batch.finals[start:end]
     return Batch(batch.features[start:end], batch.tokens[start:end], finals)
+
+
+def whole_batches(order: Tensor, size: int, start: int) -> Iterator[Tensor]:
+    """The rows of `order` in batches of `size`, from number `start` on; what is left over is left out."""
+    for first in range(start * size, len(order) - size + 1, size):
+        yield order[first : first + size]
 
 
 def shuffled(count: int, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:

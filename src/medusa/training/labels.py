@@ -12,7 +12,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medusa.errors import MedusaError, UsageError
 from medusa.text.chat_template import ANSWER, REFUSALS, added_tokens, end_of_turn, render, render_with_system
@@ -129,12 +129,12 @@ def _rendered(messages: list[Message], template: _Template) -> tuple[list[Messag
     problem: MalformedRow | None = None
     for form in _forms(messages, template):
         try:
-            taken, text = template.write(form)
-            _check_tools_are_shown(taken, template)
+            accepted, text = template.write(form)
+            _check_tools_are_shown(accepted, template)
         except MalformedRow as error:
             problem = problem or error
         else:
-            return taken, text
+            return accepted, text
     assert problem is not None
     raise problem
 
@@ -172,6 +172,7 @@ def _with_calls(message: Message, without_content: bool, arguments_as_text: bool
 
 
 def _called(call: Message, name: str, arguments: dict[str, str] | str) -> Message:
+    """The same call of another function."""
     return {**call, "function": {"name": name, "arguments": arguments}}
 
 
@@ -213,8 +214,7 @@ def _check_tools_are_shown(messages: list[Message], template: _Template) -> None
             raise MalformedRow(f"the chat template of {template.name} does not show {what}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
+class _Answer(NamedTuple):
     """The text of a conversation up to the end of an answer, and where in it the answer starts."""
 
     text: str

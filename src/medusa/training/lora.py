@@ -34,7 +34,7 @@ from medusa.engines.transformers import accepts_logits_to_keep, capture_input
 from medusa.errors import MedusaError
 from medusa.heads.module import BaseWeights, Heads
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
+from medusa.training.checkpoint import taking_up, write_checkpoint
 from medusa.training.config import TrainConfig
 from medusa.training.data import Example
 from medusa.training.features import Batch, Table, labelled_rows, shuffled
@@ -42,6 +42,7 @@ from medusa.training.objective import Losses, draft_labels, head_weights, losses
 from medusa.training.precision import training_dtype
 from medusa.training.trainer import (
     JUDGED_NODES,
+    NO_LIMIT,
     InterruptedTrainingError,
     not_a_number,
     schedule,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "lora-checkpoint.pt"
 LARGEST_LOSS = 700.0  # whose perplexity is still a number
-_NO_LIMIT = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,7 @@ class LoraTrainer:
         heads: trained for it; a copy that borrows from `base` is trained, see `self.heads`.
         learned, held_out: to learn from, and to measure.
         config: its sections `lora` and, for what both trainings share, `training`.
-        directory: where checkpoints go.
-        facts: what a checkpoint must agree on to be gone on from.
-        tell: hears of each step.
+        directory, facts, on_progress: as in `Trainer`.
 
     Raises:
         MedusaError: peft is not installed, or there is nothing to learn from.
@@ -132,7 +130,7 @@ class LoraTrainer:
         directory: Path,
         *,
         facts: Mapping[str, Any],
-        tell: Callable[[LoraProgress], None] = lambda progress: None,
+        on_progress: Callable[[LoraProgress], None] = lambda progress: None,
     ) -> None:
         self.config, self._lora, self._shared = config, config.lora, config.training
         self.base = base
@@ -149,16 +147,17 @@ class LoraTrainer:
         self._keeps_some_logits = accepts_logits_to_keep(base)
 
         levels = heads.config.num_heads
-        found = [[p for p in (Passage.of(e, levels) for e in part) if len(p.roots)] for part in (learned, held_out)]
-        self._learned, self._held_out = found
+        self._learned, self._held_out = (
+            [p for p in (Passage.of(e, levels) for e in part) if len(p.roots)] for part in (learned, held_out)
+        )
         if not self._learned or not self._held_out:
             raise MedusaError("there is nothing to learn from: no labelled token in the text")
         self.batch_size = min(self._lora.batch_size, len(self._learned))
         self.epoch_steps = len(self._learned) // self.batch_size
-        self.steps = min(self._lora.epochs * self.epoch_steps, self._lora.max_steps or _NO_LIMIT)
+        self.steps = min(self._lora.epochs * self.epoch_steps, self._lora.max_steps or NO_LIMIT)
         self.step, self._resumed_at = 0, -1
         self._before: Quality | None = None
-        self._directory, self._facts, self._tell = directory, dict(facts), tell
+        self._directory, self._facts, self._on_progress = directory, dict(facts), on_progress
         self._rates = (self._lora.learning_rate, self._lora.heads_learning_rate)
         groups = zip((list(self.adapters.values()), list(self.heads.parameters())), self._rates, strict=True)
         self._optimizer = torch.optim.AdamW(
@@ -179,13 +178,13 @@ class LoraTrainer:
         return self._before
 
     def resume(self) -> bool:
-        """Takes up the checkpoint in the directory; False where there is none. Raises as `read_checkpoint`."""
+        """Takes up the checkpoint in the directory; False where there is none. Raises as `taking_up`."""
         path = self._directory / CHECKPOINT
         if not path.is_file():
             return False
         names = ("adapters", "heads", "optimizer", "step", "before")
-        adapters, heads, optimizer, step, before = read_checkpoint(path, self._facts, names)
-        with taking_up(path), torch.no_grad():
+        with taking_up(path, self._facts, names) as parts, torch.no_grad():
+            adapters, heads, optimizer, step, before = parts
             for name, parameter in self.adapters.items():
                 parameter.copy_(adapters[name])
             self.heads.load_state_dict(heads)
@@ -197,7 +196,7 @@ class LoraTrainer:
         return True
 
     def standing(self) -> str:
-        """After `resume`, for people: from where it goes on."""
+        """After `resume`, for people: from where it continues."""
         if self.step >= self.steps:
             return f"all {self.steps} steps of Medusa-2 are done: more lora.epochs (or lora.max_steps) would go on"
         return f"going on after step {self.step} of Medusa-2"
@@ -214,12 +213,7 @@ class LoraTrainer:
         write_checkpoint(self._directory / CHECKPOINT, self._facts, content)
 
     def run(self) -> None:
-        """Trains up to the last step.
-
-        Raises:
-            MedusaError: the loss is no longer a number; the last good checkpoint stays.
-            InterruptedTrainingError: SIGTERM or Ctrl-C, after saving.
-        """
+        """Trains up to the last step. Raises as `Trainer.run`."""
         if not self.step:
             self.save()  # with what was measured before
         started, tokens = time.perf_counter(), 0
@@ -235,7 +229,7 @@ class LoraTrainer:
                 rate = self._rates[0] * schedule(done, self.steps, self._lora.warmup)
                 speed = tokens / (time.perf_counter() - started)
                 weight = self.heads_weight(done)
-                self._tell(LoraProgress(self.step, self.steps, base_loss, means, weight, rate, speed))
+                self._on_progress(LoraProgress(self.step, self.steps, base_loss, means, weight, rate, speed))
                 if stop:
                     raise InterruptedTrainingError(
                         f"stopped at step {self.step} of {self.steps} of Medusa-2; run the same command again with "
@@ -283,10 +277,10 @@ class LoraTrainer:
         base_total = torch.zeros((), device=self._device)
         totals = torch.zeros(len(counts), device=self._device)
         for passage in passages:
-            base, found = self.passage_losses(passage)
-            (base / positions + (weights * found.sums / counts).sum()).backward()
+            base, of_heads = self.passage_losses(passage)
+            (base / positions + (weights * of_heads.sums / counts).sum()).backward()
             base_total += base.detach()
-            totals += found.sums.detach()
+            totals += of_heads.sums.detach()
         return float(base_total / positions), tuple((totals / counts).tolist())
 
     def passage_losses(self, passage: Passage) -> tuple[Tensor, Losses]:
@@ -333,11 +327,8 @@ class LoraTrainer:
 
     @torch.no_grad()
     def measure(self) -> Quality:
-        """Model and heads as they are now, on the held-out conversations.
-
-        Raises:
-            MedusaError: the model's loss there is not a number.
-        """
+        """Model and heads as they are now, on the held-out conversations. Raises MedusaError where the model's loss
+        there is not a number."""
         total, tokens, tables = 0.0, 0, []
         size = self.heads.config.hidden_size
         for passage in self._held_out:
@@ -359,10 +350,7 @@ class LoraTrainer:
 
 def with_adapters(base: PreTrainedModel, rank: int, alpha: float, seed: int) -> PeftModel:
     """Puts new LoRA adapters beside every linear layer but the LM head; they change nothing until they are trained.
-
-    Raises:
-        MedusaError: peft is not installed.
-    """
+    Raises MedusaError where peft is not installed."""
     need_peft()
     import peft
     from transformers.pytorch_utils import Conv1D

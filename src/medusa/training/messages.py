@@ -76,10 +76,10 @@ def present(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def one_of(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
     """The one of the names that is a field; if there are several, they must say the same."""
-    given = [name for name in names if name in fields]
-    if any(fields[name] != fields[given[0]] for name in given[1:]):
-        raise MalformedRow(f"{' and '.join(map(quoted, given))} differ")
-    return given[0] if given else None
+    used = [name for name in names if name in fields]
+    if any(fields[name] != fields[used[0]] for name in used[1:]):
+        raise MalformedRow(f"{' and '.join(map(quoted, used))} differ")
+    return used[0] if used else None
 
 
 def quoted(name: str) -> str:
@@ -132,10 +132,10 @@ def _unpacked(value: object) -> object:
 def _message(item: object) -> Message:
     fields = fields_of(item, "a message")
     names = [text_of(fields, key) for key in ("role", "from") if key in fields]
-    said, calls = one_of(fields, ("content", "value")), _tool_calls(fields)
-    if said is not None and fields[said] == []:  # no parts
-        said = None
-    if not names or (said is None and not calls):
+    content, calls = one_of(fields, ("content", "value")), _tool_calls(fields)
+    if content is not None and fields[content] == []:  # no parts
+        content = None
+    if not names or (content is None and not calls):
         missing = listed(("content", "value", "tool_calls") if names else ("role", "from"))
         raise MalformedRow(f"a message needs a role and a content, but has {_names(fields)} and none of {missing}")
     for name in ("reasoning_content", "reasoning", "thinking"):
@@ -144,13 +144,13 @@ def _message(item: object) -> Message:
     if fields.get("weight", 1) != 1:
         raise MalformedRow(f'a message has the "weight" {fields["weight"]}: all answers are learned from alike')
     role = _role(names)
-    if role == "function_call" and said is not None and not calls:
-        value = _unpacked(fields[said])
-        calls = [_call(call, said) for call in (value if isinstance(value, list) and value else [value])]
-        said, role = None, "assistant"
+    if role == "function_call" and content is not None and not calls:
+        value = _unpacked(fields[content])
+        calls = [_call(call, content) for call in (value if isinstance(value, list) and value else [value])]
+        content, role = None, "assistant"
     if calls and role != "assistant":
         raise MalformedRow(f'"tool_calls" in a message of the role {names[0]!r}')
-    message: Message = {"role": role, "content": "" if said is None else _content(fields, said)}
+    message: Message = {"role": role, "content": "" if content is None else _content(fields, content)}
     if calls:
         message["tool_calls"] = calls
     if role == "tool":

@@ -1,4 +1,4 @@
-"""Which settings may change when a run goes on: all but those that went into something that lies on disk already.
+"""Which settings may change when a run continues: all but those that went into something that lies on disk already.
 
 The text, the data of a step and the shapes of the weights stay what they were; how long, how fast and on what a run
 learns may change.
@@ -67,13 +67,13 @@ def _free(config: TrainConfig, fixed: Iterable[str]) -> str:
     for name in flat(config.model_dump(by_alias=True)):
         if name not in ("model", "out"):
             sections.setdefault(name.split(".")[0], ([], []))[name in fixed].append(name)
-    told = []
+    names = []
     for section, (free, held) in sections.items():
         if len(free) > len(held) > 0:
-            told.append(f"{section} (but for {', '.join(name.split('.')[1] for name in held)})")
+            names.append(f"{section} (but for {', '.join(name.split('.')[1] for name in held)})")
         else:
-            told += free if held else [section]
-    return ", ".join(told)
+            names += free if held else [section]
+    return ", ".join(names)
 
 
 def _shown(value: object) -> str:

@@ -13,7 +13,7 @@ and where the base is trained too (Medusa-2):
     OUT/lora-checkpoint.pt
     OUT/model/            the adapted model, which OUT/heads belong to; or OUT/adapter/, its adapters alone
 
-A run that was killed goes on with `--resume`, from wherever it was.
+A run that was killed continues with `--resume`, from wherever it was.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch import Tensor
 
 import medusa
 from medusa.api import LanguageModel
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.files import write_whole
 from medusa.heads.config import HeadsConfig, vocabulary_hash
@@ -45,10 +46,8 @@ from medusa.training.config import TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
-from medusa.training.features import FeatureCache, LiveFeatures, longest_answer
-from medusa.training.lora import (
-    CHECKPOINT as LORA_CHECKPOINT,
-)
+from medusa.training.features import FeatureCache, LiveFeatures, MeasuredRows, Rows, longest_answer
+from medusa.training.lora import CHECKPOINT as LORA_CHECKPOINT
 from medusa.training.lora import LoraProgress, LoraTrainer, compare, need_peft
 from medusa.training.precision import SLOW, has_bfloat16
 from medusa.training.resume import RUN_FILE, TEXT_FILE, check_resumed, fixed_settings
@@ -58,7 +57,7 @@ from medusa.training.text import (
     Silent,
     frequent_tokens,
     read_text,
-    room,
+    slots_that_fit,
     split,
     text_digest,
     write_text,
@@ -92,7 +91,7 @@ def run_directory(config: TrainConfig) -> Path:
 
 
 def open_run(config: TrainConfig, resume: bool) -> Path:
-    """Makes the directory of a run with its run.yaml, or checks that the run that is there can go on with `config`; its
+    """Makes the directory of a run with its run.yaml, or checks that the run in it can continue with `config`; its
     run.yaml then stays as it is, for `train` to write once all else is checked too.
 
     Raises:
@@ -126,7 +125,6 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     started = time.perf_counter()
-    report: tuple[str, ...] = ()
     check_settings(config)
     accelerator = Accelerator(
         cpu=config.engine.device == "cpu",
@@ -156,29 +154,19 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         write_text(config.text, lm, out / TEXT_FILE, reporter)
     gpu = on_one_gpu(lm.backend) if accelerator.num_processes == 1 else None
     if gpu is not None:
-        gpu.resize(1)  # the room is for what heads learn from
+        gpu.resize(1)  # the memory is for what heads learn from
     accelerator.wait_for_everyone()
     sources = config.text.data or (str(out / TEXT_FILE),)
     learned, held_out = split(read_text(sources, lm, config.text.max_length, reporter.say), config.text.held_out)
     check_held_out(held_out, shape.num_heads, lm.backend.max_length)
+    run = Run(config, lm, out, learned, held_out, resume, reporter)
     if main:
         write_whole(out / RUN_FILE, config.dump())  # what holds from here on; all that can be wrong with it is checked
         if gpu is None:
-            read_features(config, lm, out, learned, held_out, reporter)
+            run.write_features()
     accelerator.wait_for_everyone()
-
-    held: FeatureCache | DeviceFeatures
-    rows: FeatureCache | LiveFeatures
-    if gpu is not None:
-        reporter.stage("Reading hidden states")
-        held, rows = DeviceFeatures(gpu, held_out), DeviceFeatures(gpu, learned)
-    else:
-        held = FeatureCache(out / "features" / "held-out", lm.backend.hidden_size)
-        if config.training.cache_features:
-            rows = FeatureCache(out / "features" / "train", lm.backend.hidden_size)
-        else:
-            rows = LiveFeatures(lm.backend, learned)
-    heads, lm_head = make_heads(config, shape, lm, learned)
+    rows, held_out_rows = run.features(gpu)
+    heads, lm_head = run.new_heads(shape)
     reporter.stage("Training")
     keep_freed_memory()
     log = RunLog(accelerator, out / "log.jsonl", config, reporter)
@@ -186,21 +174,21 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         heads,
         lm_head,
         rows,
-        held,
+        held_out_rows,
         config.training,
         out,
         accelerator=accelerator,
-        facts=checkpoint_facts(config, learned, CHECKPOINT),
-        tell=log.heads,
+        facts=run.checkpoint_facts(CHECKPOINT),
+        on_progress=log.heads,
     )
     tokens = sum(end - start for example in learned for start, end in example.spans)
-
-    adapted = Adapted()
+    report: tuple[str, ...] = ()
+    adapted = None
     try:
         if resume and trainer.resume() and not (out / LORA_CHECKPOINT).is_file():
             reporter.say(trainer.standing())
         trainer.run()
-        accuracy = Accuracy.of(ranks(heads, held.in_order(heads.config.num_heads, EVALUATION_ROWS)))
+        accuracy = Accuracy.of(ranks(heads, held_out_rows.in_order(shape.num_heads, EVALUATION_ROWS)))
         training = {
             "run": config.model_dump(mode="json", by_alias=True),
             "conversations": len({example.where for example in learned}),
@@ -216,24 +204,13 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
             heads.config = replace(heads.config, tree=accuracy.tree, training=training)
             write_heads(heads, accuracy, out / ("heads-frozen" if lora else "heads"), config)
         if lora:
-            adapted = adapt(
-                config,
-                lm,
-                heads,
-                learned,
-                held_out,
-                out,
-                trainer.dtype,
-                resume=resume,
-                reporter=reporter,
-                tell=log.lora,
-            )
-            accuracy = adapted.accuracy or accuracy
+            accuracy, line, adapted = run.adapt(heads, trainer.dtype, log.lora)
+            report = (f"Medusa-2: {line}.",)
     finally:
         log.close()
     if main:
         reporter.stage("Measuring this machine")
-        report = (*adapted.report, *speed_report(accuracy, lm.pass_times()))
+        report = (*report, *speed_report(accuracy, lm.pass_times()))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Result(
@@ -245,75 +222,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         seconds=time.perf_counter() - started,
         size_bytes=(out / "heads" / WEIGHTS_FILE).stat().st_size,
         report=report,
-        model=adapted.model,
-        adapter=adapted.adapter,
+        model=adapted if config.lora.merge else None,
+        adapter=None if config.lora.merge else adapted,
         main=main,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """What came of Medusa-2, where it was asked for."""
-
-    accuracy: Accuracy | None = None
-    report: tuple[str, ...] = ()
-    model: Path | None = None
-    adapter: Path | None = None
-
-
-def adapt(
-    config: TrainConfig,
-    lm: LanguageModel,
-    heads: Heads,
-    learned: Sequence[Example],
-    held_out: Sequence[Example],
-    out: Path,
-    dtype: torch.dtype,
-    *,
-    resume: bool,
-    reporter: Reporter,
-    tell: Callable[[LoraProgress], None],
-) -> Adapted:
-    """Medusa-2 (see lora.py): trains the model by adapters, in `dtype`, on with `heads`, and writes both."""
-    reporter.stage("Loading the model to be adapted")
-    source = zoo.resolve(config.model)
-    trainer = LoraTrainer(
-        zoo.load_model(source, dtype=dtype, device=config.engine.device),
-        heads,
-        learned,
-        held_out,
-        config,
-        out,
-        facts=checkpoint_facts(config, learned, CHECKPOINT, LORA_CHECKPOINT),
-        tell=tell,
-    )
-    reporter.stage("Training model and heads")
-    if resume and trainer.resume():
-        reporter.say(trainer.standing())
-    trainer.run()
-    reporter.stage("Measuring model and heads")
-    if config.lora.merge:
-        trainer.merge()  # before measuring: what is told is that of the weights that are saved, rounding and all
-    after = trainer.measure()
-    line = compare(trainer.before, after)
-    name = heads.config.base_model
-    model = adapter = None
-    if config.lora.merge:
-        model = out / MODEL_DIR
-        save_model(trainer.base, lm.tokenizer, model)
-    else:
-        adapter = out / ADAPTER_DIR
-        save_adapter(trainer.peft, name, adapter)
-    figures = {"steps": trainer.step, "perplexity": [trainer.before.perplexity, after.perplexity]}
-    trained = trainer.heads
-    trained.config = replace(
-        heads.config,
-        base_model=f"{name} as adapted by Medusa-2 (../{(model or out / ADAPTER_DIR).name})",
-        tree=after.accuracy.tree,
-        training={**heads.config.training, "held_out": after.accuracy.facts(), "lora": figures},
-    )
-    write_heads(trained, after.accuracy, out / "heads", config)
-    return Adapted(after.accuracy, (f"Medusa-2: {line}.",), model, adapter)
 
 
 # --- what can be wrong, before it costs time -----------------------------------------------------------------------
@@ -350,7 +262,7 @@ def load_model(config: TrainConfig) -> LanguageModel:
     engine = config.engine
     shape = zoo.load_config(zoo.resolve(config.model)).get_text_config()
     slots = engine.slots if not config.text.data else 1
-    slots, length = room(shape, slots, config.text.max_length, engine.device)
+    slots, length = slots_that_fit(shape, slots, config.text.max_length, engine.device)
     return medusa.load(
         config.model,
         heads="none",
@@ -370,34 +282,6 @@ def feature_layers(options: HeadsSettings, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in (num_layers // 3, 2 * num_layers // 3) if layer > 0)
 
 
-def read_features(
-    config: TrainConfig,
-    lm: LanguageModel,
-    out: Path,
-    learned: Sequence[Example],
-    held_out: Sequence[Example],
-    reporter: Reporter,
-) -> None:
-    """Hidden states to disk; of the held-out text always, of the rest unless they are to be computed as needed."""
-    reporter.stage("Reading hidden states")
-    facts = {
-        "model": config.model,
-        "weights": zoo.weights_version(zoo.resolve(config.model)),  # which may be others by now, under the same name
-        "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
-        **lm.runs_on(),
-    }
-    parts = [("held-out", held_out), *([("train", learned)] if config.training.cache_features else [])]
-    for name, examples in parts:
-        total = sum(len(example.token_ids) for example in examples)
-        begun = time.perf_counter()
-
-        def tell(done: int, count: int, begun: float = begun, total: int = total) -> None:
-            seconds = time.perf_counter() - begun
-            reporter.progress(done, count, f"{total * done / count / seconds:.0f} tokens/s")
-
-        FeatureCache.build(out / "features" / name, lm.backend, examples, facts, tell)
-
-
 def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
     """Of the heads that the settings ask for. Raises UsageError where there are no such heads."""
     options, source = config.heads, zoo.resolve(config.model)
@@ -415,19 +299,103 @@ def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
     )
 
 
-def make_heads(
-    config: TrainConfig, shape: HeadsConfig, lm: LanguageModel, learned: Sequence[Example]
-) -> tuple[Heads, Tensor]:
-    """New heads, and the rows of the model's LM head for the tokens that they can guess."""
-    base, count = lm.backend.base_weights(), shape.draft_vocab
-    ids = frequent_tokens(learned, shape.vocab_size, count, lm.eos_token_ids) if count else None
-    torch.manual_seed(config.training.seed)
-    return Heads(shape, base, ids), base.lm_head if ids is None else base.lm_head[ids.to(base.lm_head.device)]
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The stages that begin once the text is there, with what they share."""
 
+    config: TrainConfig
+    lm: LanguageModel
+    out: Path
+    learned: Sequence[Example]
+    held_out: Sequence[Example]
+    resume: bool
+    reporter: Reporter
 
-def checkpoint_facts(config: TrainConfig, learned: Sequence[Example], *files: str) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on from: the settings that are fixed by it, but the text's own
-    content in the place of where it came from."""
-    fixed = fixed_settings(config, *files)
-    told = {name: value for name, value in fixed.items() if not name.startswith("text.")}
-    return {**told, "model": config.model, "text": text_digest(learned)}
+    def write_features(self) -> None:
+        """Hidden states to disk; of the held-out text always, of the rest unless they are to be computed as needed."""
+        self.reporter.stage("Reading hidden states")
+        config, lm = self.config, self.lm
+        facts = {
+            "model": config.model,
+            "weights": zoo.weights_version(zoo.resolve(config.model)),  # others by now, maybe, under the same name
+            "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
+            **lm.runs_on(),
+        }
+        parts = [("held-out", self.held_out), *([("train", self.learned)] if config.training.cache_features else [])]
+        for name, examples in parts:
+            total = sum(len(example.token_ids) for example in examples)
+            started = time.perf_counter()
+
+            def on_progress(done: int, count: int, started: float = started, total: int = total) -> None:
+                seconds = time.perf_counter() - started
+                self.reporter.progress(done, count, f"{total * done / count / seconds:.0f} tokens/s")
+
+            FeatureCache.build(self.out / "features" / name, lm.backend, examples, facts, on_progress)
+
+    def features(self, gpu: TransformersBackend | None) -> tuple[Rows, MeasuredRows]:
+        """To learn from, and to measure: kept on a GPU, read from the disk, or computed as needed."""
+        if gpu is not None:
+            self.reporter.stage("Reading hidden states")
+            held_out = DeviceFeatures(gpu, self.held_out)  # first: what is learned from takes a share of what is left
+            return DeviceFeatures(gpu, self.learned), held_out
+        directory, backend = self.out / "features", self.lm.backend
+        measured = FeatureCache(directory / "held-out", backend.hidden_size)
+        if self.config.training.cache_features:
+            return FeatureCache(directory / "train", backend.hidden_size), measured
+        return LiveFeatures(backend, self.learned), measured
+
+    def new_heads(self, shape: HeadsConfig) -> tuple[Heads, Tensor]:
+        """New heads, and the rows of the model's LM head for the tokens that they can guess."""
+        base, count = self.lm.backend.base_weights(), shape.draft_vocab
+        always = self.lm.eos_token_ids
+        ids = frequent_tokens(self.learned, shape.vocab_size, count, always) if count else None
+        torch.manual_seed(self.config.training.seed)
+        return Heads(shape, base, ids), base.lm_head if ids is None else base.lm_head[ids.to(base.lm_head.device)]
+
+    def checkpoint_facts(self, *files: str) -> dict[str, Any]:
+        """What must be the same for a run to continue from a checkpoint: the settings that are fixed by it, but the
+        text's own content in the place of where it came from."""
+        fixed = fixed_settings(self.config, *files)
+        settings = {name: value for name, value in fixed.items() if not name.startswith("text.")}
+        return {**settings, "model": self.config.model, "text": text_digest(self.learned)}
+
+    def adapt(
+        self, heads: Heads, dtype: torch.dtype, on_progress: Callable[[LoraProgress], None]
+    ) -> tuple[Accuracy, str, Path]:
+        """Medusa-2 (see lora.py): trains the model by adapters, in `dtype`, on with `heads`, and writes both. Returns
+        how good the heads are then, what it has cost and brought in a line, and the directory of model or adapters."""
+        config, reporter = self.config, self.reporter
+        reporter.stage("Loading the model to be adapted")
+        trainer = LoraTrainer(
+            zoo.load_model(zoo.resolve(config.model), dtype=dtype, device=config.engine.device),
+            heads,
+            self.learned,
+            self.held_out,
+            config,
+            self.out,
+            facts=self.checkpoint_facts(CHECKPOINT, LORA_CHECKPOINT),
+            on_progress=on_progress,
+        )
+        reporter.stage("Training model and heads")
+        if self.resume and trainer.resume():
+            reporter.say(trainer.standing())
+        trainer.run()
+        reporter.stage("Measuring model and heads")
+        directory = self.out / (MODEL_DIR if config.lora.merge else ADAPTER_DIR)
+        name = heads.config.base_model
+        if config.lora.merge:
+            trainer.merge()  # before measuring: the report is of the weights that are saved, rounding and all
+        after = trainer.measure()
+        if config.lora.merge:
+            save_model(trainer.base, self.lm.tokenizer, directory)
+        else:
+            save_adapter(trainer.peft, name, directory)
+        figures = {"steps": trainer.step, "perplexity": [trainer.before.perplexity, after.perplexity]}
+        trainer.heads.config = replace(
+            heads.config,
+            base_model=f"{name} as adapted by Medusa-2 (../{directory.name})",
+            tree=after.accuracy.tree,
+            training={**heads.config.training, "held_out": after.accuracy.facts(), "lora": figures},
+        )
+        write_heads(trainer.heads, after.accuracy, self.out / "heads", config)
+        return after.accuracy, compare(trainer.before, after), directory

@@ -37,16 +37,15 @@ class RunLog:
 
     def heads(self, progress: Progress) -> None:
         """A step of Medusa-1."""
-        facts = {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
-        facts |= {"learning_rate": progress.learning_rate, "positions_per_second": progress.positions_per_second}
+        losses, shown = _losses(progress)
+        speed = progress.positions_per_second
+        facts = {**losses, "learning_rate": progress.learning_rate, "positions_per_second": speed}
         accuracy = progress.accuracy.facts() if progress.accuracy is not None else {}
         self._accelerator.log({**facts, **_flat(accuracy)}, step=progress.step)
         self._write({"step": progress.step, **_rounded(facts), **accuracy})
-        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
-        speed = f"{progress.positions_per_second:.0f} positions/s"
-        text = f"loss {shown}, {speed}"
-        if progress.positions_per_second:
-            seconds = (progress.steps - progress.step) * self._batch_size / progress.positions_per_second
+        text = f"loss {shown}, {speed:.0f} positions/s"
+        if speed:
+            seconds = (progress.steps - progress.step) * self._batch_size / speed
             text += f", {math.ceil(seconds / 60)} min left"
         self._reporter.progress(progress.step, progress.steps, text)
         if progress.accuracy is not None:
@@ -54,12 +53,11 @@ class RunLog:
 
     def lora(self, progress: LoraProgress) -> None:
         """A step of Medusa-2."""
-        facts = {"base_loss": progress.base_loss, "heads_weight": progress.heads_weight}
-        facts |= {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+        losses, shown = _losses(progress)
+        facts = {"base_loss": progress.base_loss, "heads_weight": progress.heads_weight, **losses}
         facts |= {"learning_rate": progress.learning_rate, "tokens_per_second": progress.tokens_per_second}
         self._accelerator.log(_flat(facts, "lora/"), step=progress.step)
         self._write({"stage": "lora", "step": progress.step, **_rounded(facts)})
-        shown = " ".join(f"{loss:.2f}" for loss in progress.losses)
         text = f"loss {progress.base_loss:.3f}, heads {shown}, {progress.tokens_per_second:.0f} tokens/s"
         self._reporter.progress(progress.step, progress.steps, text)
 
@@ -88,6 +86,12 @@ def trackers(names: Sequence[str]) -> list[str]:
     if others := [name for name in missing if name != "tensorboard"]:
         raise UsageError(f"log: {others[0]} is not installed: pip install {others[0]}, or leave it out")
     return [name for name in names if name not in missing]
+
+
+def _losses(progress: Progress | LoraProgress) -> tuple[dict[str, float], str]:
+    """The heads' losses, by name and as people read them."""
+    named = {f"loss_{k}": loss for k, loss in enumerate(progress.losses, start=1)}
+    return named, " ".join(f"{loss:.2f}" for loss in progress.losses)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

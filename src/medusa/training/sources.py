@@ -55,11 +55,8 @@ def file_of(source: str) -> Path | None:
 
 
 def rows_of(source: str, path: Path | None, prompts: bool) -> Iterator[tuple[Place, object]]:
-    """(where it is, the row) for each row; for one that is no row at all, the MalformedRow that says so.
-
-    Raises:
-        MedusaError: the source cannot be read, or is damaged.
-    """
+    """(where it is, the row) for each row; for one that is no row at all, the MalformedRow that says so. Raises
+    MedusaError: the source cannot be read, or is damaged."""
     if path is None:
         yield from _hub_rows(source)
         return

@@ -1,8 +1,8 @@
 """What the model says in a conversation, and what it is asked.
 
 A user's turn that the model invents begins with a few words that are given (see openings.py). It ends where the model
-ends it, or with its first line: many models have only learned to end answers, and would go on with one. After a colon
-the turn goes on, to what the line announces, until the model ends it.
+ends it, or with its first line: many models have only learned to end answers, and would write one next. After a colon
+the turn continues, to what the line announces, until the model ends it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from medusa.decoding.sampling import Sampling
 from medusa.text.turns import Turns
 from medusa.training.openings import opening
-from medusa.training.talk import Said, Talk, Talked, Turn
+from medusa.training.talk import Reply, Talk, Transcript, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,9 @@ TOO_LONG = "too long"  # for the slots
 NO_QUESTION = "no question"
 
 
-def is_question(given: str, said: str) -> bool:
+def is_question(opening: str, rest: str) -> bool:
     """Whether a user's turn says anything beyond the words that it was given to begin with."""
-    return len((given + said).strip()) >= SHORTEST_USER and any(map(str.isalnum, said))
+    return len((opening + rest).strip()) >= SHORTEST_USER and any(map(str.isalnum, rest))
 
 
 def line_ends(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -46,7 +46,7 @@ class Speaker:
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: frozenset[int]
     settings: DistillSettings
-    room: int  # tokens that a slot holds
+    slot_length: int  # tokens that a slot holds
 
     def seed(self, number: int, turn: int, who: str) -> int:
         text = f"{self.settings.seed}/{number}/{turn}/{who}"
@@ -74,141 +74,127 @@ class Speaker:
         return opening(self.seed(number, turn, "opening"), turn)
 
     def asking(self, number: int, turn: int) -> Sampling:
-        settings = self.settings
-        return Sampling(
-            temperature=settings.user_temperature, top_p=settings.top_p, seed=self.seed(number, turn, "user")
-        )
+        return self._sampling(self.settings.user_temperature, self.seed(number, turn, "user"))
 
     def answering(self, number: int, turn: int) -> Sampling:
         temperatures = self.settings.temperatures
-        temperature = temperatures[number % len(temperatures)]
-        return Sampling(
-            temperature=temperature,
-            top_p=self.settings.top_p if temperature else 1.0,
-            seed=self.seed(number, turn, "answer"),
-        )
+        return self._sampling(temperatures[number % len(temperatures)], self.seed(number, turn, "answer"))
 
-    def joined(self, talked: Talked, seam: list[int]) -> tuple[list[int], bool]:
+    def _sampling(self, temperature: float, seed: int) -> Sampling:
+        return Sampling(temperature=temperature, top_p=self.settings.top_p if temperature else 1.0, seed=seed)
+
+    def joined(self, transcript: Transcript, seam: list[int]) -> tuple[list[int], bool]:
         """How `seam` follows the text, whose last token the model wrote to end its turn: what to add, and whether the
         last token is dropped because the template ends the turn in another way."""
-        if talked.token_ids[-1] == seam[0]:
+        if not transcript.token_ids:
+            return seam, False
+        if transcript.token_ids[-1] == seam[0]:
             return seam[1:], False
-        if talked.token_ids[-1] in self.eos_token_ids:
-            talked.token_ids.pop()
-            if talked.labels and talked.labels[-1][1] > len(talked.token_ids):
-                start, end = talked.labels[-1]
-                talked.labels[-1] = start, end - 1
+        if transcript.token_ids[-1] in self.eos_token_ids:
+            transcript.token_ids.pop()
+            if transcript.labels and transcript.labels[-1][1] > len(transcript.token_ids):
+                start, end = transcript.labels[-1]
+                transcript.labels[-1] = start, end - 1
             return seam, True
         return seam, False
 
     def invented(self, number: int, turns: Turns, lines: frozenset[int]) -> Talk:
         """The model asks and answers. `lines` are the tokens that end a line."""
-        talked = Talked(self.answering(number, 0).temperature)
+        transcript = Transcript(self.answering(number, 0).temperature)
         most = self.settings.turns if turns.before_next is not None else 1
         for turn in range(1 + self.seed(number, 0, "turns") % most):
-            before = list(talked.token_ids), list(talked.labels)
-            asked = yield from self._ask(talked, number, turn, turns, lines)
-            if isinstance(asked, str):  # what was said before is kept as it was
-                talked.token_ids, talked.labels = before
-                talked.fault = "" if turn else asked
+            before = list(transcript.token_ids), list(transcript.labels)
+            seam = yield from self._ask(transcript, number, turn, turns, lines)
+            if isinstance(seam, str):  # what was said before is kept as it was
+                transcript.token_ids, transcript.labels = before
+                transcript.fault = "" if turn else seam
                 break
-            said = yield from self._answer(talked, number, turn, *asked)
-            if said.finish_reason != "stop":
+            if not (yield from self._answer(transcript, self._answer_turn(number, turn, *seam))):
                 break
-        return talked
+        return transcript
 
     def given(self, number: int, turns: Turns, system: str | None, users: Sequence[str]) -> Talk:
         """The model answers what it is asked, turn by turn."""
-        talked = Talked(self.answering(number, 0).temperature)
+        transcript = Transcript(self.answering(number, 0).temperature)
         if system:
-            talked.messages.append({"role": "system", "content": system})
+            transcript.messages.append({"role": "system", "content": system})
         for turn, user in enumerate(users):
             if turn and turns.before_next is None:
                 break
             before = turns.before_next if turn else turns.before_user
-            tokens, drop = self.encode(f"{before}{turns.shown(user)}{turns.before_answer}"), False
-            if turn:
-                tokens, drop = self.joined(talked, tokens)
-            if len(talked.token_ids) + len(tokens) + SPARE >= self.room:
-                talked.fault = "" if turn else TOO_LONG
+            tokens, drop = self.joined(transcript, self.encode(f"{before}{turns.shown(user)}{turns.before_answer}"))
+            if len(transcript.token_ids) + len(tokens) + SPARE >= self.slot_length:
+                transcript.fault = "" if turn else TOO_LONG
                 break
-            talked.messages.append({"role": "user", "content": user})
-            said = yield from self._answer(talked, number, turn, tokens, drop)
-            if said.finish_reason != "stop":
+            transcript.messages.append({"role": "user", "content": user})
+            if not (yield from self._answer(transcript, self._answer_turn(number, turn, tokens, drop))):
                 break
-        return talked
+        return transcript
 
     def plain(self, number: int, opening: Sequence[int]) -> Talk:
         """A text without turns, for models without a chat template."""
-        talked = Talked(self.settings.user_temperature)
-        sampling = Sampling(
-            temperature=self.settings.user_temperature, top_p=self.settings.top_p, seed=self.seed(number, 0, "text")
-        )
-        limit = min(self.settings.max_answer_tokens, self.room - len(opening) - SPARE)
+        transcript = Transcript(self.settings.user_temperature)
+        sampling = self._sampling(self.settings.user_temperature, self.seed(number, 0, "text"))
+        limit = min(self.settings.max_answer_tokens, self.slot_length - len(opening) - SPARE)
         if limit < 1 or not opening:
-            talked.fault = TOO_LONG if opening else "empty prompt"
-            return talked
-        said = yield Turn(opening, sampling, limit, self.eos_token_ids)
-        talked.spent += len(said.tokens)
-        talked.token_ids = [*opening, *said.tokens]
-        talked.labels.append((len(opening), len(talked.token_ids)))
-        talked.messages.append({"role": "assistant", "content": self.text(said.tokens)})
-        return talked
+            transcript.fault = TOO_LONG if opening else "empty prompt"
+            return transcript
+        yield from self._answer(transcript, Turn(opening, sampling, limit, self.eos_token_ids))
+        return transcript
 
     def _ask(
-        self, talked: Talked, number: int, turn: int, turns: Turns, lines: frozenset[int]
-    ) -> Generator[Turn, Said, tuple[list[int], bool] | str]:
+        self, transcript: Transcript, number: int, turn: int, turns: Turns, lines: frozenset[int]
+    ) -> Generator[Turn, Reply, tuple[list[int], bool] | str]:
         """Adds a user's turn that the model writes, but for what ends it; returns the seam to the answer, and whether
         the last token is dropped (see `joined`). A string says why there is no such turn; the text is then undefined.
         """
-        given = self.opening(number, turn)
+        opening = self.opening(number, turn)
         before_answer = self.seam(turns.before_answer)
-        tokens, drop = self.encode(f"{turns.before_next if turn else turns.before_user}{given}"), False
-        if turn:
-            tokens, drop = self.joined(talked, tokens)
-        room = self.settings.max_user_tokens
-        if len(talked.token_ids) + len(tokens) + room + len(before_answer) + SPARE >= self.room:
+        before = turns.before_next if turn else turns.before_user
+        tokens, drop = self.joined(transcript, self.encode(f"{before}{opening}"))
+        limit = self.settings.max_user_tokens
+        if len(transcript.token_ids) + len(tokens) + limit + len(before_answer) + SPARE >= self.slot_length:
             return TOO_LONG
 
         ends = self.eos_token_ids | {before_answer[0]}
         sampling = self.asking(number, turn)
-        said = yield Turn(tokens, sampling, room, ends | lines, drop)
-        talked.spent += len(said.tokens)
-        written = said.tokens
+        reply = yield Turn(tokens, sampling, limit, ends | lines, drop)
+        transcript.spent += len(reply.tokens)
+        written = reply.tokens
         announces = written[-1] in lines - ends and self.text(written, tokens).rstrip().endswith(":")
-        if announces and len(written) < room:
-            said = yield Turn([], sampling, room - len(written), ends)
-            talked.spent += len(said.tokens)
-            written = [*written, *said.tokens]
-        if said.finish_reason != "stop":
+        if announces and len(written) < limit:
+            reply = yield Turn([], sampling, limit - len(written), ends)
+            transcript.spent += len(reply.tokens)
+            written = [*written, *reply.tokens]
+        if reply.finish_reason != "stop":
             return NO_QUESTION
 
-        talked.token_ids += tokens
-        start = len(talked.token_ids)
-        talked.token_ids += written
+        transcript.token_ids += tokens
+        start = len(transcript.token_ids)
+        transcript.token_ids += written
         rest = ""
         if written[-1] in ends:
-            seam, drop = self.joined(talked, before_answer)
+            seam, drop = self.joined(transcript, before_answer)
         else:  # what the token holds beside the end of the line belongs to the turn
-            rest = self.text([talked.token_ids.pop()]).partition("\n")[0].rstrip()
+            rest = self.text([transcript.token_ids.pop()]).partition("\n")[0].rstrip()
             seam, drop = self.seam(rest + turns.before_answer), True
-        user = self.text(talked.token_ids[start:], talked.token_ids[:start]) + rest
-        if not is_question(given, user):
+        user = self.text(transcript.token_ids[start:], transcript.token_ids[:start]) + rest
+        if not is_question(opening, user):
             return NO_QUESTION
-        talked.messages.append({"role": "user", "content": given + user})
+        transcript.messages.append({"role": "user", "content": opening + user})
         return seam, drop
 
-    def _answer(
-        self, talked: Talked, number: int, turn: int, tokens: list[int], drop: bool
-    ) -> Generator[Turn, Said, Said]:
-        """Adds `tokens` and the model's answer to the text."""
-        said = yield Turn(
-            tokens, self.answering(number, turn), self.settings.max_answer_tokens, self.eos_token_ids, drop
-        )
-        talked.spent += len(said.tokens)
-        talked.token_ids += tokens
-        start = len(talked.token_ids)
-        talked.token_ids += said.tokens
-        talked.labels.append((start, len(talked.token_ids)))
-        talked.messages.append({"role": "assistant", "content": self.text(said.tokens)})
-        return said
+    def _answer_turn(self, number: int, turn: int, tokens: list[int], drop: bool) -> Turn:
+        sampling, limit = self.answering(number, turn), self.settings.max_answer_tokens
+        return Turn(tokens, sampling, limit, self.eos_token_ids, drop)
+
+    def _answer(self, transcript: Transcript, turn: Turn) -> Generator[Turn, Reply, bool]:
+        """Adds the turn's tokens and the model's answer to the text; whether the model ended it."""
+        reply = yield turn
+        transcript.spent += len(reply.tokens)
+        transcript.token_ids += turn.tokens
+        start = len(transcript.token_ids)
+        transcript.token_ids += reply.tokens
+        transcript.labels.append((start, len(transcript.token_ids)))
+        transcript.messages.append({"role": "assistant", "content": self.text(reply.tokens)})
+        return reply.finish_reason == "stop"

@@ -1,7 +1,7 @@
 """Conversations side by side, one in each slot of a backend, by plain decoding.
 
-A conversation is a generator: it yields what is to be added to its text and how to go on from there (`Turn`), and is
-sent what the model said (`Said`). Its text stays in the slot from turn to turn, so that no turn is computed twice.
+A conversation is a generator: it yields what is to be added to its text and how it continues from there (`Turn`), and
+is sent what the model said (`Reply`). Its text stays in the slot from turn to turn, so that no turn is computed twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LoopWatch:
 
 
 @dataclass(slots=True)
-class Talked:
+class Transcript:
     """A conversation as it grew. `labels` are the answers' tokens, [start, end). `fault` says why it is not kept."""
 
     temperature: float
@@ -61,7 +61,7 @@ class Talked:
 
 
 class Turn(NamedTuple):
-    """What a conversation asks for: tokens to add to its text, and how to go on from there until one of `ends`."""
+    """What a conversation asks for: tokens to add to its text, and how to decode from there until one of `ends`."""
 
     tokens: Sequence[int]
     sampling: Sampling
@@ -70,14 +70,23 @@ class Turn(NamedTuple):
     drop_last: bool = False  # the last token of the text is taken back first
 
 
-class Said(NamedTuple):
+class Reply(NamedTuple):
     """What the model said, the token that ended it included."""
 
     tokens: list[int]
     finish_reason: str  # "stop", "length" or "loop"
 
 
-Talk = Generator[Turn, Said, "Talked"]
+Talk = Generator[Turn, Reply, Transcript]
+
+
+def next_turn(talk: Talk, reply: Reply | None) -> Turn | Transcript:
+    """What a conversation asks for after a reply (None: at its start), or what it returns, if it is over."""
+    try:
+        return next(talk) if reply is None else talk.send(reply)
+    except StopIteration as end:
+        transcript: Transcript = end.value
+        return transcript
 
 
 class _Running(NamedTuple):
@@ -90,11 +99,11 @@ class _Running(NamedTuple):
 
 
 def talk_in_slots(
-    stepper: Stepper, talks: Iterable[tuple[int, Talk]], spent: Callable[[int], None] = lambda tokens: None
-) -> Iterator[tuple[int, Talked]]:
+    stepper: Stepper, talks: Iterable[tuple[int, Talk]], on_tokens: Callable[[int], None] = lambda count: None
+) -> Iterator[tuple[int, Transcript]]:
     """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
 
-    `spent` is told after each pass, and each turn that begins, how many tokens it gave.
+    `on_tokens` is called after each pass, and each turn that begins, with how many tokens it gave.
     """
     backend = stepper.backend
     # A turn continues from the slot that still holds its text: it is queued before a new conversation can take a slot.
@@ -102,13 +111,11 @@ def talk_in_slots(
     queue = iter(talks)
     running: dict[Task, _Running] = {}
 
-    def take_turn(number: int, talk: Talk, text: list[int], said: Said | None) -> Talked | None:
+    def take_turn(number: int, talk: Talk, text: list[int], reply: Reply | None) -> Transcript | None:
         """Queues the conversation's next turn; or what it returns, if it is over."""
-        try:
-            turn = next(talk) if said is None else talk.send(said)
-        except StopIteration as end:
-            talked: Talked = end.value
-            return talked
+        turn = next_turn(talk, reply)
+        if isinstance(turn, Transcript):
+            return turn
         text = [*(text[:-1] if turn.drop_last else text), *turn.tokens]
         task = scheduler.submit(Request(text, turn.sampling, turn.max_new_tokens, turn.ends))
         running[task] = _Running(number, talk, text, LoopWatch())
@@ -117,12 +124,12 @@ def talk_in_slots(
     try:
         while True:
             while scheduler.has_room and (item := next(queue, None)) is not None:
-                if (talked := take_turn(*item, [], None)) is not None:
-                    yield item[0], talked
+                if (transcript := take_turn(*item, [], None)) is not None:
+                    yield item[0], transcript
             if scheduler.idle:
                 return
             steps = scheduler.step()
-            spent(sum(len(step.tokens) for _, step in steps))
+            on_tokens(sum(len(step.tokens) for _, step in steps))
             over = []
             for task, step in steps:
                 number, talk, text, watch = running[task]
@@ -131,9 +138,9 @@ def talk_in_slots(
                     continue
                 scheduler.cancel(task)
                 del running[task]
-                said = Said(task.new_tokens, task.finish_reason or "loop")
-                if (talked := take_turn(number, talk, [*text, *said.tokens], said)) is not None:
-                    over.append((number, talked))
+                reply = Reply(task.new_tokens, task.finish_reason or "loop")
+                if (transcript := take_turn(number, talk, [*text, *reply.tokens], reply)) is not None:
+                    over.append((number, transcript))
             yield from over
     finally:
         scheduler.close()

@@ -52,7 +52,7 @@ class Silent:
 SLOTS, GPU_SLOTS = 24, 1024  # where nothing is asked for
 
 
-def room(shape: Any, slots: int | None, length: int, device: str = "cpu") -> tuple[int, int]:
+def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cpu") -> tuple[int, int]:
     """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
     slots than their KV cache finds room for in a third of the free memory, or in more than half of a GPU's. `shape` is
     a model's configuration."""
@@ -76,7 +76,9 @@ def write_text(config: TextSettings, lm: LanguageModel, out: Path, reporter: Rep
     """The model's own text, to the file `out`."""
     reporter.stage("Writing text")
     prompts = None if config.prompts is None else read_prompt_file(config.prompts, reporter.say)
-    written = distill(lm, out, config.distilled(), prompts=prompts, tell=shown_by(reporter), seconds=config.seconds)
+    written = distill(
+        lm, out, config.distilled(), prompts=prompts, on_progress=shown_by(reporter), seconds=config.seconds
+    )
     reporter.say(written.summary())
 
 
@@ -122,18 +124,15 @@ def text_digest(examples: Sequence[Example]) -> str:
 
 
 def shown_by(reporter: Reporter) -> Callable[[Written], None]:
-    """Tells a reporter how far distilling is."""
+    """What shows on a reporter how far distilling is."""
 
-    def tell(written: Written) -> None:
-        left = written.seconds_left
-        reporter.progress(
-            min(written.tokens, written.wanted),
-            written.wanted,
-            f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s"
-            + ("" if left is None else f", {math.ceil(left / 60)} min left"),
-        )
+    def show(written: Written) -> None:
+        text = f"{written.rows} conversations, {written.tokens_per_second:.0f} tokens/s"
+        if (left := written.seconds_left) is not None:
+            text += f", {math.ceil(left / 60)} min left"
+        reporter.progress(min(written.tokens, written.wanted), written.wanted, text)
 
-    return tell
+    return show
 
 
 def read_prompt_file(path: str, report: Callable[[str], None]) -> list[Prompt]:

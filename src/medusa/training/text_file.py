@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import MedusaError, UsageError, shortened
-from medusa.training.talk import Talked
+from medusa.training.talk import Transcript
 
 SHORTEST_ANSWER = 8  # tokens of a conversation's answers
 REPEATED = "repeated"
 OPENINGS = "openings"  # the setting that rows of an older way of inventing do not have
 
 
-def fault_of(talked: Talked) -> str:
+def fault_of(transcript: Transcript) -> str:
     """Why a conversation is not kept whatever else was said; "" if it may be."""
-    return talked.fault or ("too short" if talked.answer_tokens < SHORTEST_ANSWER else "")
+    return transcript.fault or ("too short" if transcript.answer_tokens < SHORTEST_ANSWER else "")
 
 
 class TextFile:
@@ -70,23 +70,23 @@ class TextFile:
             before[OPENINGS] = now[OPENINGS]
         for name in [*now, *before]:
             if name != "settings" and before.get(name) != now.get(name):
-                was, given = (shortened(json.dumps(values.get(name))) for values in (before, now))
+                was, wanted = (shortened(json.dumps(values.get(name))) for values in (before, now))
                 raise UsageError(
-                    f"{self.path} was made with {name} {was}, not {given}: "
+                    f"{self.path} was made with {name} {was}, not {wanted}: "
                     "go on with the same settings, or name a new file"
                 )
 
-    def add(self, number: int, talked: Talked) -> str:
+    def add(self, number: int, transcript: Transcript) -> str:
         """Writes a conversation, unless there is a reason not to, which is returned. Numbers must ascend."""
-        if fault := fault_of(talked):
+        if fault := fault_of(transcript):
             return fault
         row = {
             "number": number,
             **self.header,
-            "temperature": talked.temperature,
-            "messages": talked.messages,
-            "token_ids": talked.token_ids,
-            "labels": talked.labels,
+            "temperature": transcript.temperature,
+            "messages": transcript.messages,
+            "token_ids": transcript.token_ids,
+            "labels": transcript.labels,
         }
         if self._seen & _keys(row):
             return REPEATED
@@ -98,7 +98,7 @@ class TextFile:
             raise MedusaError(
                 f"cannot write {self.path}: {error.strerror}; make room and run the same command again"
             ) from None
-        self._count(row, number, talked.answer_tokens)
+        self._count(row, number, transcript.answer_tokens)
         return ""
 
     def _count(self, row: Mapping[str, Any], number: int, tokens: int) -> None:
@@ -114,8 +114,8 @@ class TextFile:
 
 def _keys(row: Mapping[str, Any]) -> set[str]:
     """What two conversations must not share: the first question, or all that was said."""
-    said = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
-    parts = ["\n".join(said or [repr(row["token_ids"])])]
-    if len(said) > 1 and said[0].startswith("user"):
-        parts.append(said[0])
+    turns = [f"{message['role']} {' '.join(message['content'].lower().split())}" for message in row["messages"]]
+    parts = ["\n".join(turns or [repr(row["token_ids"])])]
+    if len(turns) > 1 and turns[0].startswith("user"):
+        parts.append(turns[0])
     return {hashlib.sha256(part.encode("utf-8", "replace")).hexdigest()[:24] for part in parts}

@@ -1,11 +1,11 @@
 """Medusa-1: heads learn from cached features, the model stays frozen and is not even needed.
 
-Step s is a function of the seed and s alone, so a run that is killed goes on from its last checkpoint as if nothing had
-happened; with `training.seconds` it is one of the clock too. Several processes (`accelerate launch`) take every n-th
-row of each batch and share gradients.
+Step s is a function of the seed and s alone, so a run that is killed continues from its last checkpoint as if nothing
+had happened; with `training.seconds` it is one of the clock too. Several processes (`accelerate launch`) take every
+n-th row of each batch and share gradients.
 
-On a GPU the host runs ahead: it reads losses every READ_EVERY steps, and before anything is measured, saved or told.
-So one that is not a number is noticed late, but before it could spoil what is saved.
+On a GPU the host runs ahead: it reads losses every READ_EVERY steps, and before anything is measured, saved or
+reported. So one that is not a number is noticed late, but before it could spoil what is saved.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from medusa.errors import MedusaError
 from medusa.heads.module import Heads
 from medusa.settings import OptimiserSettings
 from medusa.training.accuracy import Accuracy, ranks
-from medusa.training.checkpoint import read_checkpoint, taking_up, write_checkpoint
+from medusa.training.checkpoint import taking_up, write_checkpoint
 from medusa.training.features import Batch, MeasuredRows, Rows
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
 from medusa.training.precision import training_dtype
@@ -42,7 +42,7 @@ CHECKPOINT = "checkpoint.pt"
 JUDGED_NODES = 16  # early stopping looks at the tokens per step of this tree
 EVALUATION_ROWS = 1024
 READ_EVERY = 50  # steps between two looks at a GPU
-_NO_LIMIT = 2**63 - 1
+NO_LIMIT = 2**63 - 1
 
 
 class InterruptedTrainingError(MedusaError):
@@ -83,8 +83,8 @@ class Trainer:
         rows, held_out: to learn from, and to measure.
         config: see OptimiserSettings.
         directory: where checkpoints go.
-        facts: what a checkpoint must agree on to be gone on from.
-        tell: hears of each step.
+        facts: what must be the same for a run to continue from a checkpoint.
+        on_progress: called after each step.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Trainer:
         *,
         accelerator: Accelerator,
         facts: Mapping[str, Any],
-        tell: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self.config = config
         self.heads = heads.to(accelerator.device)
@@ -111,18 +111,17 @@ class Trainer:
         self._directory = directory
         self._accelerator = accelerator
         self._facts = dict(facts)
-        self._tell = tell
-        size = min(config.batch_size, rows.num_rows)
-        if size < 1:
+        self._on_progress = on_progress
+        self.batch_size = min(config.batch_size, rows.num_rows)
+        if self.batch_size < 1:
             raise MedusaError("there is nothing to learn from: no labelled token in the training text")
-        self.batch_size = size
-        self.epoch_steps = rows.num_rows // size
-        self.steps = min(config.epochs * self.epoch_steps, config.max_steps or _NO_LIMIT)
+        self.epoch_steps = rows.num_rows // self.batch_size
+        self.steps = min(config.epochs * self.epoch_steps, config.max_steps or NO_LIMIT)
         for parameter in heads.parameters():
             parameter.requires_grad_(True)
         gpu = accelerator.device.type == "cuda"
         self._read_every = READ_EVERY if gpu else 1
-        self._spoilt = torch.full((), _NO_LIMIT, device=accelerator.device)  # the first step whose loss is no number
+        self._spoilt = torch.full((), NO_LIMIT, device=accelerator.device)  # the first step whose loss is no number
         self._begun: tuple[float, float] | None = None  # when the run began, with so many seconds behind it
         self._optimizer = torch.optim.AdamW(
             heads.parameters(),
@@ -136,16 +135,11 @@ class Trainer:
     # --- the run --------------------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
-        """Takes up the checkpoint in the directory; False where there is none.
-
-        Raises:
-            UsageError: it belongs to a run of other settings. MedusaError: it is damaged.
-        """
+        """Takes up the checkpoint in the directory; False where there is none. Raises as `taking_up`."""
         path = self._directory / CHECKPOINT
         if not path.is_file():
             return False
-        weights, optimizer, state = read_checkpoint(path, self._facts, ("heads", "optimizer", "state"))
-        with taking_up(path):
+        with taking_up(path, self._facts, ("heads", "optimizer", "state")) as (weights, optimizer, state):
             self.heads.load_state_dict(weights)
             self._optimizer.load_state_dict(optimizer)
             self.state = State(**state)
@@ -160,7 +154,7 @@ class Trainer:
         return str(self.dtype).removeprefix("torch.")
 
     def standing(self) -> str:
-        """After `resume`, for people: from where it goes on, and what has changed."""
+        """After `resume`, for people: from where it continues, and what has changed."""
         step = self.state.step
         if step >= self.steps:
             return f"all {self.steps} steps are done: more training.epochs (or training.max_steps) would go on"
@@ -168,10 +162,10 @@ class Trainer:
             return f"its time is over at step {step} of {self.steps}: a greater training.seconds would go on"
         if self._stopped_early():
             return f"early stopping has ended the training at step {step}: a greater training.patience would go on"
-        told = f"going on after step {step}"
+        text = f"going on after step {step}"
         if self.state.precision not in ("", self.precision):
-            told += f", in {self.precision}; it was {self.state.precision} until here"
-        return told
+            text += f", in {self.precision}; it was {self.state.precision} until here"
+        return text
 
     def _stopped_early(self) -> bool:
         return bool(self.config.patience) and self.state.bad_evaluations >= self.config.patience
@@ -193,7 +187,7 @@ class Trainer:
                 if state.step >= self.steps or self._stopped_early() or last:
                     break
                 rate_now = self._learning_rate(state.step)
-                found = self._step(batch, rate_now)
+                means = self._step(batch, rate_now)
                 state.step += 1
                 state.precision = self.precision
                 last = state.step == self.steps or self._any(self._out_of_time())
@@ -202,14 +196,14 @@ class Trainer:
                 save = state.step % config.save_every == 0 or measure or stop
                 if not save and state.step % self._read_every:
                     continue
-                values = self._read(found)
+                self._check()
                 rate = (state.step - first) * self.batch_size / (time.perf_counter() - started)
-                progress = Progress(state.step, self.steps, values, rate_now, rate)
+                progress = Progress(state.step, self.steps, tuple(means.tolist()), rate_now, rate)
                 if measure:
                     progress.accuracy = self._evaluate()
                 if save:
                     self.save()
-                self._tell(progress)
+                self._on_progress(progress)
                 if stop:
                     raise InterruptedTrainingError(
                         f"stopped at step {state.step} of {self.steps}; run the same command again with --resume"
@@ -257,12 +251,12 @@ class Trainer:
             logits = self._module(batch.features[mine].to(accelerator.device).float(), tokens[:, :-1].clamp_min(0))
             if batch.finals is not None:
                 teacher = teacher_logits(batch.finals[mine].to(accelerator.device), self._lm_head)
-        found = losses(logits, draft_labels(self.heads, tokens[:, 1:]), teacher, config.distillation)
+        of_heads = losses(logits, draft_labels(self.heads, tokens[:, 1:]), teacher, config.distillation)
         # Over all processes; gradients are averaged over them, so each one's share is multiplied by their number.
-        counts = accelerator.reduce(found.counts, "sum").clamp_min(1)
+        counts = accelerator.reduce(of_heads.counts, "sum").clamp_min(1)
         weights = head_weights(len(counts), config.lambda_, counts.device)
-        loss = (weights * found.sums / counts).sum() * accelerator.num_processes
-        means = accelerator.reduce(found.sums.detach(), "sum") / counts
+        loss = (weights * of_heads.sums / counts).sum() * accelerator.num_processes
+        means = accelerator.reduce(of_heads.sums.detach(), "sum") / counts
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         accelerator.backward(loss)
@@ -275,13 +269,9 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         return torch.as_tensor(means)
 
-    def _read(self, found: Tensor) -> tuple[float, ...]:
-        """Waits for the device. Raises MedusaError where a loss was no number."""
-        self._check()
-        return tuple(found.tolist())
-
     def _check(self) -> None:
-        if (step := int(self._spoilt)) < _NO_LIMIT:
+        """Waits for the device. Raises MedusaError where a loss was no number."""
+        if (step := int(self._spoilt)) < NO_LIMIT:
             raise not_a_number(step, self._resumed_at, "training.learning_rate", self._directory / CHECKPOINT)
 
     def _learning_rate(self, step: int) -> float:
@@ -324,13 +314,13 @@ class Trainer:
 
 def not_a_number(step: int, resumed_at: int, rate: str, checkpoint: Path, part: str = "") -> MedusaError:
     """For a loss or a gradient, in the update after `step` others. `rate` is the setting to make smaller."""
-    told = f"the loss is not a number at step {step + 1}{part}"
+    problem = f"the loss is not a number at step {step + 1}{part}"
     if step == resumed_at:  # nothing was learned in between, so the weights were spoilt before
         return MedusaError(
-            f"{told}, the first after {checkpoint}: its weights are spoilt; delete it and begin anew with --resume "
+            f"{problem}, the first after {checkpoint}: its weights are spoilt; delete it and begin anew with --resume "
             f"and a smaller {rate}"
         )
-    return MedusaError(f"{told}: what was saved before is kept; go on with --resume and a smaller {rate}")
+    return MedusaError(f"{problem}: what was saved before is kept; go on with --resume and a smaller {rate}")
 
 
 def keep_freed_memory() -> None:

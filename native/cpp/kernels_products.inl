@@ -1,0 +1,224 @@
+// Products of packed weights, written once over a few vector operations.
+//
+// The including file defines, beside what kernels_generic.inl asks for:
+//   B (64 bytes of packed weights), I (32-bit integers), and on them
+//   load_bytes, int_set1, int_to_float, store_bytes(F of whole numbers),
+//   dot_bf16(F acc, B w, uint32 pair of x), dot_bytes(I acc, B unsigned, int32 four signed of x),
+//   low_nibbles, high_nibbles
+//   kAccumulators: how many F fit in registers beside the rest.
+
+// Bytes of one activation as `matmul` reads it, how 16 of them are stored, and what int4 makes of the scale of a group.
+constexpr std::size_t kInputBytes[kFormats] = {4, 2, 1, 1};
+inline void store_bfloat16_inputs(std::byte* p, F x) { store_bf16(p, x); }
+inline void store_int8_inputs(std::byte* p, F x) { store_bytes(p, x); }
+inline void store_int4_inputs(std::byte* p, F x) { store_bytes(p, x); }
+inline float int4_scale(float scale) { return scale; }
+inline std::int32_t int4_start(float) { return 0; }
+
+// Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
+// each. So each line that is read asks for the one at the same place in the panel to come.
+inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
+
+inline std::uint32_t word(const std::byte* p) {
+  std::uint32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
+
+template <int M, int NB>
+inline void tile_float32(const Panel& w, const std::byte* x, std::size_t stride, float* y, std::size_t y_stride) {
+  F acc[NB][M];
+  for (int b = 0; b < NB; b++)
+    for (int m = 0; m < M; m++) acc[b][m] = zero();
+  const float* weights = reinterpret_cast<const float*>(w.data);
+  const std::size_t block = w.block_bytes / sizeof(float);
+  for (int k = 0; k < w.inputs; k++) {
+    F wv[NB];
+    for (int b = 0; b < NB; b++) {
+      const float* at = weights + b * block + std::size_t(k) * kLanes;
+      fetch(reinterpret_cast<const std::byte*>(at), w.ahead);
+      wv[b] = load(at);
+    }
+    for (int m = 0; m < M; m++) {
+      F xv = set1(reinterpret_cast<const float*>(x + m * stride)[k]);
+      for (int b = 0; b < NB; b++) acc[b][m] = fma(wv[b], xv, acc[b][m]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int b = 0; b < NB; b++) store(y + m * y_stride + b * kLanes, acc[b][m]);
+}
+
+template <int M, int NB>
+inline void tile_bfloat16(const Panel& w, const std::byte* x, std::size_t stride, float* y, std::size_t y_stride) {
+  F acc[NB][M];
+  for (int b = 0; b < NB; b++)
+    for (int m = 0; m < M; m++) acc[b][m] = zero();
+  for (int k = 0; k < w.inputs / 2; k++) {
+    B wv[NB];
+    for (int b = 0; b < NB; b++) {
+      const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+      fetch(at, w.ahead);
+      wv[b] = load_bytes(at);
+    }
+    for (int m = 0; m < M; m++) {
+      std::uint32_t xv = word(x + m * stride + std::size_t(k) * 4);
+      for (int b = 0; b < NB; b++) acc[b][m] = dot_bf16(acc[b][m], wv[b], xv);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int b = 0; b < NB; b++) store(y + m * y_stride + b * kLanes, acc[b][m]);
+}
+
+template <int M, int NB>
+inline void tile_int8(const Panel& w, const Activations& a, int first, float* y, std::size_t y_stride) {
+  constexpr int steps = kInt8Group / 4;
+  F acc[NB][M];
+  for (int b = 0; b < NB; b++)
+    for (int m = 0; m < M; m++) acc[b][m] = zero();
+  const std::byte* x = a.data + first * a.stride;
+  const int groups = w.inputs / kInt8Group;
+  const std::byte* scales = w.data + std::size_t(w.inputs) * kLanes;
+  for (int g = 0; g < groups; g++) {
+    I sum[NB][M];
+    for (int m = 0; m < M; m++) {
+      I start = int_set1(a.start[(first + m) * a.groups + g]);
+      for (int b = 0; b < NB; b++) sum[b][m] = start;
+    }
+    for (int k = g * steps; k < (g + 1) * steps; k++) {
+      B wv[NB];
+      for (int b = 0; b < NB; b++) {
+      const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+      fetch(at, w.ahead);
+      wv[b] = load_bytes(at);
+    }
+      for (int m = 0; m < M; m++) {
+        std::int32_t xv = std::int32_t(word(x + m * a.stride + std::size_t(k) * 4));
+        for (int b = 0; b < NB; b++) sum[b][m] = dot_bytes(sum[b][m], wv[b], xv);
+      }
+    }
+    F scale[NB];
+    for (int b = 0; b < NB; b++) {
+      const std::byte* at = scales + b * w.block_bytes + std::size_t(g) * 2 * kLanes;
+      fetch(at, w.ahead);
+      scale[b] = load_bf16(at);
+    }
+    for (int m = 0; m < M; m++) {
+      F xs = set1(a.scales[(first + m) * a.groups + g]);
+      for (int b = 0; b < NB; b++) acc[b][m] = fma(mul(int_to_float(sum[b][m]), xs), scale[b], acc[b][m]);
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int b = 0; b < NB; b++) store(y + m * y_stride + b * kLanes, acc[b][m]);
+}
+
+template <int M, int NB>
+inline void tile_int4(const Panel& w, const Activations& a, int first, float* y, std::size_t y_stride) {
+  constexpr int steps = kInt4Group / 8;
+  F acc[NB][M];
+  for (int b = 0; b < NB; b++)
+    for (int m = 0; m < M; m++) acc[b][m] = zero();
+  const std::byte* x = a.data + first * a.stride;
+  const int groups = w.inputs / kInt4Group;
+  const std::byte* scales = w.data + std::size_t(w.inputs) * kLanes / 2;
+  for (int g = 0; g < groups; g++) {
+    I sum[NB][M];
+    for (int b = 0; b < NB; b++)
+      for (int m = 0; m < M; m++) sum[b][m] = int_set1(0);
+    for (int k = g * steps; k < (g + 1) * steps; k++) {
+      B low[NB], high[NB];
+      for (int b = 0; b < NB; b++) {
+        const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+        fetch(at, w.ahead);
+        B both = load_bytes(at);
+        low[b] = low_nibbles(both);
+        high[b] = high_nibbles(both);
+      }
+      for (int m = 0; m < M; m++) {
+        std::int32_t x0 = std::int32_t(word(x + m * a.stride + std::size_t(k) * 8));
+        std::int32_t x1 = std::int32_t(word(x + m * a.stride + std::size_t(k) * 8 + 4));
+        for (int b = 0; b < NB; b++) sum[b][m] = dot_bytes(dot_bytes(sum[b][m], low[b], x0), high[b], x1);
+      }
+    }
+    F scale[NB], minimum[NB];
+    for (int b = 0; b < NB; b++) {
+      const std::byte* at = scales + b * w.block_bytes + std::size_t(g) * 4 * kLanes;
+      fetch(at, w.ahead);
+      scale[b] = load_bf16(at);
+      minimum[b] = load_bf16(at + 2 * kLanes);
+    }
+    for (int m = 0; m < M; m++) {
+      F xs = set1(a.scales[(first + m) * a.groups + g]);
+      F total = set1(a.sums[(first + m) * a.groups + g]);
+      for (int b = 0; b < NB; b++) {
+        acc[b][m] = fma(minimum[b], total, acc[b][m]);
+        acc[b][m] = fma(mul(int_to_float(sum[b][m]), xs), scale[b], acc[b][m]);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int b = 0; b < NB; b++) store(y + m * y_stride + b * kLanes, acc[b][m]);
+}
+
+template <Format format, int M, int NB>
+inline void tile(const Panel& w, const Activations& a, int first, float* y, std::size_t y_stride) {
+  if constexpr (format == Format::float32)
+    tile_float32<M, NB>(w, a.data + first * a.stride, a.stride, y, y_stride);
+  else if constexpr (format == Format::bfloat16)
+    tile_bfloat16<M, NB>(w, a.data + first * a.stride, a.stride, y, y_stride);
+  else if constexpr (format == Format::int8)
+    tile_int8<M, NB>(w, a, first, y, y_stride);
+  else
+    tile_int4<M, NB>(w, a, first, y, y_stride);
+}
+
+// Integer products keep a sum of integers and one of floats for each output, so half as many fit.
+template <Format format>
+inline constexpr int kRoom = (format == Format::int8 || format == Format::int4) ? kAccumulators / 2 : kAccumulators;
+template <Format format>
+inline constexpr int kMostRows = kRoom<format> < 12 ? kRoom<format> : 12;
+
+template <Format format, int M, int NB>
+inline void panel_rows(Panel w, const Activations& a, int first, float* y, std::size_t y_stride) {
+  // Blocks of the panel, as many at a time as registers hold beside M rows.
+  constexpr int fit = kRoom<format> / M < 1 ? 1 : kRoom<format> / M;
+  if constexpr (NB > fit) {
+    panel_rows<format, M, fit>(w, a, first, y, y_stride);
+    Panel rest = w;
+    rest.data += fit * w.block_bytes;
+    panel_rows<format, M, NB - fit>(rest, a, first, y + fit * kLanes, y_stride);
+  } else {
+    tile<format, M, NB>(w, a, first, y, y_stride);
+  }
+}
+
+template <Format format, int M>
+inline void rows_of(const Panel& w, const Activations& a, int first, float* y, std::size_t y_stride) {
+  switch (w.blocks) {
+    case 1: panel_rows<format, M, 1>(w, a, first, y, y_stride); break;
+    case 2: panel_rows<format, M, 2>(w, a, first, y, y_stride); break;
+    case 3: panel_rows<format, M, 3>(w, a, first, y, y_stride); break;
+    default: panel_rows<format, M, 4>(w, a, first, y, y_stride); break;
+  }
+}
+
+template <Format format, int M>
+inline void dispatch_rows(int count, const Panel& w, const Activations& a, int first, float* y, std::size_t stride) {
+  if constexpr (M > 1) {
+    if (count < M) return dispatch_rows<format, M - 1>(count, w, a, first, y, stride);
+  }
+  rows_of<format, M>(w, a, first, y, stride);
+}
+
+template <Format format>
+void matmul(const Panel& panel, const Activations& a, int tokens, float* y, std::size_t y_stride) {
+  constexpr int most = kMostRows<format>;
+  Panel w = panel;
+  // Even shares: 16 rows are 8 and 8, not 12 and 4.
+  const int passes = (tokens + most - 1) / most;
+  for (int pass = 0, first = 0; pass < passes; pass++) {
+    int count = (tokens - first + passes - pass - 1) / (passes - pass);
+    dispatch_rows<format, most>(count, w, a, first, y + first * y_stride, y_stride);
+    first += count;
+    w.ahead = 0;  // once is enough
+  }
+}

@@ -264,6 +264,9 @@ def test_models_tokens_and_the_document(client: Client, lm: LanguageModel) -> No
     assert chat["tokens"] == lm.encode("Hello")
     assert chat["count"] == len(chat["tokens"])
     paths = client.http.get("/openapi.json").json()["paths"]
+    whole = paths["/v1/chat/completions"]["post"]["responses"]
+    assert set(whole["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert {"4XX", "5XX"} <= whole.keys()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/health"} <= paths.keys()
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 import medusa
 from medusa.serve.engine import Engine
@@ -37,7 +37,13 @@ log = logging.getLogger("medusa.serve")
 
 T = TypeVar("T")
 
-_ERROR = {"description": "An error in OpenAI's shape."}
+_TEXT = {"type": ["string", "null"]}
+_FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": _TEXT, "code": _TEXT}
+_SHAPE = {"type": "object", "properties": {"error": {"type": "object", "properties": _FIELDS}}, "required": ["error"]}
+_ERROR = {"description": "An error in OpenAI's shape.", "content": {"application/json": {"schema": _SHAPE}}}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 
 
@@ -91,7 +97,7 @@ def _handle_errors(app: FastAPI) -> None:
 
 
 def _add_answers(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answers a conversation."""
         front.check_model(asked.model)
@@ -112,7 +118,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         answers = _ask(front, wanted, request)
         return await _reply(request, ChatForm(front, answers, asked), answers, asked.stream, DONE)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         """Goes on with texts."""
         front.check_model(asked.model)
@@ -134,7 +140,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         answers = _ask(front, wanted, request)
         return await _reply(request, CompletionForm(front, answers, asked, echoes), answers, asked.stream, DONE)
 
-    @app.post("/v1/responses")
+    @app.post("/v1/responses", responses=STREAMED)
     async def responses(asked: ResponsesRequest, request: Request) -> Response:
         """Answers a text or a conversation; nothing is stored."""
         front.check_model(asked.model)
@@ -192,13 +198,13 @@ def _add_health(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
         """Whether the server runs."""
         return Json({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Not now; the reason.", "content": {"application/json": {}}}})
     async def ready() -> Response:
         """Whether it answers: not while it ends, nor where the engine does not get on."""
         reason = engine.trouble()
         return Json({"status": "ready"}) if reason is None else Json({"status": "not ready", "reason": reason}, 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
         """For Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

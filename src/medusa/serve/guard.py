@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 from medusa.errors import MedusaError, UsageError
 from medusa.serve.errors import ApiError, bad
@@ -37,10 +37,8 @@ BODY_SECONDS = 30.0  # for a request's body to arrive
 ENVIRONMENT_KEY = "MEDUSA_API_KEY"
 
 
-class Json(Response):
+class Json(JSONResponse):
     """In ASCII: what a client sent may hold half characters, and stands in errors."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, separators=(",", ":")).encode()

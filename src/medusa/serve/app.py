@@ -42,7 +42,7 @@ _FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": _
 _SHAPE = {"type": "object", "properties": {"error": {"type": "object", "properties": _FIELDS}}, "required": ["error"]}
 _ERROR = {"description": "An error in OpenAI's shape.", "content": {"application/json": {"schema": _SHAPE}}}
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"description": "The answer, or its events.", "content": {"text/event-stream": {}}}
 }
 ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 

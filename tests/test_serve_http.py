@@ -31,7 +31,7 @@ from medusa.serve.engine import Engine
 from medusa.serve.guard import Keys
 from medusa.serve.run import JsonLines
 from medusa.serve.settings import ServerSettings
-from serving import listening, model, server, wait_for
+from serving import Client, listening, model, server, wait_for
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 
@@ -39,24 +39,28 @@ MESSAGES: list[Any] = [{"role": "user", "content": "Hello"}]
 # --- the guard --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Client]:
+    with server(keys=["key-1", "key-2"]) as client:
+        yield client
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"])
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Bearer key-", "Basic key-1", "Bearer key-1x"])
-def test_every_route_with_texts_asks_for_a_key(path: str, header: str | None) -> None:
-    with server(keys=["key-1", "key-2"]) as client:
-        headers = {} if header is None else {"Authorization": header}
-        error = client.post(path, {}, 401, **headers)["error"]
-        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+def test_every_route_with_texts_asks_for_a_key(locked: Client, path: str, header: str | None) -> None:
+    headers = {} if header is None else {"Authorization": header}
+    error = locked.post(path, {}, 401, **headers)["error"]
+    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
 
 
-def test_any_of_the_keys_opens_and_health_needs_none() -> None:
-    with server(keys=["key-1", "key-2"]) as client:
-        for key in ("key-1", "key-2"):
-            answer = client.http.get("/v1/models", headers={"Authorization": f"bearer {key}"})
-            assert answer.status_code == 200
-        for path in ("/health", "/ready", "/metrics", "/openapi.json"):
-            assert client.http.get(path).status_code == 200
-        for path in ("/v1/models", "/detokenize", "/v1/nothing", "/page", "/docs"):
-            assert client.http.get(path).status_code == 401
+def test_any_of_the_keys_opens_and_health_needs_none(locked: Client) -> None:
+    for key in ("key-1", "key-2"):
+        answer = locked.http.get("/v1/models", headers={"Authorization": f"bearer {key}"})
+        assert answer.status_code == 200
+    for path in ("/health", "/ready", "/metrics", "/openapi.json"):
+        assert locked.http.get(path).status_code == 200
+    for path in ("/v1/models", "/detokenize", "/v1/nothing", "/page", "/docs"):
+        assert locked.http.get(path).status_code == 401
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -288,6 +288,18 @@ def test_at_its_end_the_engine_refuses_and_says_what_it_has_promised(
     assert [len(listener.tokens) for _, listener in jobs] == [5, 5]
 
 
+def test_the_engine_can_be_ended_between_two_steps(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(slots=1)
+    held = Held(bench, monkeypatch)
+    _, listener = bench.ask([5, 6], tokens=100)
+    wait_for(lambda: held.begun == 1)
+    assert not bench.engine.abort(0.01)
+    held.let()
+    assert bench.engine.abort(20)
+    assert held.begun == 1
+    assert len(listener.tokens) < 100
+
+
 def test_who_asks_for_much_does_not_keep_others_waiting() -> None:
     queue: FairQueue[Any] = FairQueue()
     jobs = {name: Named(name) for name in ("a1", "a2", "a3", "b1", "c1", "c2")}

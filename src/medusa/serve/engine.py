@@ -88,6 +88,7 @@ class Engine:
         self._lock = threading.Lock()
         self._unfinished = 0  # jobs taken on and not ended
         self._closing = False
+        self._aborted = False
         self._steppers: dict[str, Stepper] = {"": lm.stepper}
         self._schedulers: deque[Scheduler] = deque()  # whose turn it is stands first
         self._of: dict[str, Scheduler] = {}  # drafter -> its scheduler
@@ -126,6 +127,14 @@ class Engine:
         self.refuse()
         self._inbox.put(("close", None))
         self._thread.join(wait)
+
+    def abort(self, wait: float) -> bool:
+        """Ends after the step that is under way, whatever is left; False: that takes longer than so many seconds."""
+        self.refuse()
+        self._aborted = True
+        self._inbox.put(("close", None))
+        self._thread.join(wait)
+        return not self._thread.is_alive()
 
     def refuse(self) -> None:
         """Takes on nothing more."""
@@ -178,7 +187,7 @@ class Engine:
         """Takes what has come, and waits for it where there is nothing to do. False: it is time to end."""
         while True:
             idle = not self._unfinished
-            if idle and self._closing:
+            if self._aborted or (idle and self._closing):
                 return False
             try:
                 what, job = self._inbox.get(block=idle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from medusa.serve.engine import Engine
 from medusa.serve.guard import Keys
 from medusa.serve.settings import ServerSettings
 
-log = logging.getLogger("medusa.serve")
+ABORT_SECONDS = 10.0  # for the step that is under way at the second signal
 
 
 class Server(uvicorn.Server):
@@ -50,6 +51,8 @@ def serve(lm: LanguageModel, settings: ServerSettings, keys: Keys) -> None:
     """Serves until a signal ends it."""
     app, engine = create_app(lm, settings, keys)
     Server(configure(app, settings), engine).run()
+    if not engine.abort(ABORT_SECONDS):  # Python cannot end in order while a thread computes
+        os._exit(1)
 
 
 def configure(app: Any, settings: ServerSettings) -> uvicorn.Config:

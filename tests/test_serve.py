@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -459,9 +460,11 @@ def test_the_command_warns_where_strangers_can_ask(
     keys = tmp_path / "keys"
     keys.write_text("key-1\n")
     warned = []
+    options = ["--port", "0", "--slots", "3", "--context", "99", "--allowed-host", "a", "--allowed-host", "b"]
     for more in ([], ["--host", "0.0.0.0"], ["--host", "0.0.0.0", "--api-key-file", str(keys)]):
         with pytest.raises(SystemExit) as done:
-            main(["serve", "--slots", "3", "--context", "99", "--allowed-host", "a", "--allowed-host", "b", *more])
+            main(["serve", *options, *more])
+        served[-1][3].close()
         assert not done.value.code
         warned.append("Warning" in capsys.readouterr().err)
     assert warned == [False, True, False]
@@ -480,3 +483,10 @@ def test_without_the_extra_the_command_says_what_to_install(
         main(["serve"])
     assert done.value.code == 1
     assert "medusa-decode[serve]" in capsys.readouterr().err
+
+
+def test_a_port_that_another_has_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SystemExit) as done:
+        main(["serve", "--port", str(other.getsockname()[1])])
+    assert done.value.code == 1
+    assert "cannot listen on 127.0.0.1, port" in capsys.readouterr().err

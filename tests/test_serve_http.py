@@ -297,7 +297,7 @@ def test_forty_clients_that_leave_at_random_leave_nothing_behind(there: tuple[st
 PROGRAM = """
     import sys, time
     from medusa.serve.guard import Keys
-    from medusa.serve.run import serve, log_to_stderr
+    from medusa.serve.run import bind, serve, log_to_stderr
     from medusa.serve.settings import ServerSettings
     from serving import model
     lm = model()
@@ -307,7 +307,8 @@ PROGRAM = """
         return step(rows)
     lm.stepper.step = slowly
     log_to_stderr()
-    serve(lm, ServerSettings(port=int(sys.argv[1]), temperature=0.0), Keys([]))
+    settings = ServerSettings(port=int(sys.argv[1]), temperature=0.0)
+    serve(lm, settings, Keys([]), bind(settings))
     print("ended", flush=True)
 """
 

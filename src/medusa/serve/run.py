@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import uvicorn
 
 from medusa.api import LanguageModel
+from medusa.errors import MedusaError
 from medusa.serve.app import create_app
 from medusa.serve.engine import Engine
 from medusa.serve.guard import Keys
@@ -47,10 +49,22 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(lm: LanguageModel, settings: ServerSettings, keys: Keys) -> None:
+def bind(settings: ServerSettings) -> socket.socket:
+    """The address is ours from now on; nobody listens yet. Raises MedusaError where it cannot be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((settings.host, settings.port))
+    except OSError as error:
+        bound.close()
+        raise MedusaError(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror}") from None
+    return bound
+
+
+def serve(lm: LanguageModel, settings: ServerSettings, keys: Keys, bound: socket.socket) -> None:
     """Serves until a signal ends it."""
     app, engine = create_app(lm, settings, keys)
-    Server(configure(app, settings), engine).run()
+    Server(configure(app, settings), engine).run(sockets=[bound])
     if not engine.abort(ABORT_SECONDS):  # Python cannot end in order while a thread computes
         os._exit(1)
 

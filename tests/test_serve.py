@@ -253,6 +253,16 @@ def test_how_it_was_decoded_is_told_where_that_is_asked_for(client: Client, lm: 
     assert not any("tree" in event.get("medusa", {}) for event in spans)
 
 
+def test_the_drafter_of_the_model_by_its_name_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So requests that name it share their passes with those that do not."""
+    lm = model()
+    monkeypatch.setattr(lm, "make_stepper", lambda name: 1 / 0)
+    with server(lm) as client:
+        for name in ("ngram", "union"):  # of a model without heads
+            assert client.chat(max_tokens=3, drafter=name)["choices"]
+        assert client.chat(max_tokens=3, drafter="none", status=500)
+
+
 def test_models_tokens_and_the_document(client: Client, lm: LanguageModel) -> None:
     listed = client.http.get("/v1/models").json()
     assert [one["id"] for one in listed["data"]] == ["tiny"]

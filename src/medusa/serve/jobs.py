@@ -100,6 +100,9 @@ class Front:
             raise bad(f"n: {count} answers are asked for, but at most {self.settings.max_choices} may be", "n")
         if limit is not None and wanted.max_tokens is not None and wanted.max_tokens > limit:
             raise bad(f"max_tokens may be at most {limit} here, not {wanted.max_tokens}", "max_tokens")
+        # By its own name the model's drafter is the model's drafter still: such requests share their passes.
+        drafter = "ngram" if wanted.drafter == "union" and self.lm.heads is None else wanted.drafter
+        drafter = "" if drafter == self.lm.stepper.drafter.name else drafter
         most = min(wanted.max_tokens or limit or backend.max_length, backend.max_length)
         ends = frozenset(self.lm.eos_token_ids)
         jobs: list[Job] = []
@@ -116,7 +119,7 @@ class Front:
                 except UsageError as error:
                     raise bad(str(error), wanted.param) from None
                 text = TextOfSteps(self.lm.tokenizer, StopStrings(tuple(wanted.stop)), ends, len(prompt))
-                job = Job(request, text, _Teller(tell, len(jobs)), wanted.drafter, client, name, leader)
+                job = Job(request, text, _Teller(tell, len(jobs)), drafter, client, name, leader)
                 leader = leader or job
                 jobs.append(job)
         return jobs

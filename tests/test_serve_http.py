@@ -372,5 +372,6 @@ def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], int]
         running.send_signal(signal.SIGTERM)
         wait_for(lambda: not _listens(port))
         running.send_signal(signal.SIGTERM)
-        running.communicate(timeout=10)
+        _, err = running.communicate(timeout=10)
     assert running.returncode == 0
+    assert "Traceback" not in err

@@ -47,6 +47,8 @@ class Server(uvicorn.Server):
         self._engine.refuse()
         self.force_exit = self.should_exit
         self.should_exit = True
+        if self.force_exit:  # uvicorn would log how its tasks are cancelled, as an error
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def bind(settings: ServerSettings) -> socket.socket:

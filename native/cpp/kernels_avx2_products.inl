@@ -164,7 +164,7 @@ __attribute__((noinline)) void tile_bfloat16(Tile t) {
 
 template <int M, int H, int S>
 __attribute__((noinline)) void tile_int8(Tile t) {
-  constexpr int steps = kInt8Group / 4;
+  constexpr int steps = kInt8Group / 4, unrolled = 4;
   give_sums<M, H>(t);
   const std::byte* w = t.weights;
   const std::byte* x = t.x.data;
@@ -176,16 +176,20 @@ __attribute__((noinline)) void tile_int8(Tile t) {
       const __m256i start = _mm256_set1_epi32(t.x.start[m * t.x.groups + g]);
       each<H>([&](auto h) INLINE { sum[m][h] = start; });
     });
-    for (int k = 0; k < steps; k++, w += 64, x += 4 * kInt8Parts, next += t.step) {
-      each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next, (b + S) * t.block_bytes); });
-      each<kInt8Parts>([&](auto part) INLINE {
-        __m256i wide[H];
-        each<H>([&](auto h) INLINE { wide[h] = int8_part(load_half(w, t.block_bytes, h + S), part); });
-        each<M>([&](auto m) INLINE {
-          const __m256i xs = broadcast(x + m * t.x.stride + 4 * part);
-          each<H>([&](auto h) INLINE { add_int8(sum[m][h], wide[h], xs); });
+    for (int k = 0; k < steps; k += unrolled) {
+      each<unrolled>([&](auto u) INLINE {
+        each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next, (b + S) * t.block_bytes); });
+        next += t.step;
+        each<kInt8Parts>([&](auto part) INLINE {
+          __m256i wide[H];
+          each<H>([&](auto h) INLINE { wide[h] = int8_part(load_half(w + 64 * u, t.block_bytes, h + S), part); });
+          each<M>([&](auto m) INLINE {
+            const __m256i xs = broadcast(x + m * t.x.stride + 4 * (kInt8Parts * u + part));
+            each<H>([&](auto h) INLINE { add_int8(sum[m][h], wide[h], xs); });
+          });
         });
       });
+      w += 64 * unrolled, x += 4 * kInt8Parts * unrolled;
     }
     const std::byte* at = t.scales + std::size_t(g) * 2 * kLanes;
     each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(at + (b + S) * t.block_bytes, t.scales_ahead); });
@@ -206,7 +210,7 @@ INLINE inline __m256i int4_part(__m256i both, int part) {
   return _mm256_and_si256(part == 0 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
 }
 
-template <int M, int H, int S>
+template <int M, int H>
 __attribute__((noinline)) void tile_int4(Tile t) {
   constexpr int steps = kInt4Group / 8;
   give_sums<M, H>(t);
@@ -217,10 +221,10 @@ __attribute__((noinline)) void tile_int4(Tile t) {
     asm volatile("" ::: "memory");
     __m256i sum[M][H];
     each<steps>([&](auto k) INLINE {
-      each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next + k * t.step, (b + S) * t.block_bytes); });
+      each<(H + 1) / 2>([&](auto b) INLINE { fetch(next + k * t.step, b * t.block_bytes); });
       each<2>([&](auto part) INLINE {
         __m256i bytes[H];
-        each<H>([&](auto h) INLINE { bytes[h] = int4_part(load_half(w + 64 * k, t.block_bytes, h + S), part); });
+        each<H>([&](auto h) INLINE { bytes[h] = int4_part(load_half(w + 64 * k, t.block_bytes, h), part); });
         each<M>([&](auto m) INLINE {
           const __m256i four = broadcast(x + m * t.x.stride + 8 * k + 4 * part);
           each<H>([&](auto h) INLINE {
@@ -232,10 +236,9 @@ __attribute__((noinline)) void tile_int4(Tile t) {
     });
     w += 64 * steps, x += 8 * steps, next += t.step * steps;
     const std::byte* at = t.scales + std::size_t(g) * 4 * kLanes;
-    each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(at + (b + S) * t.block_bytes, t.scales_ahead); });
+    each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
     each<H>([&](auto h) INLINE {
-      const __m256 scale = half_bf16(at, t.block_bytes, h + S);
-      const __m256 minimum = half_bf16(at + 2 * kLanes, t.block_bytes, h + S);
+      const __m256 scale = half_bf16(at, t.block_bytes, h), minimum = half_bf16(at + 2 * kLanes, t.block_bytes, h);
       each<M>([&](auto m) INLINE {
         const std::size_t group = m * t.x.groups + g;
         const __m256 product = _mm256_fmadd_ps(_mm256_castsi256_ps(lifted_int4(sum[m][h])),
@@ -253,11 +256,13 @@ __attribute__((noinline)) void tile_int4(Tile t) {
 constexpr int kTileRows = 6;
 constexpr int kStretchBytes = 8192;  // of weights of a block
 
-// Halves of blocks that a tile of some rows takes side by side: 12 sums hide how long a multiply-add of floats takes.
+// Halves of blocks that a tile of some rows takes side by side: 12 sums hide how long a multiply-add of floats, or of
+// fours of bytes, takes. Where weights are widened for it, there is room for 8.
 constexpr int halves_beside(Format format, int rows) {
   if (rows == 1) return 8;
   if (rows == 2) return 4;
-  if (format == Format::float32 || format == Format::bfloat16) return rows == 3 ? 4 : rows == 4 ? 3 : 2;
+  const bool threes = format == Format::int8 ? kInt8Parts == 1 : format != Format::int4;
+  if (threes) return rows == 3 ? 4 : rows == 4 ? 3 : 2;
   return 2;
 }
 
@@ -265,7 +270,7 @@ template <Format format, int M, int H>
 INLINE inline void tile(const Tile& t, bool second) {
   constexpr int S = H == 3;  // only threes begin in the middle of a block
   if constexpr (format == Format::int8) S && second ? tile_int8<M, H, S>(t) : tile_int8<M, H, 0>(t);
-  else if constexpr (format == Format::int4) S && second ? tile_int4<M, H, S>(t) : tile_int4<M, H, 0>(t);
+  else if constexpr (format == Format::int4) tile_int4<M, H>(t);
   else if constexpr (format == Format::float32) S && second ? tile_float32<M, H, S>(t) : tile_float32<M, H, 0>(t);
   else S && second ? tile_bfloat16<M, H, S>(t) : tile_bfloat16<M, H, 0>(t);
 }

@@ -9,8 +9,8 @@ namespace {
 
 #include "kernels_avx2.inl"
 
-// int8: 4 inputs of 8 outputs at a time, as two pairs of 16-bit numbers, so no sum saturates. Activations lie widened, in
-// the order 0, 2, 1, 3, as the weights' bytes come out of a mask and a shift.
+// int8: 4 inputs of 8 outputs at a time, as two pairs of 16-bit numbers, so no sum saturates. Activations lie widened,
+// in the order 0, 2, 1, 3, as the weights' bytes come out of a mask and a shift.
 constexpr int kInt8Parts = 2;
 inline void store_int8_inputs(std::byte* p, F x) {
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //

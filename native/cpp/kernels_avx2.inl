@@ -1,7 +1,7 @@
 // Vector operations of AVX2 and FMA: a vector of 16 is two registers. Included by the files of AVX2 and AVX-VNNI, which
 // add the products of bytes that kernels_avx2_products.inl asks for.
 
-#define INLINE __attribute__((always_inline))
+#include "kernels_each.inl"
 
 struct F {
   __m256 a, b;

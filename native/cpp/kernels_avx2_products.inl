@@ -9,8 +9,7 @@
 // Activations lie as the products read them, so that a step of the inner loop only broadcasts them: float32 for
 // bfloat16, 16-bit numbers or bytes for int8, bytes for int4. Weights are widened once for all rows of a tile.
 //
-// Loops over a tile's rows and halves of blocks are unrolled by `each`, before the compiler decides what lives in
-// registers: arrays that plain loops go through stay in memory.
+// Loops over a tile's rows and halves of blocks are unrolled by `each`, see kernels_each.inl.
 
 constexpr std::size_t kInputBytes[kFormats] = {4, 4, kInt8Parts, 1};
 
@@ -38,20 +37,6 @@ inline std::int32_t int4_start(float scale) {
 // Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
 // each. So what is read asks for what lies at the same place in the panel to come.
 inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
-
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-
-// body(Index<0>), body(Index<1>) and so on.
-template <int N, int I = 0, typename Body>
-INLINE inline void each(Body&& body) {
-  if constexpr (I < N) {
-    body(Index<I>{});
-    each<N, I + 1>(body);
-  }
-}
 
 // Sums that stay in their registers, in the order written. Left to themselves, compilers gather the loads of all rows
 // before the first product and spill.

@@ -9,7 +9,8 @@ namespace {
 
 #include "kernels_avx2.inl"
 
-// One instruction multiplies 4 unsigned bytes of weights, as they lie, with 4 signed ones and adds all to a sum of 32 bits.
+// One instruction multiplies 4 unsigned bytes of weights, as they lie, with 4 signed ones and adds all to a sum of 32
+// bits.
 INLINE inline __m256i dot_bytes(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 
 constexpr int kInt8Parts = 1;

@@ -86,7 +86,8 @@ def trees(draw: st.DrawFn, max_nodes: int = 14) -> Nodes:
 def test_the_instruction_sets_are_known_and_plain_cpp_is_always_there() -> None:
     assert ISAS[-1] == "portable"
     assert len(set(ISAS)) == len(ISAS)
-    assert set(ISAS) <= {"avx512_bf16", "avx512", "avx2", "neon", "portable"}
+    best_first = ["avx512_bf16", "avx512", "avx_vnni", "avx2", "neon", "portable"]
+    assert [isa for isa in best_first if isa in ISAS] == ISAS
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------
@@ -510,6 +511,15 @@ def test_instruction_sets_agree_with_plain_cpp(isa: str, precision: str) -> None
     for family in ("llama", "qwen3"):
         found, expected = logits_of(family, precision, isa), logits_of(family, precision, "portable")
         assert cosine(found, expected) > (1 - 1e-9 if precision == "float32" else 0.9999)
+
+
+@every_precision
+@pytest.mark.skipif("avx_vnni" not in ISAS, reason="this machine or this build has no AVX-VNNI")
+def test_avx_vnni_gives_the_bits_of_avx2(precision: str) -> None:
+    """It multiplies bytes by another instruction, and sums of whole numbers have but one value."""
+    for family in ("llama", "qwen3"):
+        found, expected = (logits_of(family, precision, isa) for isa in ("avx_vnni", "avx2"))
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 @every_precision

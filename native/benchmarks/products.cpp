@@ -2,8 +2,8 @@
 //     medusa_products [--megabytes N] [--seconds S] [--shape OUTPUTSxINPUTS] ISA [ISA ...]
 //
 // For each shape, format and number of rows: the shortest of many turns, in G multiply-adds a second, in percent of
-// what AVX2 can do (multiply-adds of floats; for int8 pairs of 16-bit numbers, for int4 pairs of bytes), and as a
-// multiple of the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With
+// what AVX2 can do (multiply-adds of floats; for int8 pairs of 16-bit numbers, for int4 pairs of bytes; for avx_vnni
+// fours of bytes), and as a multiple of the time of one row. The sets of instructions take turns, so what disturbs one disturbs the others. With
 // --megabytes there are so many copies of a matrix that each comes from memory (default: from the cache). Best pinned
 // to one processor (taskset -c 1).
 #include <algorithm>
@@ -35,30 +35,42 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// --- ceilings of AVX2 ---
+// --- ceilings of AVX2 and AVX-VNNI ---
 
 #if defined(__x86_64__)
 #define EIGHT(a) a(0) a(1) a(2) a(3) a(4) a(5) a(6) a(7)
+#define TWELVE(a) EIGHT(a) a(8) a(9) a(10) a(11)
 #define FMA(i) "vfmadd231ps %%ymm12,%%ymm12,%%ymm" #i "\n"
 #define PAIRS(i) "vpmaddwd %%ymm12,%%ymm12,%%ymm13\n vpaddd %%ymm13,%%ymm" #i ",%%ymm" #i "\n"
 #define BYTES(i) "vpmaddubsw %%ymm12,%%ymm12,%%ymm13\n vpaddw %%ymm13,%%ymm" #i ",%%ymm" #i "\n"
-#define MEASURE(what)                                                                                        \
-  asm volatile("vpxor %%ymm12,%%ymm12,%%ymm12\n"                                                             \
-               "1:\n" EIGHT(what) EIGHT(what) "dec %0\n jnz 1b\n vzeroupper\n"                               \
-               : "+r"(turns)::"cc", "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm12", \
-                 "ymm13")
-constexpr int kEach[] = {8, 8, 16, 32};  // multiply-adds of one instruction, or pair of them
-__attribute__((target("avx2,fma"))) double ceiling(int format) {
+// A "%" keeps the compiler from taking braces for its own.
+#define FOURS(i) "%{vex%} vpdpbusd %%ymm12,%%ymm12,%%ymm" #i "\n"
+#define MEASURE(sums)                                                                                      \
+  asm volatile("vpxor %%ymm12,%%ymm12,%%ymm12\n"                                                           \
+               "1:\n" sums sums "dec %0\n jnz 1b\n vzeroupper\n"                                           \
+               : "+r"(turns)::"cc", "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8",\
+                 "ymm9", "ymm10", "ymm11", "ymm12", "ymm13")
+__attribute__((target("avx2,fma"))) double ceiling(int format, bool vnni) {
   constexpr long count = 20000;
   long turns = count;
+  int sums = 8, each = 32;  // `each`: multiply-adds of one instruction, or pair of them
   const auto start = Clock::now();
-  if (format <= int(Format::bfloat16)) MEASURE(FMA);
-  else if (format == int(Format::int8)) MEASURE(PAIRS);
-  else MEASURE(BYTES);
-  return double(count) * 16 * kEach[format] / seconds_since(start);
+  if (format <= int(Format::bfloat16)) {
+    MEASURE(EIGHT(FMA));
+    each = 8;
+  } else if (vnni) {
+    MEASURE(TWELVE(FOURS));
+    sums = 12;  // it takes 5 cycles, and two begin in each
+  } else if (format == int(Format::int8)) {
+    MEASURE(EIGHT(PAIRS));
+    each = 16;
+  } else {
+    MEASURE(EIGHT(BYTES));
+  }
+  return double(count) * 2 * sums * each / seconds_since(start);
 }
 #else
-double ceiling(int) { return 0; }
+double ceiling(int, bool) { return 0; }
 #endif
 
 // --- products ---
@@ -111,10 +123,11 @@ void measure(int outputs, int inputs, const std::vector<const Kernels*>& sets, d
     for (const Kernels* kernels : sets)
       rows.emplace_back(*kernels, Format(format), padded_inputs(Format(format), inputs), most, x.data());
     std::map<std::pair<int, int>, double> best;
-    double limit = 0;
+    std::vector<double> limits(sets.size());
     const auto start = Clock::now();
     for (int turn = 0; turn < 3 || seconds_since(start) < seconds; turn++) {
-      limit = std::max(limit, ceiling(format));
+      for (std::size_t set = 0; set < sets.size(); set++)
+        limits[set] = std::max(limits[set], ceiling(format, std::strcmp(sets[set]->name, "avx_vnni") == 0));
       for (int count : kRows)
         for (int set = 0; set < int(sets.size()); set++) {
           const double took = sweep(*sets[set], matrix, rows[set], count, y.data());
@@ -122,13 +135,13 @@ void measure(int outputs, int inputs, const std::vector<const Kernels*>& sets, d
           least = std::min(least, took);
         }
     }
-    std::printf("%d x %d %s; AVX2 can do %.1f G\n", outputs, inputs, kNames[format], limit / 1e9);
+    std::printf("%d x %d %s\n", outputs, inputs, kNames[format]);
     for (int set = 0; set < int(sets.size()); set++) {
-      std::printf("  %-12s", sets[set]->name);
+      std::printf("  %-12s (can do %.1f G)", sets[set]->name, limits[set] / 1e9);
       for (int count : kRows) {
         const double rate = double(outputs) * inputs * count / best[{set, count}];
         const double of_one = best[{set, count}] / best[{set, 1}];
-        std::printf(" %d: %.1f %.0f%% %.2fx", count, rate / 1e9, 100 * rate / limit, of_one);
+        std::printf(" %d: %.1f %.0f%% %.2fx", count, rate / 1e9, 100 * rate / limits[set], of_one);
       }
       std::printf("\n");
     }

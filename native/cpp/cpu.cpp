@@ -7,6 +7,10 @@
 #include "memory.hpp"
 #include "pool.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace medusa {
 namespace {
 
@@ -15,18 +19,30 @@ struct Choice {
   bool runs;
 };
 
+#if defined(__x86_64__)
+// Not all compilers know the name.
+bool has_avx_vnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || a < 1) return false;  // a: the last of the leaf's parts
+  __cpuid_count(7, 1, a, b, c, d);
+  return a >> 4 & 1;
+}
+#endif
+
 std::vector<const Kernels*> usable() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // asks the system, too
+  const bool vnni = avx2 && has_avx_vnni();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 #else
-  const bool avx2 = false, avx512 = false, bf16 = false;
+  const bool avx2 = false, vnni = false, avx512 = false, bf16 = false;
 #endif
   const Choice all[] = {{avx512_bf16_kernels(), bf16},
                         {avx512_kernels(), avx512},
+                        {avx_vnni_kernels(), vnni},
                         {avx2_kernels(), avx2},
                         {neon_kernels(), true},
                         {portable_kernels(), true}};

@@ -109,6 +109,7 @@ struct Kernels {
 // Null where this build or this machine lacks the set.
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
+const Kernels* avx_vnni_kernels();
 const Kernels* avx512_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* neon_kernels();

@@ -1,33 +1,25 @@
 // Products of packed weights for AVX2, where 16 registers of 8 lanes hold 12 sums beside what feeds them.
 //
-// Activations lie widened, so that a step of the inner loop only broadcasts them: float32 for bfloat16, 16-bit numbers
-// for int8 (inputs 0, 2, 1, 3 of each four, as the weights' bytes come out of a mask and a shift), bytes for int4.
-// Weights are widened once for all rows of a tile.
+// The including file defines, beside the vector operations of kernels_avx2.inl, how bytes are multiplied:
+//   kInt8Parts: in how many parts the 4 inputs of 8 outputs go, and for one of them
+//     store_int8_inputs(F of whole numbers), int8_part(4 inputs of weights), add_int8(32-bit sum, weights, inputs)
+//   first_int4(weights, inputs), add_int4(sum, weights, inputs) for 4 inputs as bytes,
+//   lifted_int4(sum of a group): the bits of kLift plus the sum
 //
-// Loops over a tile's rows and halves of blocks are unrolled by `each`, before the compiler decides what lives in
-// registers: arrays that plain loops go through stay in memory.
+// Activations lie as the products read them, so that a step of the inner loop only broadcasts them: float32 for
+// bfloat16, 16-bit numbers or bytes for int8, bytes for int4. Weights are widened once for all rows of a tile.
+//
+// Loops over a tile's rows and halves of blocks are unrolled by `each`, see kernels_each.inl.
 
-constexpr std::size_t kInputBytes[kFormats] = {4, 4, 2, 1};
+constexpr std::size_t kInputBytes[kFormats] = {4, 4, kInt8Parts, 1};
 
 inline void store_bfloat16_inputs(std::byte* p, F x) {
   store(reinterpret_cast<float*>(p), {_mm256_castsi256_ps(_mm256_slli_epi32(narrow(x.a), 16)),
                                       _mm256_castsi256_ps(_mm256_slli_epi32(narrow(x.b), 16))});
 }
-inline void store_int8_inputs(std::byte* p, F x) {
-  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
-                                         0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_shuffle_epi8(words_of(x), order));
-}
-inline void store_int4_inputs(std::byte* p, F x) {
-  __m256i words = words_of(x);
-  __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-}
+inline void store_int4_inputs(std::byte* p, F x) { store_bytes(p, x); }
 
-// An integer added to the bits of kLift is a float added to kLift, and (kLift + sum) * scale - kLift * scale, rounded
-// once, is sum * scale, as kLift * scale is exact where the last two bits of scale are 0: no sum needs a conversion.
-constexpr float kLift = 12582912.0f;  // 1.5 * 2^23
-constexpr std::int32_t kLiftBits = 0x4b400000;
+// What kLift asks for.
 inline float int4_scale(float scale) {
   std::uint32_t bits;
   __builtin_memcpy(&bits, &scale, 4);
@@ -46,22 +38,6 @@ inline std::int32_t int4_start(float scale) {
 // each. So what is read asks for what lies at the same place in the panel to come.
 inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
 
-#define INLINE __attribute__((always_inline))
-
-template <int I>
-struct Index {
-  constexpr operator int() const { return I; }
-};
-
-// body(Index<0>), body(Index<1>) and so on.
-template <int N, int I = 0, typename Body>
-INLINE inline void each(Body&& body) {
-  if constexpr (I < N) {
-    body(Index<I>{});
-    each<N, I + 1>(body);
-  }
-}
-
 // Sums that stay in their registers, in the order written. Left to themselves, compilers gather the loads of all rows
 // before the first product and spill.
 INLINE inline void add_product(__m256& sum, __m256 a, __m256 b) {
@@ -74,8 +50,6 @@ INLINE inline __m256i odd_halves(__m256i x) {
   asm volatile("vpand %1, %0, %0" : "+x"(x) : "m"(kOddHalves));
   return x;
 }
-INLINE inline void add_words(__m256i& sum, __m256i a) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
-INLINE inline void add_halves(__m256i& sum, __m256i a) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(a)); }
 
 // What a tile works on: a stretch of inputs, of halves of blocks side by side, for some rows. Its sums go on in y.
 struct Tile {
@@ -173,14 +147,9 @@ __attribute__((noinline)) void tile_bfloat16(Tile t) {
   });
 }
 
-// int8: 4 inputs of 8 outputs at a time, as pairs of 16-bit numbers, so no sum saturates.
-INLINE inline __m256i int8_part(__m256i four, int part) {
-  return part == 0 ? _mm256_and_si256(four, _mm256_set1_epi16(255)) : _mm256_srli_epi16(four, 8);
-}
-
-template <int M, int H>
+template <int M, int H, int S>
 __attribute__((noinline)) void tile_int8(Tile t) {
-  constexpr int steps = kInt8Group / 4;
+  constexpr int steps = kInt8Group / 4, unrolled = 4;
   give_sums<M, H>(t);
   const std::byte* w = t.weights;
   const std::byte* x = t.x.data;
@@ -192,21 +161,25 @@ __attribute__((noinline)) void tile_int8(Tile t) {
       const __m256i start = _mm256_set1_epi32(t.x.start[m * t.x.groups + g]);
       each<H>([&](auto h) INLINE { sum[m][h] = start; });
     });
-    for (int k = 0; k < steps; k++, w += 64, x += 8, next += t.step) {
-      each<(H + 1) / 2>([&](auto b) INLINE { fetch(next, b * t.block_bytes); });
-      each<2>([&](auto part) INLINE {
-        __m256i pairs[H];
-        each<H>([&](auto h) INLINE { pairs[h] = int8_part(load_half(w, t.block_bytes, h), part); });
-        each<M>([&](auto m) INLINE {
-          const __m256i pair = broadcast(x + m * t.x.stride + 4 * part);
-          each<H>([&](auto h) INLINE { add_words(sum[m][h], _mm256_madd_epi16(pairs[h], pair)); });
+    for (int k = 0; k < steps; k += unrolled) {
+      each<unrolled>([&](auto u) INLINE {
+        each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(next, (b + S) * t.block_bytes); });
+        next += t.step;
+        each<kInt8Parts>([&](auto part) INLINE {
+          __m256i wide[H];
+          each<H>([&](auto h) INLINE { wide[h] = int8_part(load_half(w + 64 * u, t.block_bytes, h + S), part); });
+          each<M>([&](auto m) INLINE {
+            const __m256i xs = broadcast(x + m * t.x.stride + 4 * (kInt8Parts * u + part));
+            each<H>([&](auto h) INLINE { add_int8(sum[m][h], wide[h], xs); });
+          });
         });
       });
+      w += 64 * unrolled, x += 4 * kInt8Parts * unrolled;
     }
     const std::byte* at = t.scales + std::size_t(g) * 2 * kLanes;
-    each<(H + 1) / 2>([&](auto b) INLINE { fetch(at + b * t.block_bytes, t.scales_ahead); });
+    each<(H + 1 - S) / 2>([&](auto b) INLINE { fetch(at + (b + S) * t.block_bytes, t.scales_ahead); });
     each<H>([&](auto h) INLINE {
-      const __m256 scale = half_bf16(at, t.block_bytes, h);
+      const __m256 scale = half_bf16(at, t.block_bytes, h + S);
       each<M>([&](auto m) INLINE {
         const __m256 x_scale = _mm256_set1_ps(t.x.scales[m * t.x.groups + g]);
         const __m256 product = _mm256_mul_ps(_mm256_cvtepi32_ps(sum[m][h]), x_scale);
@@ -218,17 +191,13 @@ __attribute__((noinline)) void tile_int8(Tile t) {
   take_sums<M, H>(t);
 }
 
-// int4: nibbles times signed bytes, summed in 16 bits. A pair is at most 2 * 15 * 127 = 3,810, and the 8 pairs of a
-// group that meet in a lane are at most 30,480.
 INLINE inline __m256i int4_part(__m256i both, int part) {
   return _mm256_and_si256(part == 0 ? both : _mm256_srli_epi16(both, 4), _mm256_set1_epi8(15));
 }
 
 template <int M, int H>
 __attribute__((noinline)) void tile_int4(Tile t) {
-  static_assert(kInt4Group / 4 * 2 * 15 * 127 <= 32767);
   constexpr int steps = kInt4Group / 8;
-  const __m256i ones = _mm256_set1_epi16(1), lift = _mm256_set1_epi32(kLiftBits);
   give_sums<M, H>(t);
   const std::byte* w = t.weights;
   const std::byte* x = t.x.data;
@@ -244,9 +213,8 @@ __attribute__((noinline)) void tile_int4(Tile t) {
         each<M>([&](auto m) INLINE {
           const __m256i four = broadcast(x + m * t.x.stride + 8 * k + 4 * part);
           each<H>([&](auto h) INLINE {
-            const __m256i pairs = _mm256_maddubs_epi16(bytes[h], four);
-            if (k == 0 && part == 0) sum[m][h] = pairs;
-            else add_halves(sum[m][h], pairs);
+            if (k == 0 && part == 0) sum[m][h] = first_int4(bytes[h], four);
+            else add_int4(sum[m][h], bytes[h], four);
           });
         });
       });
@@ -258,8 +226,8 @@ __attribute__((noinline)) void tile_int4(Tile t) {
       const __m256 scale = half_bf16(at, t.block_bytes, h), minimum = half_bf16(at + 2 * kLanes, t.block_bytes, h);
       each<M>([&](auto m) INLINE {
         const std::size_t group = m * t.x.groups + g;
-        const __m256i lifted = _mm256_add_epi32(_mm256_madd_epi16(sum[m][h], ones), lift);
-        const __m256 product = _mm256_fmadd_ps(_mm256_castsi256_ps(lifted), _mm256_set1_ps(t.x.scales[group]),
+        const __m256 product = _mm256_fmadd_ps(_mm256_castsi256_ps(lifted_int4(sum[m][h])),
+                                               _mm256_set1_ps(t.x.scales[group]),
                                                _mm256_castsi256_ps(_mm256_set1_epi32(t.x.start[group])));
         float* to = t.sums + (m * H + h) * 8;
         const __m256 raised = _mm256_fmadd_ps(minimum, _mm256_set1_ps(t.x.sums[group]), _mm256_load_ps(to));
@@ -273,18 +241,20 @@ __attribute__((noinline)) void tile_int4(Tile t) {
 constexpr int kTileRows = 6;
 constexpr int kStretchBytes = 8192;  // of weights of a block
 
-// Halves of blocks that a tile of some rows takes side by side: 12 sums hide how long a multiply-add of floats takes.
+// Halves of blocks that a tile of some rows takes side by side: 12 sums hide how long a multiply-add of floats, or of
+// fours of bytes, takes. Where weights are widened for it, there is room for 8.
 constexpr int halves_beside(Format format, int rows) {
   if (rows == 1) return 8;
   if (rows == 2) return 4;
-  if (format == Format::float32 || format == Format::bfloat16) return rows == 3 ? 4 : rows == 4 ? 3 : 2;
+  const bool threes = format == Format::int8 ? kInt8Parts == 1 : format != Format::int4;
+  if (threes) return rows == 3 ? 4 : rows == 4 ? 3 : 2;
   return 2;
 }
 
 template <Format format, int M, int H>
 INLINE inline void tile(const Tile& t, bool second) {
   constexpr int S = H == 3;  // only threes begin in the middle of a block
-  if constexpr (format == Format::int8) tile_int8<M, H>(t);
+  if constexpr (format == Format::int8) S && second ? tile_int8<M, H, S>(t) : tile_int8<M, H, 0>(t);
   else if constexpr (format == Format::int4) tile_int4<M, H>(t);
   else if constexpr (format == Format::float32) S && second ? tile_float32<M, H, S>(t) : tile_float32<M, H, 0>(t);
   else S && second ? tile_bfloat16<M, H, S>(t) : tile_bfloat16<M, H, 0>(t);

@@ -25,6 +25,8 @@ inline I dot_bytes(I acc, B w, std::int32_t x) {
 
 #include "kernels_products.inl"
 
+#include "kernels_avx512_integers.inl"
+
 #include "kernels_generic.inl"
 
 constexpr Kernels kTable = table("avx512");

@@ -5,7 +5,9 @@ using F = __m512;
 using I = __m512i;
 using B = __m512i;
 
-constexpr int kAccumulators = 24;
+#include "kernels_each.inl"
+
+constexpr int kAccumulators = 24, kIntegerSums = 24;
 
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F x) { _mm512_storeu_ps(p, x); }

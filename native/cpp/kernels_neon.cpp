@@ -17,7 +17,7 @@ struct B {
   uint8x16_t v[4];
 };
 
-constexpr int kAccumulators = 6;
+constexpr int kAccumulators = 6, kIntegerSums = 3;
 
 #define EACH for (int i = 0; i < 4; i++)
 #define LANES(expression) \
@@ -120,6 +120,8 @@ inline B high_nibbles(B x) {
 #undef EACH
 
 #include "kernels_products.inl"
+
+#include "kernels_integers.inl"
 
 #include "kernels_generic.inl"
 

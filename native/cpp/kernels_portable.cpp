@@ -14,7 +14,7 @@ struct B {
   std::uint8_t v[64];
 };
 
-constexpr int kAccumulators = 4;
+constexpr int kAccumulators = 4, kIntegerSums = 2;
 
 #define EACH for (int i = 0; i < kLanes; i++)
 inline F load(const float* p) {
@@ -162,6 +162,8 @@ inline B high_nibbles(B a) {
 #undef EACH
 
 #include "kernels_products.inl"
+
+#include "kernels_integers.inl"
 
 #include "kernels_generic.inl"
 

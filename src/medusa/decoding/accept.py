@@ -94,8 +94,12 @@ def logprobs_of(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:
     scores = logits.detach().float().cpu().numpy().astype(np.float64)
     scores -= scores.max()
     scores -= math.log(np.exp(scores).sum())
-    best = np.argsort(-scores, kind="stable")[:alternatives] if alternatives else ()
-    return TokenLogprobs(float(scores[token]), tuple((int(i), float(scores[i])) for i in best))
+    top: tuple[tuple[int, float], ...] = ()
+    if count := min(alternatives, len(scores)):  # few are sorted, not the whole vocabulary
+        best = np.flatnonzero(~(scores < np.partition(scores, -count)[-count]))
+        best = best[np.argsort(-scores[best], kind="stable")][:count]
+        top = tuple((int(i), float(scores[i])) for i in best)
+    return TokenLogprobs(float(scores[token]), top)
 
 
 def _argmax(logits: Tensor) -> Callable[[int], int]:

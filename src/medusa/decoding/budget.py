@@ -109,7 +109,7 @@ class NodeBudget:
 
     @property
     def draft_seconds(self) -> float:
-        return 0.0 if self._free else self.times.draft_seconds
+        return self._cost(self.times)
 
     @property
     def most(self) -> int:
@@ -188,7 +188,7 @@ class NodeBudget:
         clock = times.after(contexts)
         if self.bar(len(rows), clock) > HIGHEST_BAR:
             return [Draft((row.tokens[-1],)) for row in rows]
-        cost = times.draft_seconds
+        cost = self._cost(times)
         if not cost:
             drafts = self._drafts(drafter, rows, times, frugal=False)
             return self._pruned(drafts, self.share(drafts, 0.0, clock))
@@ -222,13 +222,16 @@ class NodeBudget:
     def _times_for(self, rows: Sequence[Row]) -> PassTimes:
         """The times as they are now, or as they were measured where a text depends on what is drafted."""
         lossy = any(row.sampling.lossy for row in rows)
-        times = self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times
-        return times.free_drafts() if self._free else times
+        return self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times
+
+    def _cost(self, times: PassTimes) -> float:
+        """Seconds of a draft."""
+        return 0.0 if self._free else times.draft_seconds
 
     def _drafts(self, drafter: Drafter, rows: Sequence[Row], times: PassTimes, *, frugal: bool) -> list[Draft]:
         for row in rows:
             plain = times.after([len(row.tokens) - 1])(1)
-            row.frugal, row.price = frugal, USUAL_TOKENS * times.draft_seconds / plain  # of a whole draft, in tokens
+            row.frugal, row.price = frugal, USUAL_TOKENS * self._cost(times) / plain  # of a whole draft, in tokens
         most = min(times.most, self._max_nodes)
         drafts = drafter.propose(rows, most)
         return [draft.pruned(nodes=most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]

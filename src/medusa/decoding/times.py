@@ -6,6 +6,7 @@ that cannot change a text: see `MachineTimes.learn`.
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -159,13 +160,14 @@ class Drift:
         return sum(self._knots[knot] * weight for knot, weight in _between(tokens))
 
 
-def _between(tokens: int) -> list[tuple[int, float]]:
+@functools.cache
+def _between(tokens: int) -> tuple[tuple[int, float], ...]:
     """The knots beside a number of tokens, with their weights."""
     right = bisect_right(KNOTS, tokens)
     if right == len(KNOTS):
-        return [(right - 1, 1.0)]
+        return ((right - 1, 1.0),)
     share = (tokens - KNOTS[right - 1]) / (KNOTS[right] - KNOTS[right - 1])
-    return [(right - 1, 1 - share), (right, share)] if share else [(right - 1, 1.0)]
+    return ((right - 1, 1 - share), (right, share)) if share else ((right - 1, 1.0),)
 
 
 class MachineTimes:

@@ -10,7 +10,8 @@ import pytest
 
 from medusa.api import LanguageModel
 from medusa.cli import main
-from medusa.cli.many import in_order, read_lines
+from medusa.cli.many import read_lines
+from medusa.completion import in_order
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
 from medusa.settings import AnswerSettings

@@ -21,7 +21,8 @@ from medusa.completion import Chunk, TextOfSteps
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.stepper import Request
 from medusa.errors import MedusaError
-from medusa.serve.engine import ClosingError, DeadlineError, Engine, Job, QueueFullError
+from medusa.serve.engine import Engine, Job
+from medusa.serve.errors import ClosingError, DeadlineError, QueueFullError
 from medusa.serve.metrics import Metrics
 from medusa.serve.queue import FairQueue
 from medusa.serve.settings import ServerSettings

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from medusa.completion import Chunk, Completion, Stats, TextOfSteps
+from medusa.completion import Chunk, Completion, Stats, TextOfSteps, in_order
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Drafter
 from medusa.decoding.reference import ReferenceStepper
@@ -195,13 +195,8 @@ class LanguageModel:
     ) -> list[Completion]:
         """The whole answers, in the order of the prompts; takes the arguments of `stream_many`. `progress` shows a bar
         on stderr."""
-        chunks: list[list[Chunk]] = [[] for _ in prompts]
-        with _progress_bar(len(prompts), progress) as done:
-            for i, chunk in self.stream_many(prompts, **options):
-                chunks[i].append(chunk)
-                if chunk.finish_reason is not None:
-                    done()
-        return [Completion.of(one) for one in chunks]
+        with _progress_bar(len(prompts), progress) as on_end:
+            return list(in_order(self.stream_many(prompts, **options), len(prompts), on_end))
 
     def runs_on(self) -> dict[str, object]:
         """What decides a token beside weights and seed: backend and number format."""
@@ -266,6 +261,20 @@ class LanguageModel:
         sampling = replace(sampling or GREEDY, **settings)
         stops = StopStrings(stop)
         ids = self.encode(prompt, raw=raw)
+        return self.prepare(ids, sampling, max_new_tokens, stops, ignore_eos, constraint, logprobs)
+
+    def prepare(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stops: StopStrings,
+        ignore_eos: bool = False,
+        constraint: Constraint | None = None,
+        logprobs: int | None = None,
+    ) -> tuple[Request, TextOfSteps]:
+        """Of a prompt's tokens: what a scheduler takes, and what makes characters of its steps. Raises UsageError, see
+        `Request.check`."""
         ends = frozenset(() if ignore_eos else self.eos_token_ids)
         request = Request(ids, sampling, max_new_tokens, ends, constraint, logprobs)
         request.check(self.backend.max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,25 @@ class Completion:
         stats, reason = (found[-1].stats, found[-1].finish_reason) if found else (Stats(), None)
         token_ids = tuple(token for chunk in found for token in chunk.token_ids)
         return cls("".join(chunk.text for chunk in found), token_ids, stats, reason or "interrupted")
+
+
+def in_order(chunks: Iterable[tuple[int, Chunk]], count: int, on_end: Callable[[], object]) -> Iterator[Completion]:
+    """The whole answers to `count` prompts in their order, each as soon as it and all before it have ended.
+
+    Args:
+        chunks: (which prompt, its chunk), as they come.
+        on_end: called whenever an answer has ended.
+    """
+    parts: list[list[Chunk]] = [[] for _ in range(count)]
+    following = 0
+    for i, chunk in chunks:
+        parts[i].append(chunk)
+        if chunk.finish_reason is not None:
+            on_end()
+        while following < count and parts[following] and parts[following][-1].finish_reason is not None:
+            yield Completion.of(parts[following])
+            parts[following].clear()
+            following += 1
 
 
 class TextOfSteps:

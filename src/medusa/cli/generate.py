@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medusa.chat.session import Chat
-from medusa.cli.many import AT_ONCE, Wanted, in_order, read_lines
+from medusa.cli.many import AT_ONCE, Wanted, read_lines
 from medusa.cli.options import AsJson, check_text, load_model, read_prompt, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
@@ -96,6 +96,8 @@ def chat(
 
 def _answer_all(lm: LanguageModel, wanted: Sequence[Wanted]) -> None:
     """A line of JSON for each prompt, as soon as it and all before it have been answered."""
+    from medusa.completion import in_order
+
     with progress_shown() if sys.stderr.isatty() else nullcontext() as reporter:
         ended = 0
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 from medusa.errors import UsageError
 from medusa.settings import AnswerSettings, choices, typed_fields, values
 
 if TYPE_CHECKING:
     from medusa.api import Message
-    from medusa.completion import Chunk, Completion
 
 AT_ONCE = 8  # texts, where --slots does not say
 
@@ -64,32 +63,14 @@ def _wanted(line: object, defaults: AnswerSettings, stop: Sequence[str], raw: bo
 
 
 def _is_message(item: object) -> bool:
-    return isinstance(item, dict) and item.keys() == {"role", "content"} and all(map(_is_text, item.values()))
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    if not isinstance(item, dict) or item.keys() != {"role", "content"}:
+        return False
+    return all(isinstance(value, str) for value in item.values())
 
 
 def _is_of(value: object, hint: Any) -> bool:
     """Whether a value of JSON is of a setting's type."""
     if known := choices(hint):
         return value in known
-    kinds = get_args(hint) if get_origin(hint) is not None or get_args(hint) else (hint,)
+    kinds = get_args(hint) or (hint,)
     return type(value) in kinds or (float in kinds and type(value) is int)
-
-
-def in_order(chunks: Iterable[tuple[int, Chunk]], count: int, ended: Callable[[], object]) -> Iterator[Completion]:
-    """The whole answers in the order of their prompts, each as soon as it and all before it have ended."""
-    from medusa.completion import Completion
-
-    parts: list[list[Chunk]] = [[] for _ in range(count)]
-    following = 0
-    for i, chunk in chunks:
-        parts[i].append(chunk)
-        if chunk.finish_reason is not None:
-            ended()
-        while following < count and parts[following] and parts[following][-1].finish_reason is not None:
-            yield Completion.of(parts[following])
-            parts[following].clear()
-            following += 1

@@ -25,6 +25,7 @@ from medusa.completion import Chunk
 from medusa.decoding.scheduler import Scheduler, Task
 from medusa.decoding.slots import Slots
 from medusa.errors import MedusaError
+from medusa.serve.errors import ClosingError, DeadlineError, QueueFullError
 from medusa.serve.queue import FairQueue
 
 if TYPE_CHECKING:
@@ -35,18 +36,6 @@ if TYPE_CHECKING:
     from medusa.serve.settings import ServerSettings
 
 log = logging.getLogger("medusa.serve")
-
-
-class QueueFullError(Exception):
-    """As many jobs wait as may."""
-
-
-class ClosingError(Exception):
-    """The server is about to end and takes no more."""
-
-
-class DeadlineError(Exception):
-    """The answer took longer than it may."""
 
 
 @dataclass(eq=False)

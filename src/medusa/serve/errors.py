@@ -1,4 +1,4 @@
-"""What a client is told when it gets no answer, in the shape that OpenAI gives errors."""
+"""Why a client gets no answer, and what it is told, in the shape that OpenAI gives errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medusa.errors import UsageError
+from medusa.settings import Sampling, typed_fields
+
+
+class QueueFullError(Exception):
+    """As many jobs wait as may."""
+
+
+class ClosingError(Exception):
+    """The server is about to end and takes no more."""
+
+
+class DeadlineError(Exception):
+    """The answer took longer than it may."""
 
 
 @dataclass(eq=False)
@@ -32,14 +45,11 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param, code)
 
 
-def refused(error: UsageError, names: dict[str, str], default: str | None = None) -> ApiError:
-    """A setting that is not good, by the name that the request has for it (`names`: ours -> theirs)."""
+def refused(error: UsageError) -> ApiError:
+    """A setting that is not good: requests have our names for them, and the message begins with one."""
     message = str(error)
     first = re.match(r"\w+", message)
-    param = names.get(first[0]) if first else None
-    if first and param and param != first[0]:
-        message = param + message[len(first[0]) :]
-    return bad(message, param or default)
+    return bad(message, first[0] if first and first[0] in typed_fields(Sampling) else None)
 
 
 def failed() -> ApiError:

@@ -7,13 +7,13 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from medusa.completion import Chunk, TextOfSteps
-from medusa.decoding.stepper import Request
+from medusa.completion import Chunk
 from medusa.errors import ContextFullError, UsageError
-from medusa.serve.engine import ClosingError, DeadlineError, Engine, Job, QueueFullError
-from medusa.serve.errors import ApiError, bad, failed, refused
+from medusa.serve.engine import Engine, Job
+from medusa.serve.errors import ApiError, ClosingError, DeadlineError, QueueFullError, bad, failed, refused
 from medusa.serve.schema import SamplingFields
 from medusa.settings import Sampling, typed_fields
 from medusa.text.stream import StopStrings
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 RETRY_SECONDS = 2
 SEED_BITS = 53  # of seeds that are drawn: those who read JSON into floating-point numbers can send them back
 PING_SECONDS = 15.0  # of silence, after which a stream says that it is there
-_SAMPLING = [name for name in typed_fields(Sampling) if name != "logit_bias"]
-_NAMES = {name: name for name in (*_SAMPLING, "logit_bias")}
+_SAMPLING = [name for name in typed_fields(Sampling) if name != "logit_bias"]  # as requests name them too
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ class Front:
         try:
             return Sampling(**given, logit_bias=self._bias(asked.logit_bias or {}))
         except UsageError as error:
-            raise refused(error, _NAMES) from None
+            raise refused(error) from None
 
     def _bias(self, given: dict[str, float]) -> tuple[tuple[int, float], ...]:
         vocabulary = self.lm.backend.vocab_size
@@ -104,34 +103,23 @@ class Front:
         drafter = "ngram" if wanted.drafter == "union" and self.lm.heads is None else wanted.drafter
         drafter = "" if drafter == self.lm.stepper.drafter.name else drafter
         most = min(wanted.max_tokens or limit or backend.max_length, backend.max_length)
-        ends = frozenset(self.lm.eos_token_ids)
         jobs: list[Job] = []
         for prompt in wanted.prompts:
             leader: Job | None = None
             for choice in range(wanted.n):
                 assert wanted.sampling.seed is not None
                 sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
-                request = Request(tuple(prompt), sampling, most, ends, None, wanted.logprobs)
+                stops = StopStrings(tuple(wanted.stop))
                 try:
-                    request.check(backend.max_length)
+                    request, text = self.lm.prepare(tuple(prompt), sampling, most, stops, logprobs=wanted.logprobs)
                 except ContextFullError as error:
                     raise bad(str(error), wanted.param, "context_length_exceeded") from None
                 except UsageError as error:
                     raise bad(str(error), wanted.param) from None
-                text = TextOfSteps(self.lm.tokenizer, StopStrings(tuple(wanted.stop)), ends, len(prompt))
-                job = Job(request, text, _Teller(tell, len(jobs)), drafter, client, name, leader)
+                job = Job(request, text, partial(tell, len(jobs)), drafter, client, name, leader)
                 leader = leader or job
                 jobs.append(job)
         return jobs
-
-
-@dataclass(frozen=True, slots=True)
-class _Teller:
-    tell: Callable[[int, Chunk | Exception], None]
-    index: int
-
-    def __call__(self, event: Chunk | Exception) -> None:
-        self.tell(self.index, event)
 
 
 class Answers:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from medusa.serve.errors import DeadlineError
+
 if TYPE_CHECKING:
     from medusa.completion import Chunk
     from medusa.decoding.slots import Slots
@@ -81,7 +83,7 @@ class Metrics:
         self.whole.observe(time.monotonic() - job.queued)
 
     def failed(self, error: Exception) -> None:
-        self.finished.labels("deadline" if type(error).__name__ == "DeadlineError" else "error").inc()
+        self.finished.labels("deadline" if isinstance(error, DeadlineError) else "error").inc()
 
     def look(self, slots: Slots, waiting: int, running: int) -> None:
         """On the engine's thread, between its steps; the slots are counted now and then."""

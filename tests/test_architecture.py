@@ -25,6 +25,7 @@ ROOMS = (
     "completion",  # steps -> chunks of characters
     "plots",
     "device",  # the same as one step on a GPU
+    "native_stepper",  # the same with drafts and choices in the engine
     "steppers",  # who drafts, by name
     "models",  # names and files -> models that run
     "api",  # medusa.load

@@ -30,7 +30,7 @@ from medusa.decoding.sampling import (
     penalise,
     sample,
 )
-from medusa.errors import UsageError
+from medusa.errors import MedusaError, UsageError
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -344,11 +344,18 @@ def test_noise_is_computed_for_few_tokens(kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-@pytest.mark.parametrize("endless", [math.inf, math.nan])
-def test_a_score_without_end_is_drawn(endless: float, filters: dict[str, float]) -> None:
+def test_a_score_without_end_is_drawn(filters: dict[str, float]) -> None:
     logits = row_of("normal", 2000, 0)
-    logits[77] = endless
+    logits[77] = math.inf
     assert sample(logits, Sampling(temperature=0.7, seed=1, **filters), 5) == 77
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_a_score_that_is_no_number_is_an_error_and_no_token(filters: dict[str, float]) -> None:
+    logits = row_of("normal", 2000, 0)
+    logits[77] = math.nan
+    with pytest.raises(MedusaError, match="not finite"):
+        sample(logits, Sampling(temperature=0.7, seed=1, **filters), 5)
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------

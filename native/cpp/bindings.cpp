@@ -11,6 +11,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "bindings.hpp"
 #include "cpu.hpp"
 #include "engine.hpp"
 #include "heads.hpp"
@@ -272,4 +273,5 @@ NB_MODULE(_engine, m) {
           },
           "features"_a)
       .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a);
+  bind_step(m);
 }

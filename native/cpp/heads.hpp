@@ -42,6 +42,7 @@ class Heads {
   int feature_size() const { return hidden_size() * config_.features; }
   int rows() const { return rows_; }
   HeadsKind kind() const { return config_.kind; }
+  int levels() const { return config_.levels; }
   // Floats that a node of `level` carries for its children.
   int node_size(int level) const;
 

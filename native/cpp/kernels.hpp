@@ -104,6 +104,14 @@ struct Kernels {
 
   // The k best of x[0..n), best first (the first one among equals), and log(sum(exp(x))).
   void (*top_k)(const float* x, int n, int k, float* values, std::int32_t* ids, float* log_sum_exp);
+
+  // Of acceptance, see kernels_choosing.inl.
+  int (*best)(const float* x, int n);
+  int (*at_least)(const float* x, int n, float floor, std::int32_t* ids);
+  void (*tops)(const float* x, int rows, int piles, float* out);
+  void (*weigh)(const float* x, int n, float top, double* sum, double* product);
+  void (*divide)(const float* x, int n, float by, float* y);
+  void (*noise_bounds)(const float* x, const std::int32_t* away, int n, float* y);
 };
 
 // Null where this build or this machine lacks the set.

@@ -175,6 +175,7 @@ void top_k(const float* x, int n, int k, float* values, std::int32_t* ids, float
 }
 
 #include "kernels_attention.inl"
+#include "kernels_choosing.inl"
 
 constexpr Kernels table(const char* name) {
   return Kernels{name,
@@ -188,5 +189,11 @@ constexpr Kernels table(const char* name) {
                  rms_norm,
                  gated,
                  silu,
-                 top_k};
+                 top_k,
+                 best,
+                 at_least,
+                 tops,
+                 weigh,
+                 divide,
+                 noise_bounds};
 }

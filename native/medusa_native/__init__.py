@@ -1,5 +1,23 @@
 """The CPU engine of Medusa, as `medusa.engines.native` uses it. See the README beside this package's sources."""
 
-from medusa_native._engine import CHUNK, KEPT, MAX_NODES, SPAN, Engine, Heads, read_bandwidth, usable_isas
+from medusa_native._engine import (
+    CHUNK,
+    KEPT,
+    MAX_NODES,
+    SPAN,
+    Drafting,
+    Engine,
+    Heads,
+    Rule,
+    Text,
+    Times,
+    choose,
+    read_bandwidth,
+    sample,
+    usable_isas,
+)
 
-__all__ = ["CHUNK", "KEPT", "MAX_NODES", "SPAN", "Engine", "Heads", "read_bandwidth", "usable_isas"]
+__all__ = [
+    "CHUNK", "KEPT", "MAX_NODES", "SPAN", "Drafting", "Engine", "Heads", "Rule", "Text", "Times", "choose",
+    "read_bandwidth", "sample", "usable_isas",
+]  # fmt: skip

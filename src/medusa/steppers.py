@@ -15,6 +15,7 @@ from medusa.settings import DrafterName, TreeName
 
 if TYPE_CHECKING:
     from medusa.decoding.stepper import Stepper
+    from medusa.engines.native import NativeBackend
     from medusa.engines.protocol import Backend
     from medusa.engines.transformers import TransformersBackend
     from medusa.heads.module import HeadsRunner
@@ -36,7 +37,8 @@ def which_tree(tree: str, heads: HeadsRunner | None, backend: Backend) -> str:
 
 
 def make_stepper(backend: Backend, drafter: Drafter, nodes: Nodes, times: MachineTimes) -> Stepper:
-    """On a GPU a stepper whose steps are captured, where it knows the drafter; else the reference.
+    """The stepper that comes with the backend, where it knows the drafter: on a GPU one whose steps are captured, on
+    the native engine one that drafts and chooses there. Else the reference.
 
     Raises:
         UsageError: see `check_nodes`.
@@ -52,7 +54,13 @@ def make_stepper(backend: Backend, drafter: Drafter, nodes: Nodes, times: Machin
             pass
         else:
             return DeviceStepper(gpu, drafter, nodes)
-    return ReferenceStepper(backend, drafter, choose_nodes(nodes, drafter, times, backend))
+    chosen = choose_nodes(nodes, drafter, times, backend)
+    if backend.name == "native":
+        from medusa.native_stepper import NativeStepper, knows
+
+        if knows(drafter):
+            return NativeStepper(cast("NativeBackend", backend), drafter, chosen)
+    return ReferenceStepper(backend, drafter, chosen)
 
 
 def on_one_gpu(backend: Backend) -> TransformersBackend | None:

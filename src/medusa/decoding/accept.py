@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medusa.decoding.sampling import Sampling, adjust, candidates, penalise, sample
+from medusa.decoding.sampling import Sampling, adjust, candidates, check_number, penalise, sample
 from medusa.decoding.stepper import TokenLogprobs
 from medusa.errors import MedusaError
 
@@ -53,7 +53,7 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
     if sampling.greedy:
         if as_they_are:
             return _descend(_argmax(logits), draft)
-        return _descend(lambda node: int(node_logits(node).argmax()), draft)
+        return _descend(lambda node: _argmax(node_logits(node)[None])(0), draft)
     depths = draft.topology.depths
     # The root is the token at position len - 1; what follows a node at depth d is the token at position len + d.
     return _descend(lambda node: sample(node_logits(node), sampling, len(row.tokens) + int(depths[node])), draft)
@@ -63,7 +63,7 @@ def first_token(logits: Tensor, row: Row) -> int:
     """The token after the prompt, from its last logits [V]: there is no draft yet."""
     scores = _scores(logits, row, ())
     if row.sampling.greedy or row.sampling.lossy:
-        return int(scores.argmax())
+        return _argmax(scores[None])(0)
     return sample(scores, row.sampling, len(row.tokens))
 
 
@@ -103,16 +103,27 @@ def logprobs_of(logits: Tensor, token: int, alternatives: int) -> TokenLogprobs:
 
 
 def _argmax(logits: Tensor) -> Callable[[int], int]:
-    """node -> argmax of its row of logits [N, V]."""
+    """node -> argmax of its row of logits [N, V]. Raises MedusaError where that is no number, which it is if any is."""
     import torch
 
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         # Only the few rows that are reached, and by numpy: torch would wake its threads, which spin on for
         # milliseconds on the cores that the native engine needs.
         rows = logits.numpy()
-        return lambda node: int(rows[node].argmax())
-    best: list[int] = logits.argmax(dim=-1).tolist()  # all nodes at once: one wait for the device
-    return best.__getitem__
+
+        def best(node: int) -> int:
+            at = int(rows[node].argmax())
+            check_number(rows[node, at])
+            return at
+
+        return best
+    tops, ids = (found.tolist() for found in logits.max(dim=-1))  # all nodes at once: one wait for the device
+
+    def best_of_all(node: int) -> int:
+        check_number(tops[node])
+        return int(ids[node])
+
+    return best_of_all
 
 
 def _descend(choose: Callable[[int], int], draft: Draft) -> Accepted:
@@ -139,9 +150,9 @@ def _typical(node_logits: Callable[[int], Tensor], draft: Draft, sampling: Sampl
             continue
         ids, scores = candidates(node_logits(node), sampling)
         # In numpy: torch would wake its threads for a row this long, and they spin on (see `_argmax`).
-        shifted = scores - scores.max()
+        shifted = scores.astype(np.float64) - np.float64(scores.max())
         weights = np.exp(shifted)
-        total = float(weights.sum(dtype=np.float64))
+        total = float(weights.sum())
         likely = weights > 0  # 0 log 0 is 0
         entropy = math.log(total) - float(np.dot(weights[likely], shifted[likely])) / total
         threshold = min(sampling.epsilon, sampling.delta * math.exp(-entropy))

@@ -99,7 +99,7 @@ class NodeBudget:
         self._free = free
         self._max_nodes = max_nodes
         self._padding = padding
-        self._contexts: list[int] = []  # of the last step
+        self._contexts: Sequence[int] = []  # of the last step
         self._asked = 0  # rows of it for which drafters that cost time drafted
         _ = self.times  # measured now, where it must be: not in the middle of a text
 
@@ -183,8 +183,8 @@ class NodeBudget:
         contexts = [len(row.tokens) - 1 for row in rows]
         if self._padding:  # so are the texts
             contexts = [max(contexts)] * len(rows)
-        self._contexts, self._asked = contexts, 0
-        times = self._times_for(rows)
+        self.drafted_for(contexts, 0)
+        times = self.times_for(rows)
         clock = times.after(contexts)
         if self.bar(len(rows), clock) > HIGHEST_BAR:
             return [Draft((row.tokens[-1],)) for row in rows]
@@ -201,7 +201,8 @@ class NodeBudget:
             if row.room > 0 and asking.due():
                 asked.append((b, asking))
         if asked:
-            without, self._asked = share, len(asked)
+            without = share
+            self.drafted_for(contexts, len(asked))
             richer = self._drafts(drafter, [rows[b] for b, _ in asked], times, frugal=False)
             for (b, _), draft in zip(asked, richer, strict=True):
                 drafts[b] = draft
@@ -211,6 +212,11 @@ class NodeBudget:
                 asking.learn(share.tokens[b] - without.tokens[b] - price)
         return self._pruned(drafts, share)
 
+    def drafted_for(self, contexts: Sequence[int], asked: int) -> None:
+        """The next pass is over drafts for rows that follow on texts of these lengths; for so many of them, drafters
+        that cost time drafted."""
+        self._contexts, self._asked = contexts, asked
+
     def learn(self, drafts: Sequence[Draft], drafting: float, verifying: float) -> None:
         """Takes the seconds that the last step's drafting and pass took (see `MachineTimes.learn`)."""
         if isinstance(self._times, MachineTimes):
@@ -219,7 +225,7 @@ class NodeBudget:
             if self._asked:
                 self._times.learn_draft(self._asked, drafting)
 
-    def _times_for(self, rows: Sequence[Row]) -> PassTimes:
+    def times_for(self, rows: Sequence[Row]) -> PassTimes:
         """The times as they are now, or as they were measured where a text depends on what is drafted."""
         lossy = any(row.sampling.lossy for row in rows)
         return self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times

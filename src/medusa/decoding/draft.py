@@ -170,6 +170,7 @@ class NgramDrafter:
     name = "ngram"
     orders = (3, 2, 1)
     weight = 4.0  # the prior counts like this many observations
+    fade = 0.98  # of what was observed, with each observation
 
     def __init__(self, length: int = 8) -> None:
         self.length = length
@@ -213,8 +214,8 @@ class NgramDrafter:
         """Compares the last chain with what the text became, whether or not its nodes were in the tree."""
         for i, (guess, token) in enumerate(zip(memory.chain, tokens[memory.start :], strict=False)):
             key = _cell(memory.order, i)
-            memory.tried[key] = 0.98 * memory.tried.get(key, 0.0) + 1.0
-            memory.right[key] = 0.98 * memory.right.get(key, 0.0) + (guess == token)
+            memory.tried[key] = self.fade * memory.tried.get(key, 0.0) + 1.0
+            memory.right[key] = self.fade * memory.right.get(key, 0.0) + (guess == token)
             if guess != token:
                 break
         memory.chain = ()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from medusa.decoding.accept import accept, first_token, logprobs_of
+from medusa.decoding.accept import Accepted, accept, first_token, logprobs_of
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter
 from medusa.decoding.stepper import Phases, Request, Row, Step, TokenLogprobs
@@ -68,9 +68,7 @@ class ReferenceStepper:
         logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
         # accept
         verified = time.perf_counter()
-        accepted = [
-            accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
-        ]
+        accepted = self._accept(logits, drafts, rows)
         added, logprobs = [], []
         for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
             row.features = features[b, choice.path[-1]]
@@ -98,6 +96,12 @@ class ReferenceStepper:
             return self.nodes.propose(self.drafter, rows)
         drafts = self.drafter.propose(rows, self.nodes)
         return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
+
+    def _accept(self, logits: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
+        """What is kept of each draft, by logits [B, N, V]."""
+        return [
+            accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
+        ]
 
     def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
         """The row of a prompt that has been read: logits [V] and features [F*H] are those of its last token."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medusa.errors import UsageError
+from medusa.errors import MedusaError, UsageError
 from medusa.settings import Sampling as Sampling  # to be had here too
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ def adjust(logits: Tensor, said: Sequence[int], sampling: Sampling) -> Tensor:
             raise UsageError(f"logit_bias names the token {token}, but the vocabulary has {len(logits)}")
         logits[token] += bias
     return logits
+
+
+def check_number(score: float) -> None:
+    """Of what is greatest: among numbers that are none, one of them is. Raises MedusaError."""
+    if score != score:
+        raise MedusaError("the model's numbers are not finite here: its weights or this prompt are at fault")
 
 
 def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
@@ -90,11 +96,11 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, n
     # do, the answer is the same.
     for count in [sampling.top_k] if sampling.top_k else [512, 4096, len(scores)]:
         best = _best(scores, min(count, len(scores)))
-        weights = np.exp(best - best[0])  # probabilities, but for a factor
+        weights = _weights(best, best[0])
         keep = weights >= sampling.min_p
         if sampling.top_p < 1:  # at 1, rounding would drop the least likely
-            total = (weights if sampling.top_k else np.exp(scores - best[0])).sum()  # renormalised over the top-k
-            better = weights.cumsum(dtype=np.float64) - weights  # the mass of all better tokens
+            total = (weights if sampling.top_k else _weights(scores, best[0])).sum()  # renormalised over the top-k
+            better = weights.cumsum() - weights  # the mass of all better tokens
             keep &= better < sampling.top_p * float(total)
         keep[0] = True
         if not keep[-1]:  # what is dropped stays dropped further down
@@ -104,6 +110,13 @@ def candidates(logits: Tensor, sampling: Sampling) -> tuple[np.ndarray | None, n
     if surplus := len(ids) - len(best):  # equals of the last
         ids = np.delete(ids, np.flatnonzero(scores[ids] == best[-1])[-surplus:])
     return ids, scores[ids]
+
+
+def _weights(scores: np.ndarray, top: np.float32) -> np.ndarray:
+    """Probabilities, but for a factor. In double precision, so that what they decide does not depend on whose
+    exponential this is: the native engine has its own."""
+    weights: np.ndarray = np.exp(scores.astype(np.float64) - np.float64(top))
+    return weights
 
 
 def _best(scores: np.ndarray, count: int) -> np.ndarray:
@@ -155,4 +168,6 @@ def _winner(scores: np.ndarray, words: np.ndarray) -> int:
     # so on both sides, and rounding keeps the order.
     floor = np.float32(truth - 52 * math.log(2) - 1e-4)
     rivals = np.flatnonzero(~(bounds < floor))  # all, where the floor is not a number
-    return int(rivals[(scores[rivals] + _gumbel(words[rivals])).argmax()])
+    found = int(rivals[(scores[rivals] + _gumbel(words[rivals])).argmax()])
+    check_number(scores[found])
+    return found

@@ -96,7 +96,7 @@ class NativeBackend:
         self._chunk: int = module.CHUNK
         names = _Names(config, tensors)
         _check_memory(names.matrix_size(), dtype)
-        with _explained():
+        with explained():
             self.engine: Any = module.Engine(
                 hidden_size=config.hidden_size,
                 heads=config.heads,
@@ -132,7 +132,7 @@ class NativeBackend:
         held = self.length(slot)
         check_room(token_ids, held, self.max_length)
         rows = []
-        with _explained():
+        with explained():
             try:
                 for start in range(0, len(token_ids), self._chunk):
                     chunk = list(token_ids[start : start + self._chunk])
@@ -148,7 +148,7 @@ class NativeBackend:
         return torch.from_numpy(logits)[0, 0], read if every else read[0]
 
     def verify(self, slots: Sequence[int], drafts: Sequence[TokenTree]) -> tuple[Tensor, Tensor]:
-        with _explained():
+        with explained():
             logits, features = self.engine.verify(
                 list(slots),
                 [len(draft.tokens) for draft in drafts],
@@ -158,21 +158,21 @@ class NativeBackend:
         return torch.from_numpy(logits), torch.from_numpy(features.copy())
 
     def keep(self, slots: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        with _explained():
+        with explained():
             self.engine.keep(list(slots), [list(path) for path in paths])
 
     def copy(self, source: int, target: int, length: int) -> None:
-        with _explained():
+        with explained():
             self.engine.copy(source, target, length)
 
     def release(self, slot: int) -> None:
         """Empties a slot. It keeps the memory of its first 1,024 positions (`medusa_native.KEPT`), up to the end of a
         page of 2 MiB, and gives the rest back."""
-        with _explained():
+        with explained():
             self.engine.release(slot)
 
     def length(self, slot: int) -> int:
-        with _explained():
+        with explained():
             return int(self.engine.length(slot))
 
     def base_weights(self) -> BaseWeights:
@@ -180,7 +180,7 @@ class NativeBackend:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """What the engine refuses, as an error for the user."""
     try:
         yield

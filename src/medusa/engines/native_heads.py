@@ -29,7 +29,7 @@ class NativeHeads:
         self.config: HeadsConfig = config
         self.lm_head_rows = heads.lm_head_rows
         self._parameters = heads.num_parameters()
-        self._heads: Any = module.Heads(
+        self.engine_heads: Any = module.Heads(
             backend.engine,
             kind=config.kind,
             levels=config.num_heads,
@@ -37,27 +37,27 @@ class NativeHeads:
             precision=precision,
         )
         if config.feature_layers:
-            self._heads.load_projection(heads.project.weight.detach())
+            self.engine_heads.load_projection(heads.project.weight.detach())
         blocks: Any = [[heads.block]] if config.kind == "recurrent" else heads.blocks
         for k, layers in enumerate(blocks, start=1):
-            self._heads.load_level(k, [_weights(block) for block in layers])
+            self.engine_heads.load_level(k, [_weights(block) for block in layers])
         ids = [] if heads.draft_ids is None else heads.draft_ids.tolist()
         if config.tie_lm_head:
-            self._heads.load_tied(ids)
+            self.engine_heads.load_tied(ids)
         else:
-            self._heads.load_own([matrix.detach() for matrix in heads.lm_heads], ids)
+            self.engine_heads.load_own([matrix.detach() for matrix in heads.lm_heads], ids)
 
     def num_parameters(self) -> int:
         return self._parameters
 
     def begin(self, features: Tensor) -> HeadsState:
-        base = torch.from_numpy(self._heads.begin(np.ascontiguousarray(features.numpy())))
+        base = torch.from_numpy(self.engine_heads.begin(np.ascontiguousarray(features.numpy())))
         return HeadsState(base, base if self.config.kind == "recurrent" else base[..., :0])
 
     def guess(
         self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
     ) -> tuple[Tensor, Tensor, HeadsState]:
-        log_p, ids, nodes = self._heads.level(
+        log_p, ids, nodes = self.engine_heads.level(
             k,
             state.base.numpy(),
             np.ascontiguousarray(state.nodes.numpy()),

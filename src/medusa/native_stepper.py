@@ -1,0 +1,150 @@
+"""A stepper whose drafts and choices are made in the native engine, for all rows in one call each.
+
+What is drafted and chosen is what the reference drafts and chooses, to the last node and token; the tests hold one
+against the other. So all else is the reference's: only these two parts are replaced, where the engine knows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from medusa.decoding.accept import Accepted, accept
+from medusa.decoding.budget import HIGHEST_BAR, USUAL_TOKENS, NodeBudget
+from medusa.decoding.draft import MODEL, NGRAM_PRIOR, Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
+from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.reference import ReferenceStepper
+from medusa.decoding.sampling import Sampling
+from medusa.engines.native import NativeBackend, explained, native_module
+from medusa.engines.native_heads import NativeHeads
+from medusa.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medusa.decoding.stepper import Request, Row, Step
+    from medusa.decoding.times import PassTimes
+
+NAMES = (MODEL, HeadsDrafter.name, NgramDrafter.name)  # in the engine's order
+
+
+class NativeStepper(ReferenceStepper):
+    """See `Stepper`.
+
+    Args:
+        backend, drafter, nodes: as in `ReferenceStepper`.
+
+    Raises:
+        UsageError: a drafter that the engine does not know (see `knows`), or as the reference.
+    """
+
+    backend: NativeBackend
+
+    def __init__(self, backend: NativeBackend, drafter: Drafter, nodes: int | NodeBudget) -> None:
+        super().__init__(backend, drafter, nodes)
+        if not knows(drafter):
+            raise UsageError(f"the native engine does not know this {drafter.name} drafter: use the reference")
+        module = native_module()
+        assert module is not None, "a native backend is running"
+        self._module: Any = module
+        heads, ngram = _parts(drafter)
+        self._drafting = module.Drafting(
+            heads=heads.heads.engine_heads if heads is not None and isinstance(heads.heads, NativeHeads) else None,
+            heads_weight=HeadsDrafter.weight,
+            heads_fade=HeadsDrafter.fade,
+            chain=0 if ngram is None else ngram.length,
+            prior=[NGRAM_PRIOR[n] for n in sorted(NGRAM_PRIOR)],
+            ngram_weight=NgramDrafter.weight,
+            ngram_fade=NgramDrafter.fade,
+            highest_bar=HIGHEST_BAR,
+            usual_tokens=USUAL_TOKENS,
+        )
+        self._drafts_by_heads = heads is not None
+        self._times: tuple[PassTimes | None, Any] = (None, None)  # and what the engine made of it
+
+    def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
+        row, step = super()._begin(slot, request, logits, features)
+        row.notes[self] = self._module.Text(), self._rule(row)
+        return row, step
+
+    def _draft(self, rows: Sequence[Row]) -> list[Draft]:
+        nodes, times = 1, None
+        if isinstance(self.nodes, NodeBudget):
+            times = self._engine_times(self.nodes.times_for(rows), self.nodes.most)
+        else:
+            nodes = self.nodes
+        texts = []
+        for row in rows:
+            text, _ = row.notes[self]
+            text.extend(row.tokens[len(text) :])
+            texts.append(text)
+        features = [row.features for row in rows] if self._drafts_by_heads else []
+        with explained():
+            drafts, asked = self._drafting.propose(texts, features, [row.room for row in rows], nodes, times, NAMES)
+        if isinstance(self.nodes, NodeBudget):
+            self.nodes.drafted_for([len(row.tokens) - 1 for row in rows], asked)
+        return [Draft(*draft) for draft in drafts]
+
+    def _accept(self, logits: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
+        texts, rules = zip(*(row.notes[self] for row in rows), strict=True)
+        with explained():
+            found = self._module.choose(
+                self.backend.engine,
+                list(texts),
+                list(rules),
+                [draft.tokens for draft in drafts],
+                [draft.parents for draft in drafts],
+            )
+        return [
+            accept(logits[b, : len(draft)], draft, row) if choice is None else Accepted(*choice)
+            for b, (choice, draft, row) in enumerate(zip(found, drafts, rows, strict=True))
+        ]
+
+    def _rule(self, row: Row) -> Any:
+        """By which the engine chooses for a row; None where it does not know all that is asked for."""
+        sampling: Sampling = row.sampling
+        if sampling.adjusts_output or row.constraint is not None:
+            return None
+        return self._module.Rule(
+            typical=sampling.acceptance == "typical",
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed or 0,
+            epsilon=sampling.epsilon,
+            delta=sampling.delta,
+            penalty=sampling.repetition_penalty,
+        )
+
+    def _engine_times(self, times: PassTimes, most: int) -> Any:
+        if self._times[0] is not times:
+            made = self._module.Times(
+                times.seconds,
+                draft=times.draft_seconds,
+                context=times.context,
+                row=times.row_seconds,
+                node=times.node_seconds,
+                most=most,
+            )
+            self._times = times, made
+        return self._times[1]
+
+
+def knows(drafter: Drafter) -> bool:
+    """Whether the engine drafts as this one does: plainly, by n-grams, by heads on the engine with a tree that grows,
+    or by both."""
+    if type(drafter) is NoDrafter:
+        return True
+    heads, ngram = _parts(drafter)
+    known = [part for part in (heads, ngram) if part is not None]
+    if list(drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)) != known:
+        return False
+    return heads is None or (isinstance(heads.heads, NativeHeads) and heads.tree is None)
+
+
+def _parts(drafter: Drafter) -> tuple[HeadsDrafter | None, NgramDrafter | None]:
+    """The drafters of a union, or one alone. Of a class derived from these nothing is known."""
+    parts = drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,)
+    heads = next((part for part in parts if type(part) is HeadsDrafter), None)
+    return heads, next((part for part in parts if type(part) is NgramDrafter), None)

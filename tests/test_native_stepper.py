@@ -122,8 +122,8 @@ def test_drafts_are_those_of_the_reference_step_by_step() -> None:
         for _ in range(12):
             features = torch.randn(len(rows), 2 * engine().hidden_size, generator=noise)
             for pair, seen in zip(rows, features, strict=True):
-                for row in pair:
-                    row.features = seen
+                pair[0].features = seen
+                pair[1].notes[native][0].see(seen)
             expected = reference._draft([pair[0] for pair in rows])
             found = native._draft([pair[1] for pair in rows])
             for pair, ours, theirs in zip(rows, found, expected, strict=True):
@@ -161,7 +161,7 @@ def rule_of(sampling: Sampling) -> Any:
 @pytest.mark.parametrize("isa", native_module().usable_isas() if native_module() else [])
 def test_a_token_is_drawn_as_the_reference_draws_it(isa: str) -> None:
     source, model = random.Random(1), make_model("llama", vocab_size=VOCAB)
-    backend = NativeBackend(native_config(model.config), model.state_dict(), dtype="float32", isa=isa, threads=1)
+    backend = NativeBackend(native_config(model.config), model.state_dict(), dtype="float32", isa=isa, threads=2)
     draw = np.random.default_rng(1)
     for case in range(CASES // 4):
         size = source.choice([2, 15, 16, 33, 300, 2000]) if case % 50 else 49152
@@ -206,8 +206,8 @@ def test_choices_are_those_of_the_reference() -> None:
                     tokens.append(token)
             size = len(tokens)
             drafts.append(Draft(tuple(tokens), tuple(parents), (1.0,) * size, ("",) * size))
-        logits, _ = backend.verify([row.slot for row in rows], drafts)
-        found = native._accept(logits, drafts, rows)
+        logits, features = backend.verify([row.slot for row in rows], drafts)
+        found = native._accept(logits, features, drafts, rows)
         for b, (row, draft) in enumerate(zip(rows, drafts, strict=True)):
             assert found[b] == accept(logits[b, : len(draft)], draft, row), (row.sampling, draft)
         for row in rows:

@@ -29,20 +29,11 @@ nb::tuple tuple_of(std::size_t size, Make make) {
 
 // (tokens, parents, probabilities, sources) of each tree, and for how many rows heads drafted.
 nb::tuple propose(medusa::Drafting& drafting, const std::vector<medusa::Text*>& texts,
-                  const std::vector<Features>& features, const std::vector<int>& rooms, int nodes,
-                  const medusa::Times* times, const nb::tuple& names, std::size_t feature_size) {
-  if ((feature_size && texts.size() != features.size()) || texts.size() != rooms.size() || names.size() != 3)
+                  const std::vector<int>& rooms, int nodes, const medusa::Times* times, const nb::tuple& names) {
+  if (texts.size() != rooms.size() || names.size() != 3)
     throw std::invalid_argument("drafting: the lists do not fit together");
   std::vector<medusa::Drafting::Row> rows;
-  for (std::size_t b = 0; b < texts.size(); b++) {
-    const float* data = nullptr;
-    if (feature_size) {
-      if (features[b].size() != feature_size)
-        throw std::invalid_argument("drafting: the features have the wrong shape");
-      data = features[b].data();
-    }
-    rows.push_back({texts[b], data, rooms[b]});
-  }
+  for (std::size_t b = 0; b < texts.size(); b++) rows.push_back({texts[b], rooms[b]});
   medusa::Drafting::Proposed found;
   {
     nb::gil_scoped_release release;
@@ -60,6 +51,12 @@ nb::tuple propose(medusa::Drafting& drafting, const std::vector<medusa::Text*>& 
   return nb::make_tuple(drafts, found.asked);
 }
 
+void see(medusa::Engine& engine, medusa::Text& text, int row, int node) {
+  const std::size_t size = std::size_t(engine.feature_size());
+  text.see(engine.features() + (std::size_t(row) * engine.nodes() + node) * size, size);
+}
+
+// The rows of the last pass go on where they were accepted: their features are those of the last node of the path.
 nb::list choose(medusa::Engine& engine, const std::vector<medusa::Text*>& texts,
                 const std::vector<medusa::Rule*>& rules, const std::vector<Ids>& tokens,
                 const std::vector<Ids>& parents) {
@@ -75,6 +72,8 @@ nb::list choose(medusa::Engine& engine, const std::vector<medusa::Text*>& texts,
   {
     nb::gil_scoped_release release;
     choices = medusa::choose(engine, trees);
+    for (std::size_t b = 0; b < choices.size(); b++)
+      if (trees[b].rule) see(engine, *texts[b], int(b), choices[b].path.back());
   }
   nb::list found;
   for (std::size_t b = 0; b < choices.size(); b++) {
@@ -93,6 +92,9 @@ void bind_step(nb::module_& m) {
   nb::class_<medusa::Text>(m, "Text")
       .def(nb::init<>())
       .def("extend", &medusa::Text::extend, "tokens"_a)
+      .def(
+          "see", [](medusa::Text& text, const Features& features) { text.see(features.data(), features.size()); },
+          "features"_a)
       .def("__len__", &medusa::Text::size);
 
   nb::class_<medusa::Times>(m, "Times")
@@ -136,22 +138,15 @@ void bind_step(nb::module_& m) {
           },
           nb::kw_only(), "heads"_a.none(), "heads_weight"_a, "heads_fade"_a, "chain"_a, "prior"_a, "ngram_weight"_a,
           "ngram_fade"_a, "highest_bar"_a, "usual_tokens"_a, nb::keep_alive<1, 2>())
-      .def(
-          "propose",
-          [](medusa::Drafting& drafting, const std::vector<medusa::Text*>& texts,
-             const std::vector<Features>& features, const std::vector<int>& rooms, int nodes,
-             const medusa::Times* times, const nb::tuple& names) {
-            return propose(drafting, texts, features, rooms, nodes, times, names, drafting.feature_size());
-          },
-          "texts"_a, "features"_a, "rooms"_a, "nodes"_a, "times"_a.none(), "names"_a);
+      .def("propose", &propose, "texts"_a, "rooms"_a, "nodes"_a, "times"_a.none(), "names"_a);
 
   m.def("choose", &choose, "engine"_a, "texts"_a, "rules"_a, "tokens"_a, "parents"_a,
         "(path, next token) of each tree of the engine's last pass; None where there is no rule.");
   m.def(
       "sample",
-      [](const medusa::Engine& engine, const nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>& logits,
+      [](medusa::Engine& engine, const nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>& logits,
          const medusa::Rule& rule, std::uint64_t position) {
-        return medusa::sample(engine.kernels(), logits.data(), int(logits.size()), rule, position);
+        return medusa::sample(engine, logits.data(), int(logits.size()), rule, position);
       },
       "engine"_a, "logits"_a, "rule"_a, "position"_a);
 }

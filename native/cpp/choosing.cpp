@@ -10,6 +10,8 @@
 namespace medusa {
 namespace {
 
+constexpr int kStretch = 2048;      // tokens whose noise a thread draws in one go
+constexpr double kShared = 300000;  // what takes longer than to start the threads
 constexpr const char* kNoNumbers = "the model's numbers are not finite here: its weights or this prompt are at fault";
 
 // --- noise: Philox 4x64-10 (Salmon et al. 2011), as numpy numbers its words ---------------------------------------------
@@ -46,6 +48,7 @@ double noise(const Rule& rule, std::uint64_t position, int token) {
 // --- one row of logits --------------------------------------------------------------------------------------------------
 
 struct Scratch {
+  Pool* pool = nullptr;  // whose threads share the noise out; null where they have rows of their own
   std::vector<float> scores, bounds, logits;
   std::vector<std::int32_t> away, ids;
 };
@@ -131,11 +134,17 @@ int winner(const Kernels& kernels, const Candidates& among, int n, const Rule& r
   int count = among.count;
   if (among.all) {
     // Of a large vocabulary an upper bound of the noise is enough: only who could win by it is looked at.
-    scratch.away.resize(round_up(n, 4));
-    for (int i = 0; i < n; i += 4) {
-      const Block block = philox(rule.seed, position, std::uint64_t(i) / 4);
-      for (int j = 0; j < 4; j++) scratch.away[i + j] = std::int32_t(~block.words[j] >> 40);
-    }
+    scratch.away.resize(round_up(n, kStretch));
+    std::atomic<int> taken{0};
+    const auto draw = [&](int) {
+      for (int first; (first = taken.fetch_add(kStretch)) < n;)
+        for (int i = first; i < first + kStretch; i += 4) {
+          const Block block = philox(rule.seed, position, std::uint64_t(i) / 4);
+          for (int j = 0; j < 4; j++) scratch.away[i + j] = std::int32_t(~block.words[j] >> 40);
+        }
+    };
+    if (scratch.pool && n > 4 * kStretch) scratch.pool->run(draw);
+    else draw(0);
     scratch.bounds.resize(n);
     kernels.noise_bounds(scores, scratch.away.data(), n, scratch.bounds.data());
     const int leader = best_of(kernels, scratch.bounds.data(), n);
@@ -169,8 +178,10 @@ int sample(const Kernels& kernels, const float* logits, int n, const Rule& rule,
 class Chooser {
  public:
   // Row i of logits, `stride` apart, is of node i.
-  Chooser(const Kernels& kernels, int vocab, const float* logits, std::size_t stride, const Verified& tree)
-      : kernels_(kernels), vocab_(vocab), logits_(logits), stride_(stride), tree_(tree), rule_(*tree.rule) {}
+  Chooser(const Kernels& kernels, int vocab, const float* logits, std::size_t stride, const Verified& tree, Pool* pool)
+      : kernels_(kernels), vocab_(vocab), logits_(logits), stride_(stride), tree_(tree), rule_(*tree.rule) {
+    scratch_.pool = pool;
+  }
 
   Choice choose() {
     if (rule_.typical && rule_.temperature > 0) return typical();
@@ -290,9 +301,11 @@ void check(const Verified& tree, int nodes, int vocab) {
 
 }  // namespace
 
-int sample(const Kernels& kernels, const float* logits, int n, const Rule& rule, std::uint64_t position) {
+int sample(Engine& engine, const float* logits, int n, const Rule& rule, std::uint64_t position) {
+  std::lock_guard lock(engine.mutex());
   Scratch scratch;
-  return sample(kernels, logits, n, rule, position, scratch);
+  scratch.pool = &engine.pool();
+  return sample(engine.kernels(), logits, n, rule, position, scratch);
 }
 
 std::vector<Choice> choose(Engine& engine, const std::vector<Verified>& trees) {
@@ -305,18 +318,24 @@ std::vector<Choice> choose(Engine& engine, const std::vector<Verified>& trees) {
   std::vector<Choice> choices(trees.size());
   std::vector<std::exception_ptr> errors(trees.size());
   const std::size_t stride = engine.logits_stride();
+  double effort = 0;  // numbers looked at; noise is work for a dozen of them
+  for (const Verified& tree : trees)
+    if (tree.rule) effort += tree.rule->temperature > 0 ? 12.0 * vocab : vocab;
+  const bool shared = trees.size() > 1 && effort > kShared;
   std::atomic<int> taken{0};
   const auto work = [&](int) {
     for (int b; (b = taken.fetch_add(1)) < int(trees.size());) {
       if (!trees[b].rule) continue;
       try {
-        choices[b] = Chooser(engine.kernels(), vocab, engine.logits() + stride * nodes * b, stride, trees[b]).choose();
+        choices[b] = Chooser(engine.kernels(), vocab, engine.logits() + stride * nodes * b, stride, trees[b],
+                             shared ? nullptr : &engine.pool())
+                         .choose();
       } catch (...) {  // also a lack of memory: nothing may leave a thread of the pool
         errors[b] = std::current_exception();
       }
     }
   };
-  if (trees.size() > 1) engine.pool().run(work);
+  if (shared) engine.pool().run(work);
   else work(0);
   for (const std::exception_ptr& error : errors)
     if (error) std::rethrow_exception(error);

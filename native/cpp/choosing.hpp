@@ -32,11 +32,12 @@ struct Verified {  // one tree of the last `verify`
   int nodes;
 };
 
-// Row b of the last pass belongs to trees[b]; where `rule` is null, the choice is left empty.
+// Row b of the last pass belongs to trees[b]; where `rule` is null, the choice is left empty. Rows are shared out among
+// the engine's threads where that pays.
 // Throws std::invalid_argument where a tree is not one, or logits that are looked at are no numbers.
 std::vector<Choice> choose(Engine& engine, const std::vector<Verified>& trees);
 
 // One token from scores [n] by the rule (not typical), as `medusa.decoding.sampling.sample` draws it.
-int sample(const Kernels& kernels, const float* logits, int n, const Rule& rule, std::uint64_t position);
+int sample(Engine& engine, const float* logits, int n, const Rule& rule, std::uint64_t position);
 
 }  // namespace medusa

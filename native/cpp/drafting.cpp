@@ -296,7 +296,7 @@ std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const
     learn(text);
     const double floor = floors[b] > 0 ? std::log(floors[b]) : -std::numeric_limits<double>::infinity();
     trees.push_back({std::log(text.ratio_), floor, {text.tokens_.back()}, {-1}, {0}, {0}, {0.0}});
-    std::memcpy(features_.data() + std::size_t(b) * wide, rows[b].features, sizeof(float) * wide);
+    std::memcpy(features_.data() + std::size_t(b) * wide, text.features_.data(), sizeof(float) * wide);
   }
   base_.resize(std::size_t(batch) * size);
   heads_->begin(features_.data(), batch, base_.data());
@@ -379,8 +379,10 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
   Proposed found;
   if (rows.empty()) return found;
   for (const Row& row : rows) {
-    if (!row.text || row.text->tokens_.empty() || row.room < 0 || (config_.heads && !row.features))
-      throw std::invalid_argument("drafting: a row has no text, no room or no features");
+    if (!row.text || row.text->tokens_.empty() || row.room < 0)
+      throw std::invalid_argument("drafting: a row has no text or no room");
+    if (config_.heads && row.text->features_.size() != std::size_t(heads_->feature_size()))
+      throw std::invalid_argument("drafting: the features have the wrong shape");
     found.drafts.emplace_back(row.text->tokens_.back());
   }
   static const Times none;

@@ -55,6 +55,8 @@ class Text {
   void extend(const std::vector<std::int32_t>& tokens) { tokens_.insert(tokens_.end(), tokens.begin(), tokens.end()); }
   const std::vector<std::int32_t>& tokens() const { return tokens_; }
   int size() const { return int(tokens_.size()); }
+  // Of the last accepted token: what heads draft by.
+  void see(const float* features, std::size_t size) { features_.assign(features, features + size); }
 
  private:
   friend class Drafting;
@@ -78,6 +80,7 @@ class Text {
   };
 
   std::vector<std::int32_t> tokens_;
+  std::vector<float> features_;
   // n-grams
   std::unordered_map<Key, int, Hash> last_;  // n-gram -> index of the token after it
   int indexed_ = 0, chain_start_ = 0, order_ = 0;
@@ -97,8 +100,7 @@ class Drafting {
 
   struct Row {
     Text* text;
-    const float* features;  // [feature_size] of the last accepted token; read where heads draft
-    int room;               // how deep a draft may be
+    int room;  // how deep a draft may be
   };
   struct Proposed {
     std::vector<Draft> drafts;
@@ -106,7 +108,6 @@ class Drafting {
   };
   // Without `times`, trees of at most `nodes`; with them as many nodes as pay, shared over the rows.
   Proposed propose(const std::vector<Row>& rows, int nodes, const Times* times);
-  std::size_t feature_size() const { return heads_ ? std::size_t(heads_->feature_size()) : 0; }
 
  private:
   std::vector<Draft> grow(const std::vector<Row>& rows, int nodes, const std::vector<double>& floors);

@@ -59,12 +59,13 @@ class NativeStepper(ReferenceStepper):
             highest_bar=HIGHEST_BAR,
             usual_tokens=USUAL_TOKENS,
         )
-        self._drafts_by_heads = heads is not None
         self._times: tuple[PassTimes | None, Any] = (None, None)  # and what the engine made of it
 
     def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
         row, step = super()._begin(slot, request, logits, features)
-        row.notes[self] = self._module.Text(), self._rule(row)
+        text = self._module.Text()
+        text.see(features)
+        row.notes[self] = text, self._rule(row)
         return row, step
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
@@ -78,14 +79,15 @@ class NativeStepper(ReferenceStepper):
             text, _ = row.notes[self]
             text.extend(row.tokens[len(text) :])
             texts.append(text)
-        features = [row.features for row in rows] if self._drafts_by_heads else []
         with explained():
-            drafts, asked = self._drafting.propose(texts, features, [row.room for row in rows], nodes, times, NAMES)
+            drafts, asked = self._drafting.propose(texts, [row.room for row in rows], nodes, times, NAMES)
         if isinstance(self.nodes, NodeBudget):
             self.nodes.drafted_for([len(row.tokens) - 1 for row in rows], asked)
         return [Draft(*draft) for draft in drafts]
 
-    def _accept(self, logits: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
+    def _accept(
+        self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]
+    ) -> list[Accepted]:
         texts, rules = zip(*(row.notes[self] for row in rows), strict=True)
         with explained():
             found = self._module.choose(
@@ -95,10 +97,14 @@ class NativeStepper(ReferenceStepper):
                 [draft.tokens for draft in drafts],
                 [draft.parents for draft in drafts],
             )
-        return [
-            accept(logits[b, : len(draft)], draft, row) if choice is None else Accepted(*choice)
-            for b, (choice, draft, row) in enumerate(zip(found, drafts, rows, strict=True))
-        ]
+        accepted = []
+        for b, (choice, draft, row) in enumerate(zip(found, drafts, rows, strict=True)):
+            if choice is None:
+                accepted.append(accept(logits[b, : len(draft)], draft, row))
+                texts[b].see(features[b, accepted[-1].path[-1]])
+            else:
+                accepted.append(Accepted(*choice))
+        return accepted
 
     def _rule(self, row: Row) -> Any:
         """By which the engine chooses for a row; None where it does not know all that is asked for."""

@@ -68,10 +68,9 @@ class ReferenceStepper:
         logits, features = self.backend.verify(slots, drafts)  # [B, N, V], [B, N, F*H]
         # accept
         verified = time.perf_counter()
-        accepted = self._accept(logits, drafts, rows)
+        accepted = self._accept(logits, features, drafts, rows)
         added, logprobs = [], []
         for b, (row, draft, choice) in enumerate(zip(rows, drafts, accepted, strict=True)):
-            row.features = features[b, choice.path[-1]]
             tokens = row.extend((*(draft.tokens[node] for node in choice.path[1:]), choice.next_token))
             added.append(tokens)
             logprobs.append(_logprobs(row, logits[b], choice.path, tokens))
@@ -97,11 +96,16 @@ class ReferenceStepper:
         drafts = self.drafter.propose(rows, self.nodes)
         return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 
-    def _accept(self, logits: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
-        """What is kept of each draft, by logits [B, N, V]."""
-        return [
-            accept(logits[b, : len(draft)], draft, row) for b, (draft, row) in enumerate(zip(drafts, rows, strict=True))
-        ]
+    def _accept(
+        self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]
+    ) -> list[Accepted]:
+        """What is kept of each draft, by logits [B, N, V]; the features [B, N, F*H] of the last node that is kept are
+        those by which the row is drafted for next."""
+        accepted = []
+        for b, (draft, row) in enumerate(zip(drafts, rows, strict=True)):
+            accepted.append(accept(logits[b, : len(draft)], draft, row))
+            row.features = features[b, accepted[-1].path[-1]]
+        return accepted
 
     def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
         """The row of a prompt that has been read: logits [V] and features [F*H] are those of its last token."""

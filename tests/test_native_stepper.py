@@ -47,7 +47,7 @@ STEEP = PassTimes.measured({1: 1.0, 2: 1.3, 4: 2.5, 8: 6.0}, draft_seconds=0.1)
 def engine() -> NativeBackend:
     model = make_model("llama", vocab_size=VOCAB)
     config = native_config(model.config)
-    return NativeBackend(config, model.state_dict(), dtype="float32", feature_layers=(1,), num_slots=SLOTS, threads=2)
+    return NativeBackend(config, model.state_dict(), dtype="float32", feature_layers=(1,), num_slots=SLOTS, threads=1)
 
 
 @cache

@@ -17,7 +17,7 @@ from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import GREEDY, Sampling
 from medusa.decoding.scheduler import Scheduler
 from medusa.decoding.slots import Slots
-from medusa.decoding.stepper import Request, Row
+from medusa.decoding.stepper import Request
 from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.errors import UsageError
 from medusa.settings import EngineSettings, takes
@@ -333,12 +333,10 @@ def measured_times(
             config.kind, config.num_heads, config.num_layers, config.mlp_width, config.tie_lm_head,
             list(config.feature_layers), heads.lm_head_rows, str(heads.dtype),
         ]  # fmt: skip
-        drafter = HeadsDrafter(heads)
-
-        def draft(features: Tensor) -> object:
-            row = Row(0, [1], 1, 1, frozenset(), Sampling(), features)
-            return drafter.propose([row], DRAFTED_NODES)
-
+        stepper = make_stepper(backend, HeadsDrafter(heads), DRAFTED_NODES, MachineTimes(lambda again: None))
+        key["stepper"] = type(stepper).__name__  # who drafts
+        if isinstance(stepper, ReferenceStepper):
+            draft = stepper.draft_after
     found = measured_profile(backend, key, draft=draft, progress=progress, **options)
     if found is None:
         return None

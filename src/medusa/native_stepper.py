@@ -22,7 +22,7 @@ from medusa.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medusa.decoding.stepper import Request, Row, Step
+    from medusa.decoding.stepper import Row
     from medusa.decoding.times import PassTimes
 
 NAMES = (MODEL, HeadsDrafter.name, NgramDrafter.name)  # in the engine's order
@@ -61,12 +61,10 @@ class NativeStepper(ReferenceStepper):
         )
         self._times: tuple[PassTimes | None, Any] = (None, None)  # and what the engine made of it
 
-    def _begin(self, slot: int, request: Request, logits: Tensor, features: Tensor) -> tuple[Row, Step]:
-        row, step = super()._begin(slot, request, logits, features)
+    def _enter(self, row: Row) -> None:
         text = self._module.Text()
-        text.see(features)
+        text.see(row.features)
         row.notes[self] = text, self._rule(row)
-        return row, step
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         nodes, times = 1, None

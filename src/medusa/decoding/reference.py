@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from medusa.decoding.accept import Accepted, accept, first_token, logprobs_of
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import MODEL, Draft, Drafter
+from medusa.decoding.sampling import GREEDY
 from medusa.decoding.stepper import Phases, Request, Row, Step, TokenLogprobs
 from medusa.errors import UsageError
 
@@ -89,6 +90,15 @@ class ReferenceStepper:
     def finish(self, row: Row) -> None:
         self.backend.release(row.slot)
 
+    def draft_after(self, features: Tensor) -> Draft:
+        """A draft after a text of one token with these features [F*H], as a step begins with it: to be timed."""
+        row = Row(0, [1], 1, self.backend.max_length, frozenset(), GREEDY, features)
+        self._enter(row)
+        return self._draft([row])[0]
+
+    def _enter(self, row: Row) -> None:
+        """Before the first step of a row."""
+
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         """A tree for each row, without what the row has no room for."""
         if isinstance(self.nodes, NodeBudget):
@@ -120,6 +130,7 @@ class ReferenceStepper:
             constraint=request.constraint,
             logprobs=request.logprobs,
         )
+        self._enter(row)
         tokens = row.extend((first_token(logits, row),))
         logprobs = _logprobs(row, logits[None], (0,), tokens)
         return row, Step(tokens, (MODEL,), row.finish_reason, logprobs=logprobs)

@@ -1,0 +1,58 @@
+// Where the nodes of a draft tree stand: depth to the right, leaves below each other, parents beside their children.
+
+export const COLUMN = 96;
+export const ROW = 24;
+const LONGEST = 11; // characters of a token that are shown
+
+// A token as it is drawn: what cannot be seen is made visible.
+export function tokenLabel(token) {
+  const seen = token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "␣")
+    .replace(/[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, "�");
+  const letters = [...seen];
+  return letters.length > LONGEST ? `${letters.slice(0, LONGEST - 1).join("")}…` : seen || "∅";
+}
+
+// { nodes: [{ x, y, depth, parent, token, label, probability, source, accepted }], width, height }; parents come first.
+export function layout(tree) {
+  const count = tree.tokens.length;
+  const children = Array.from({ length: count }, () => []);
+  const depth = new Array(count).fill(0);
+  for (let node = 1; node < count; node += 1) {
+    const parent = tree.parents[node];
+    children[parent].push(node);
+    depth[node] = depth[parent] + 1;
+  }
+  const accepted = new Set(tree.path);
+  // The accepted branch is on top, so that it reads as a line; then the likelier ones.
+  for (const list of children)
+    list.sort((a, b) => accepted.has(b) - accepted.has(a) || tree.probabilities[b] - tree.probabilities[a]);
+  const row = new Array(count).fill(0);
+  let rows = 0;
+  const open = count ? [0] : []; // no recursion: a chain may be as deep as it likes
+  while (open.length) {
+    const node = open.pop();
+    row[node] = children[node].length ? -1 : rows++;
+    open.push(...[...children[node]].reverse());
+  }
+  for (let node = count - 1; node >= 0; node -= 1) if (row[node] < 0) row[node] = row[children[node][0]];
+  const nodes = tree.tokens.map((token, node) => ({
+    x: depth[node] * COLUMN + 14,
+    y: row[node] * ROW + 16,
+    depth: depth[node],
+    parent: tree.parents[node],
+    token,
+    label: tokenLabel(token),
+    probability: Math.min(1, Math.max(0, tree.probabilities[node])),
+    source: tree.sources[node],
+    accepted: accepted.has(node),
+  }));
+  return { nodes, width: (Math.max(0, ...depth) + 1) * COLUMN + 14, height: Math.max(1, rows) * ROW + 10 };
+}
+
+// One sentence for those who do not see it.
+export function described(tree, index, total) {
+  const accepted = tree.path.filter((node) => node > 0).map((node) => `“${tree.tokens[node]}”`);
+  const drafted = tree.tokens.length - 1;
+  const kept = accepted.length ? `${accepted.length} accepted: ${accepted.join(", ")}` : "none accepted";
+  return `Step ${index + 1} of ${total}: after “${tree.tokens[0] ?? ""}”, ${drafted} drafted, ${kept}.`;
+}

@@ -84,6 +84,7 @@ test("each refusal is one sentence that says what to do", async () => {
     [413, null, null, /too long for this server: start a new one/, false],
     [400, error("x", { code: "context_length_exceeded" }), null, /context: start a new one/, false],
     [400, error("top_p must be less", { param: "top_p" }), null, /top_p must be less.*change that setting/, false],
+    [400, error("no system", { param: "messages" }), null, /no system.*change the system prompt/, false],
     [404, null, null, /status 404/, false],
     [500, error("see the log"), null, /failed \(see the log\): try again/, true],
     [502, null, null, /status 502: try again/, true],

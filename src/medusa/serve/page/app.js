@@ -48,6 +48,7 @@ function toggle(opener, open) {
   const had = panel.contains(document.activeElement);
   if (opener === "open-sidebar") panel.classList.toggle("open", open);
   else panel.hidden = !open;
+  document.body.classList.toggle("tree-open", tree.open);
   $(opener).setAttribute("aria-expanded", String(open));
   const covered = narrow.matches && Object.values(PANELS).some((id) => $(id).classList.contains("cover") && isOpen(id));
   document.querySelector("main").inert = covered;
@@ -96,7 +97,7 @@ try {
 marked(shown);
 $("colours").addEventListener("change", (event) => marked(event.target.checked));
 $("legend").append(...SOURCES.map((source) => el("li", {},
-  source === "model" ? "unmarked: the model itself" : el("span", { class: `by ${classOf(source)}` }, nameOf(source)))));
+  source === "model" ? "unmarked: model" : el("span", { class: `by ${classOf(source)}` }, nameOf(source)))));
 
 // --- the parts ---
 

@@ -17,6 +17,7 @@ export class Chat {
   #views = new Map(); // message -> its view
   #running = null; // { conversation, message, answer, controller }
   #frame = 0;
+  #near = true; // whether the end of the conversation is seen
 
   // `parts`: { store, settings, keyring, tree, notice, onchange, onsettings }
   constructor(parts) {
@@ -37,6 +38,8 @@ export class Chat {
       if (event.key === "Escape" && !document.querySelector("dialog[open]")) this.stop();
     });
     addEventListener("pagehide", () => this.#save());
+    $("log").addEventListener("scroll", () => this.#scrolled());
+    new ResizeObserver(() => this.#follow(() => {})).observe($("log"));
     this.open(null);
   }
 
@@ -53,8 +56,8 @@ export class Chat {
     const running = this.#running?.conversation;
     const kept = id === null ? null : running?.id === id ? running : this.#parts.store.get(id);
     this.#conversation = kept ?? { id: newId(), title: titleOf(""), changed: 0, messages: [] };
-    this.#draw();
-    $("log").scrollTop = $("log").scrollHeight;
+    this.#near = true;
+    this.#follow(() => this.#draw());
     return id === null || kept !== null;
   }
 
@@ -110,8 +113,10 @@ export class Chat {
   }
 
   #tools() {
+    const lost = document.activeElement === $("stop") && !this.running;
     $("send").hidden = this.running;
     $("stop").hidden = !this.running;
+    if (lost) $("prompt").focus();
   }
 
   #grow() {
@@ -129,7 +134,6 @@ export class Chat {
     $("prompt").value = "";
     this.#grow();
     this.#draw();
-    $("log").scrollTop = $("log").scrollHeight;
     this.#answer();
   }
 
@@ -176,6 +180,8 @@ export class Chat {
     this.#running = running;
     tree.begin(answer);
     this.#draw();
+    this.#near = true;
+    this.#follow(() => {});
     this.#keep(conversation);
     announce("The answer is coming.");
     const saving = setInterval(() => this.#save(), SAVE_MS);
@@ -240,10 +246,13 @@ export class Chat {
 
   // Changes the page; who read its end still does then.
   #follow(change) {
-    const log = $("log");
-    const near = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
     change();
-    if (near) log.scrollTop = log.scrollHeight;
+    if (this.#near) $("log").scrollTop = $("log").scrollHeight;
+  }
+
+  #scrolled() {
+    const log = $("log");
+    this.#near = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR;
   }
 
   stop() {
@@ -254,6 +263,6 @@ export class Chat {
 function welcome(send) {
   return el("div", { class: "welcome" },
     el("h2", {}, "What would you like to know?"),
-    el("p", { class: "muted" }, "Marked text was drafted ahead and accepted by the model; the rest it said itself."),
+    el("p", { class: "muted" }, "Marked text was drafted ahead and accepted by the model; the rest it said itself. Conversations stay in this browser."),
     el("div", { class: "row" }, ...EXAMPLES.map((text) => button(text, () => send(text)))));
 }

@@ -5,15 +5,15 @@ import { button, copy, el } from "./dom.js";
 import { Rendered } from "./render.js";
 
 // How fast an answer was, as a line of text. `summary` is that of an Answer, whole or so far.
-export function metaLine(summary) {
+export function metaLine(summary, withRate = true) {
   const parts = [
-    [round(summary.rate), "tokens/s"],
+    ...(withRate ? [[round(summary.rate), "tokens/s"]] : []),
     [round(summary.perStep, 2), "tokens per step"],
     [String(summary.tokens), summary.tokens === 1 ? "token" : "tokens"],
   ];
   const nodes = parts.flatMap(([value, unit], index) => [index ? " · " : "", el("b", {}, value), ` ${unit}`]);
-  if (summary.wait !== null && summary.wait !== undefined) nodes.push(` · first after ${round(summary.wait, 2)} s`);
-  const by = shares(summary.shares).map(([source, share]) => `${nameOf(source)} ${Math.round(100 * share)} %`);
+  if (summary.wait !== null && summary.wait !== undefined) nodes.push(` · first after ${round(summary.wait, 2)}\u00a0s`);
+  const by = shares(summary.shares).map(([source, share]) => `${nameOf(source)} ${Math.round(100 * share)}\u00a0%`);
   if (by.length) nodes.push(` · from ${by.join(", ")}`);
   return nodes;
 }

@@ -16,6 +16,7 @@ class Lane {
   #body = el("div", { class: "text", tabindex: 0, role: "region" });
   #text = new Rendered(this.#body);
   answer = null;
+  ended = false;
 
   constructor(title, kind) {
     this.#body.setAttribute("aria-label", `Text of ${title}`);
@@ -27,6 +28,7 @@ class Lane {
 
   clear(word) {
     this.answer = null;
+    this.ended = false;
     this.#text.show("");
     this.#rate.replaceChildren("– ", el("small", {}, "tokens/s"));
     this.#meta.textContent = word;
@@ -40,9 +42,9 @@ class Lane {
 
   show() {
     this.#rate.replaceChildren(`${round(this.answer.rate)} `, el("small", {}, "tokens/s"));
-    this.#meta.replaceChildren(...metaLine(this.answer.summary()).slice(4)); // the rate stands above
+    this.#meta.replaceChildren(...metaLine(this.answer.summary(), false));
     this.#text.show(this.answer.text, this.answer.spans);
-    this.#body.scrollTop = this.#body.scrollHeight;
+    this.#body.scrollTop = this.ended ? 0 : this.#body.scrollHeight;
   }
 
   // As it was after so many seconds; whether it was done by then.
@@ -145,14 +147,16 @@ export class Race {
       });
     }
     cancelAnimationFrame(frame);
+    lane.ended = true;
     lane.show();
   }
 
   #tools(running) {
+    const lost = [$("race-start"), $("race-stop")].includes(document.activeElement);
     $("race-start").hidden = running;
     $("race-stop").hidden = !running;
     if (running) $("race-replay").hidden = true;
-    (running ? $("race-stop") : $("race-start")).focus({ preventScroll: true });
+    if (lost) (running ? $("race-stop") : $("race-start")).focus({ preventScroll: true });
   }
 
   // Both as they came, from the same moment on.

@@ -60,10 +60,10 @@ export class Painter {
     return found;
   }
 
-  // What the model decided by itself has no mark.
+  // What the model decided by itself has no mark, nor has what cannot be seen.
   nodes(from, to) {
     return this.pieces(from, to).map(([text, by]) =>
-      by === null || by === "model" ? text
+      by === null || by === "model" || text.trim() === "" ? text
         : el("span", { class: `by ${classOf(by)}`, title: `drafted by: ${nameOf(by)}` }, text));
   }
 }

@@ -49,7 +49,8 @@ export function troubleOf(status, body, retryAfter = null) {
       { status, again: false });
   if (status >= 500)
     return new Trouble(`The server failed${said ? ` (${said})` : ` with status ${status}`}: try again.`, { status });
-  const mend = error?.param ? "change that setting" : "change the request";
+  const mends = { messages: "change the system prompt or the messages" };
+  const mend = error?.param ? mends[error.param] ?? "change that setting" : "change the request";
   return new Trouble(`The server refused the request (${said || `status ${status}`}): ${mend} and try again.`,
     { status, again: false });
 }

@@ -1,8 +1,10 @@
-// Where the nodes of a draft tree stand: depth to the right, leaves below each other, parents beside their children.
+// Where the nodes of a draft tree stand: depth to the right, leaves below each other, a parent beside its first child.
 
-export const COLUMN = 96;
-export const ROW = 24;
-const LONGEST = 11; // characters of a token that are shown
+export const COLUMN = 130;
+export const ROW = 26;
+export const CHIP = { width: 104, height: 20 };
+const EDGE = 6; // of ground around all
+const LONGEST = 9; // characters of a token that are shown
 
 // A token as it is drawn: what cannot be seen is made visible.
 export function tokenLabel(token) {
@@ -36,8 +38,8 @@ export function layout(tree) {
   }
   for (let node = count - 1; node >= 0; node -= 1) if (row[node] < 0) row[node] = row[children[node][0]];
   const nodes = tree.tokens.map((token, node) => ({
-    x: depth[node] * COLUMN + 14,
-    y: row[node] * ROW + 16,
+    x: depth[node] * COLUMN + EDGE, // of its left end
+    y: row[node] * ROW + EDGE + CHIP.height / 2, // of its middle
     depth: depth[node],
     parent: tree.parents[node],
     token,
@@ -46,7 +48,7 @@ export function layout(tree) {
     source: tree.sources[node],
     accepted: accepted.has(node),
   }));
-  return { nodes, width: (Math.max(0, ...depth) + 1) * COLUMN + 14, height: Math.max(1, rows) * ROW + 10 };
+  return { nodes, width: Math.max(0, ...depth) * COLUMN + CHIP.width + 2 * EDGE, height: Math.max(1, rows) * ROW + EDGE };
 }
 
 // One sentence for those who do not see it.

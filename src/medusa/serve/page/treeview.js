@@ -2,38 +2,43 @@
 
 import { classOf, nameOf } from "./answer.js";
 import { $, el, svg } from "./dom.js";
-import { described, layout } from "./treelayout.js";
+import { CHIP, described, layout } from "./treelayout.js";
 
 const PLAY_MS = 700;
-const MARK = 5; // half the width of a node
-const LEAST_OPACITY = 0.12;
+const SMALLEST = 0.85; // scale, before the drawing scrolls instead
+const [FAINTEST, FULLEST] = [0.04, 0.4]; // of a node's ground, so that its text can be read on it
 
-// Another shape for each drafter, so that it is not told by colour alone.
-function mark(source, x, y, opacity) {
-  const attributes = { class: `node ${classOf(source)}`, "fill-opacity": opacity };
-  if (source === "ngram") return svg("rect", { ...attributes, x: x - MARK + 0.5, y: y - MARK + 0.5, width: 2 * MARK - 1, height: 2 * MARK - 1 });
-  if (source === "grammar") return svg("path", { ...attributes, d: `M${x} ${y - MARK - 1}l${MARK + 1} ${MARK + 1}l${-MARK - 1} ${MARK + 1}l${-MARK - 1} ${-MARK - 1}z` });
-  return svg("circle", { ...attributes, cx: x, cy: y, r: MARK });
+const percent = (probability) => `${Math.round(100 * probability)}%`;
+
+// A node's outline is of another kind for each drafter, as the marks in the text are.
+function chip(source, x, y, width, probability, accepted) {
+  const { height } = CHIP;
+  const place = { x, y: y - height / 2, width, height, rx: 5 };
+  const opacity = (FAINTEST + (FULLEST - FAINTEST) * probability).toFixed(3);
+  return [
+    accepted ? svg("rect", { class: "ring", x: x - 2.5, y: place.y - 2.5, width: width + 5, height: height + 5, rx: 7 }) : null,
+    svg("rect", { ...place, class: `node ${classOf(source)}`, "fill-opacity": opacity }),
+  ];
 }
 
-export function drawing(tree, text) {
+export function drawing(tree, text, room = Infinity) {
   const { nodes, width, height } = layout(tree);
   const edges = nodes.filter(({ parent }) => parent >= 0).map(({ x, y, parent, accepted }) => {
-    const from = nodes[parent];
-    const middle = from.x + 40;
-    return svg("path", { class: accepted ? "edge accepted" : "edge", d: `M${from.x} ${from.y}C${middle + 20} ${from.y} ${middle} ${y} ${x} ${y}` });
+    const from = { x: nodes[parent].x + CHIP.width, y: nodes[parent].y };
+    const middle = (from.x + x) / 2;
+    return svg("path", { class: accepted ? "edge accepted" : "edge", d: `M${from.x} ${from.y}C${middle} ${from.y} ${middle} ${y} ${x} ${y}` });
   });
   // The accepted path lies on top of the others.
   edges.sort((a, b) => a.classList.contains("accepted") - b.classList.contains("accepted"));
-  const marks = nodes.map(({ x, y, label, token, probability, source, accepted }) => {
-    const opacity = Math.max(LEAST_OPACITY, probability).toFixed(3);
+  const marks = nodes.map(({ x, y, label, token, probability, source, accepted }, index) => {
     const told = `“${token}” by ${nameOf(source)}, probability ${probability.toFixed(2)}${accepted ? ", accepted" : ""}`;
-    return svg("g", {}, svg("title", {}, told),
-      accepted ? svg("circle", { class: "ring", cx: x, cy: y, r: MARK + 4 }) : null,
-      svg("circle", { class: "ground", cx: x, cy: y, r: MARK }), mark(source, x, y, opacity),
-      svg("text", { class: accepted ? "label accepted" : "label", x: x + MARK + 5, y: y + 13 }, label));
+    return svg("g", {}, svg("title", {}, told), ...chip(source, x, y, CHIP.width, probability, accepted),
+      svg("text", { class: accepted ? "label accepted" : "label", x: x + 6, y: y + 4 }, label),
+      index ? svg("text", { class: "share", x: x + CHIP.width - 5, y: y + 4, "text-anchor": "end" }, percent(probability)) : null);
   });
-  return svg("svg", { role: "img", width, height, viewBox: `0 0 ${width} ${height}` }, svg("title", {}, text), ...edges, ...marks);
+  const scale = Math.min(1, Math.max(SMALLEST, room / width));
+  return svg("svg", { role: "img", width: width * scale, height: height * scale, viewBox: `0 0 ${width} ${height}` },
+    svg("title", {}, text), ...edges, ...marks);
 }
 
 export class TreeView {
@@ -54,10 +59,10 @@ export class TreeView {
       event.preventDefault();
       this.#go(this.#at + by);
     });
-    const key = (source, text) => el("li", {}, svg("svg", { width: 14, height: 14, "aria-hidden": "true" }, mark(source, 7, 7, 1)), text);
+    const key = (source, text) => el("li", {}, svg("svg", { width: 26, height: 22, "aria-hidden": "true" },
+      ...chip(source, 1, 11, 24, 0.6, false)), text);
     $("tree-keys").append(key("heads", "heads"), key("ngram", "n-gram"), key("grammar", "grammar"), key("model", "model"),
-      el("li", {}, svg("svg", { width: 22, height: 14, "aria-hidden": "true" }, svg("path", { class: "edge accepted", d: "M1 7h20" })), "accepted"),
-      el("li", {}, "fuller: likelier"));
+      el("li", {}, svg("svg", { width: 22, height: 22, "aria-hidden": "true" }, svg("path", { class: "edge accepted", d: "M1 11h20" })), "accepted"));
   }
 
   get open() {
@@ -125,7 +130,7 @@ export class TreeView {
     this.#at = Math.max(0, this.#at);
     const tree = this.#trees[this.#at];
     const text = described(tree, this.#at, total);
-    $("tree-drawing").replaceChildren(drawing(tree, text));
+    $("tree-drawing").replaceChildren(drawing(tree, text, $("tree-drawing").clientWidth));
     $("tree-caption").textContent = text;
     $("tree-step").max = total;
     $("tree-step").value = this.#at + 1;

@@ -23,10 +23,16 @@ if CHROMIUM is None:
 from medusa.serve.engine import Engine
 from serving import listening, wait_for
 
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-default-apps --no-default-browser-check"
-).split()
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 PATIENCE = 20_000  # milliseconds, for a machine that is busy
 expect = playwright.expect
 
@@ -302,7 +308,7 @@ def test_what_a_model_writes_never_becomes_markup(page: Any) -> None:
     [
         (429, "{}", {"retry-after": "3"}, "The server is busy: try again in 3 seconds.", ""),
         (500, '{"error":{"message":"see the log"}}', {}, "The server failed (see the log): try again.", ""),
-        (200, events("Half", {"error": {"message": "it broke"}}, end=""), {}, "The answer broke off (it broke)", "Half"),
+        (200, events("Half", {"error": {"message": "it broke"}}, end=""), {}, "broke off (it broke)", "Half"),
         (200, events("Half", end=""), {}, "The connection was lost", "Half"),
     ],
 )  # fmt: skip
@@ -424,7 +430,7 @@ def test_everything_that_can_be_pressed_is_reached_by_keyboard_and_has_a_name(pa
     for _ in range(60):
         page.keyboard.press("Tab")
         name, outline = page.evaluate(mark)
-        assert outline != "none", name
+        assert outline != "none" or name.startswith("\n"), name  # the body, after the last
         reached.add(name)
     wanted = {
         "new-chat",

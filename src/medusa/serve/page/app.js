@@ -37,6 +37,7 @@ function views(name) {
   }
   if (name === "race" && !$("tree-panel").hidden) toggle("open-tree", false); // it is of the chat
   $("open-tree").disabled = name === "race";
+  $("skip").setAttribute("href", name === "race" ? "#race-prompt" : "#prompt");
 }
 
 const PANELS = { "open-tree": "tree-panel", "open-settings": "settings-panel", "open-sidebar": "sidebar" };
@@ -51,7 +52,7 @@ function toggle(opener, open) {
   document.body.classList.toggle("tree-open", tree.open);
   $(opener).setAttribute("aria-expanded", String(open));
   const covered = narrow.matches && Object.values(PANELS).some((id) => $(id).classList.contains("cover") && isOpen(id));
-  document.querySelector("main").inert = covered;
+  for (const view of ["chat", "race"]) $(view).inert = covered;
   if (open && opener === "open-tree") tree.show();
   if (open) panel.querySelector("button, input, textarea").focus();
   else if (had) $(opener).focus();

@@ -37,7 +37,7 @@ export class MessageView {
     this.#body = el("div", { class: mine ? "body" : "body text" });
     this.#text = mine ? null : new Rendered(this.#body);
     this.element = el("article", { class: `message ${message.role}` },
-      el("h3", {}, mine ? "You" : "Answer"), this.#body, this.#trouble, this.#meta, this.#actions);
+      el("h2", {}, mine ? "You" : "Answer"), this.#body, this.#trouble, this.#meta, this.#actions);
     if (mine) this.#body.textContent = message.content;
     this.update();
   }

@@ -122,7 +122,7 @@ test("a tree stands by depth, its accepted branch on top, and no two nodes share
   assert.deepEqual(nodes.map(({ depth }) => depth), [0, 1, 1, 2, 2]);
   assert.deepEqual(nodes.filter(({ accepted }) => accepted).map(({ y }) => y), [16, 16, 16]);
   assert.equal(new Set(nodes.map(({ x, y }) => `${x} ${y}`)).size, 5);
-  assert.ok(nodes.every(({ x, y, probability }) => x < width && y < height && probability <= 1));
+  assert.ok(nodes.every(({ x, y, width: own, probability }) => x + own < width && y < height && probability <= 1));
   assert.equal(nodes[2].label, "⏎");
 });
 
@@ -138,6 +138,6 @@ test("labels show what cannot be seen, and do not grow", () => {
 });
 
 test("a step is described in words", () => {
-  assert.equal(described(TREE, 1, 3), "Step 2 of 3: after “a”, 4 drafted, 2 accepted: “\n”, “d”.");
+  assert.equal(described(TREE, 1, 3), "Step 2 of 3: after “a”, 4 drafted, 2 accepted: “⏎”, “d”.");
   assert.match(described({ ...TREE, path: [0] }, 0, 1), /none accepted\.$/);
 });

@@ -2,7 +2,7 @@
 
 import { classOf, nameOf } from "./answer.js";
 import { $, el, svg } from "./dom.js";
-import { CHIP, described, layout } from "./treelayout.js";
+import { HEIGHT, described, layout } from "./treelayout.js";
 
 const PLAY_MS = 700;
 const SMALLEST = 0.85; // scale, before the drawing scrolls instead
@@ -12,7 +12,7 @@ const percent = (probability) => `${Math.round(100 * probability)}%`;
 
 // A node's outline is of another kind for each drafter, as the marks in the text are.
 function chip(source, x, y, width, probability, accepted) {
-  const { height } = CHIP;
+  const height = HEIGHT;
   const place = { x, y: y - height / 2, width, height, rx: 5 };
   const opacity = (FAINTEST + (FULLEST - FAINTEST) * probability).toFixed(3);
   return [
@@ -24,17 +24,17 @@ function chip(source, x, y, width, probability, accepted) {
 export function drawing(tree, text, room = Infinity) {
   const { nodes, width, height } = layout(tree);
   const edges = nodes.filter(({ parent }) => parent >= 0).map(({ x, y, parent, accepted }) => {
-    const from = { x: nodes[parent].x + CHIP.width, y: nodes[parent].y };
+    const from = { x: nodes[parent].x + nodes[parent].width, y: nodes[parent].y };
     const middle = (from.x + x) / 2;
     return svg("path", { class: accepted ? "edge accepted" : "edge", d: `M${from.x} ${from.y}C${middle} ${from.y} ${middle} ${y} ${x} ${y}` });
   });
   // The accepted path lies on top of the others.
   edges.sort((a, b) => a.classList.contains("accepted") - b.classList.contains("accepted"));
-  const marks = nodes.map(({ x, y, label, token, probability, source, accepted }, index) => {
+  const marks = nodes.map(({ x, y, width: own, label, token, probability, source, accepted }, index) => {
     const told = `“${token}” by ${nameOf(source)}, probability ${probability.toFixed(2)}${accepted ? ", accepted" : ""}`;
-    return svg("g", {}, svg("title", {}, told), ...chip(source, x, y, CHIP.width, probability, accepted),
+    return svg("g", {}, svg("title", {}, told), ...chip(source, x, y, own, probability, accepted),
       svg("text", { class: accepted ? "label accepted" : "label", x: x + 6, y: y + 4 }, label),
-      index ? svg("text", { class: "share", x: x + CHIP.width - 5, y: y + 4, "text-anchor": "end" }, percent(probability)) : null);
+      index ? svg("text", { class: "share", x: x + own - 5, y: y + 4, "text-anchor": "end" }, percent(probability)) : null);
   });
   const scale = Math.min(1, Math.max(SMALLEST, room / width));
   return svg("svg", { role: "img", width: width * scale, height: height * scale, viewBox: `0 0 ${width} ${height}` },

@@ -144,6 +144,9 @@ def test_a_message_is_answered_as_it_comes_and_the_drafts_are_marked(page: Any, 
         early = last(page).locator(".text").text_content()
         gate.release(8)
         expect(last(page).locator(".text")).not_to_have_text(early)
+        expect(page.locator("#meter")).to_contain_text("tokens/s")
+        send(page, "Not now")
+        expect(page.locator("#notice")).to_contain_text("under way")
         assert last(page).locator(".text").text_content().startswith(early.rstrip()[:-1])
         assert page.locator("#log").get_attribute("aria-live") == "off"
     ended(page)
@@ -232,9 +235,28 @@ def test_the_race_gives_two_rates_and_says_whether_the_texts_are_identical(page:
     slow, fast = (page.locator(f".lane.{kind} .text").text_content() for kind in ("slow", "fast"))
     assert slow == fast
     assert float(page.locator(".lane.slow .rate").text_content().split()[0]) > 0
+    assert page.locator("#race-replay").text_content() == "Watch both side by side"
     page.click("#race-replay")
     expect(page.locator("#race-replay")).to_have_text("Watch both side by side")
     assert page.locator(".lane.fast .text").text_content() == fast
+
+
+def test_a_race_that_is_under_way_can_be_stopped_and_has_the_server_to_itself(
+    page: Any, there: tuple[str, Engine]
+) -> None:
+    page.click("#to-race")
+    with gated(there[1]) as gate:
+        page.press("#race-start", "Enter")
+        gate.release(4)
+        expect(page.locator(".lane.slow .meta")).to_contain_text("tokens per step")
+        page.click("#to-chat")
+        send(page, "Hello")
+        expect(page.locator("#notice")).to_contain_text("The race is under way")
+        expect(page.locator(".message")).to_have_count(0)
+        page.click("#to-race")
+        page.press("#race-stop", "Enter")
+        expect(page.locator("#verdict")).to_have_text("You stopped the race.")
+        expect(page.locator("#race-start")).to_be_focused()
 
 
 def test_the_tree_of_each_step_is_drawn(page: Any) -> None:

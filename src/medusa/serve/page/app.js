@@ -112,14 +112,15 @@ function onsettings() {
   form.show()?.focus();
 }
 
-let sidebar = null;
-const chat = new Chat({ store, settings, keyring, tree, notice, onsettings, onchange: () => sidebar?.draw() });
+let [sidebar, race] = [null, null];
+const busy = () => (race.running ? "The race is under way: wait for its end, or stop it." : "");
+const chat = new Chat({ store, settings, keyring, tree, notice, busy, onsettings, onchange: () => sidebar?.draw() });
 sidebar = new Sidebar(store, chat, () => {
   views("chat");
   toggle("open-sidebar", false);
   $("prompt").focus();
 });
-new Race({ settings, keyring, chat, onsettings });
+race = new Race({ settings, keyring, chat, onsettings });
 
 keyring.onwanted = () => {
   $("open-key").hidden = false;

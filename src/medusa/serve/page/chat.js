@@ -1,6 +1,6 @@
 // The chat: what is asked, how the answer comes, and the conversation that is kept of both.
 
-import { Answer } from "./answer.js";
+import { Answer, round } from "./answer.js";
 import { $, announce, button, el } from "./dom.js";
 import { MessageView } from "./message.js";
 import { messages, read } from "./settings.js";
@@ -19,7 +19,8 @@ export class Chat {
   #frame = 0;
   #near = true; // whether the end of the conversation is seen
 
-  // `parts`: { store, settings, keyring, tree, notice, onchange, onsettings }
+  // `parts`: { store, settings, keyring, tree, notice, busy, onchange, onsettings }; `busy` says why nothing can be asked
+  // now, where that is so.
   constructor(parts) {
     this.#parts = parts;
     const prompt = $("prompt");
@@ -126,9 +127,8 @@ export class Chat {
   }
 
   send(text) {
-    if (!text.trim() || this.running) return;
+    if (!text.trim() || !this.#free()) return;
     const first = this.#conversation.messages.length === 0;
-    if (!this.#settings()) return;
     if (first) this.#conversation.title = titleOf(text);
     this.#conversation.messages.push({ role: "user", content: text });
     $("prompt").value = "";
@@ -137,22 +137,32 @@ export class Chat {
     this.#answer();
   }
 
+  // Whether something can be asked: nothing is under way, and the settings are good. Says so where not.
+  #free() {
+    const reason = this.running ? "An answer is under way: wait for its end, or stop it." : this.#parts.busy();
+    if (reason) this.#parts.notice(reason);
+    return !reason && this.#settings() !== null;
+  }
+
+  // Where the button that was pressed has gone; not on a phone, where that would open its keyboard.
+  #refocus() {
+    if (document.activeElement === document.body && matchMedia("(pointer: fine)").matches) $("prompt").focus();
+  }
+
   #edit(index, text) {
-    if (!this.#settings()) return;
+    if (!this.#free()) return;
     const { messages: list } = this.#conversation;
     list.splice(index, list.length, { role: "user", content: text });
     if (index === 0) this.#conversation.title = titleOf(text);
     this.#draw();
-    $("prompt").focus();
     this.#answer();
   }
 
   #again() {
-    if (!this.#settings()) return;
+    if (!this.#free()) return;
     const { messages: list } = this.#conversation;
     if (list.at(-1).role === "assistant") list.pop();
     this.#draw();
-    $("prompt").focus();
     this.#answer();
   }
 
@@ -180,6 +190,7 @@ export class Chat {
     this.#running = running;
     tree.begin(answer);
     this.#draw();
+    this.#refocus();
     this.#near = true;
     this.#follow(() => {});
     this.#keep(conversation);
@@ -201,6 +212,7 @@ export class Chat {
     clearInterval(saving);
     this.#running = null;
     this.#take(running);
+    this.#meter(answer);
     tree.end();
     if (running.deleted) return this.#draw();
     this.#keep(conversation);
@@ -239,9 +251,15 @@ export class Chat {
       const running = this.#running;
       if (!running) return;
       this.#parts.tree.grow();
+      this.#meter(running.answer);
       if (running.conversation === this.#conversation)
         this.#follow(() => this.#views.get(running.message).update(running.answer));
     });
+  }
+
+  // Always in sight, however long the answer is.
+  #meter({ rate, perStep }) {
+    $("meter").textContent = rate === null ? "" : `${round(rate)} tokens/s · ${round(perStep, 2)} tokens per step`;
   }
 
   // Changes the page; who read its end still does then.

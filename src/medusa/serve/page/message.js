@@ -92,7 +92,7 @@ export class MessageView {
   }
 
   #edit() {
-    const area = el("textarea", { "aria-label": "Your message", rows: 4 });
+    const area = el("textarea", { "aria-label": "Your message", rows: 4, dir: "auto" });
     area.value = this.#message.content;
     const close = () => {
       form.replaceWith(this.#body);

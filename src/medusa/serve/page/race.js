@@ -95,6 +95,10 @@ export class Race {
     });
   }
 
+  get running() {
+    return this.#controller !== null;
+  }
+
   #say(text) {
     $("verdict").textContent = text;
   }

@@ -39,7 +39,7 @@ expect = playwright.expect
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running, tempfile.TemporaryDirectory() as home:
+    with playwright.sync_playwright() as running, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         expect.set_options(timeout=PATIENCE)
         # Their own home: no settings of the user's browser, and nothing left behind.
         browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, env={"HOME": home})

@@ -259,7 +259,7 @@ export class Chat {
 
   // Always in sight, however long the answer is.
   #meter({ rate, perStep }) {
-    $("meter").textContent = rate === null ? "" : `${round(rate)} tokens/s · ${round(perStep, 2)} tokens per step`;
+    $("meter").textContent = rate === null ? "" : `${round(rate)} tokens/s · ${round(perStep, 2)} per step`;
   }
 
   // Changes the page; who read its end still does then.

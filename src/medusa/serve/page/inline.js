@@ -3,7 +3,6 @@
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 const DEEPEST = 8; // of emphasis and links in each other
 const ADDRESS = /https?:\/\/[^\s<>"'`*]+/y;
-const SCHEMES = ["http:", "https:", "mailto:"];
 
 // The address if the page may link to it, else null: no script, no data, nothing of this server.
 export function safeAddress(text) {
@@ -11,8 +10,7 @@ export function safeAddress(text) {
   if (/[\u0000-\u0020\u007f-\u009f\u200b-\u200f\u2028-\u202f\u2066-\u2069\ufeff\\]/.test(text)) return null;
   if (!/^(?:https?:\/\/[^/?#]|mailto:.)/i.test(text)) return null;
   try {
-    const url = new URL(text);
-    return SCHEMES.includes(url.protocol) ? url.href : null;
+    return new URL(text).href;
   } catch {
     return null;
   }

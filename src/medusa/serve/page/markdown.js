@@ -64,8 +64,8 @@ function code(source, lines, i) {
     const { from, to } = lines[next];
     body.push({ from: from + Math.min(indent, indentOf(textOf(source, lines[next]))), to });
   }
-  const closed = next < lines.length; // not yet, while it streams
-  return [{ type: "code", language: language.slice(0, 40), lines: body, closed }, Math.min(next + 1, lines.length)];
+  // While it streams it may not be closed yet.
+  return [{ type: "code", language: language.slice(0, 40), lines: body }, Math.min(next + 1, lines.length)];
 }
 
 const indentOf = (text) => text.length - text.trimStart().length;

@@ -19,7 +19,7 @@ export class Rendered {
   show(source, spans = []) {
     const painter = new Painter(source, spans);
     const blocks = parse(source);
-    const keys = blocks.map((block, index) => `${index === blocks.length - 1} ${block.from} ${source.slice(block.from, block.to)}`);
+    const keys = blocks.map(({ from, to }) => `${from} ${source.slice(from, to)}`);
     let same = 0;
     while (same < keys.length && keys[same] === this.#shown[same]) same += 1;
     while (this.#root.childNodes.length > same) this.#root.lastChild.remove();

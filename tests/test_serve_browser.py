@@ -4,47 +4,22 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 for package in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(package)
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None:
-    pytest.skip("needs Chromium", allow_module_level=True)
-
+from browsing import answer_with, chromium, ended, events, expect, gated, last, send, tab
 from medusa.serve.engine import Engine
 from serving import listening, wait_for
-
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-PATIENCE = 20_000  # milliseconds, for a machine that is busy
-expect = playwright.expect
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as running, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-        expect.set_options(timeout=PATIENCE)
-        # Their own home: no settings of the user's browser, and nothing left behind.
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS, env={"HOME": home})
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -53,82 +28,11 @@ def there() -> Iterator[tuple[str, Engine]]:
         yield url.removesuffix("v1"), engine
 
 
-@contextmanager
-def tab(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    """A fresh profile at the page. Whatever the page does, the browser has nothing to complain of: no error, nothing
-    that the policy forbade."""
-    context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-    context.set_default_timeout(PATIENCE)
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
-    page.goto(url)
-    try:
-        yield page
-        assert [line for line in complaints if "Failed to load resource" not in line] == []
-    finally:
-        context.close()
-
-
 @pytest.fixture
 def page(browser: Any, there: tuple[str, Engine]) -> Iterator[Any]:
     with tab(browser, there[0]) as page:
         expect(page.locator("#model")).to_have_text("tiny")
         yield page
-
-
-@contextmanager
-def gated(engine: Engine) -> Iterator[threading.Semaphore]:
-    """Each step waits until it may go on."""
-    step, gate, opened = engine.lm.stepper.step, threading.Semaphore(0), threading.Event()
-
-    def waiting(rows: Any) -> Any:
-        while not opened.is_set() and not gate.acquire(timeout=0.02):
-            pass
-        return step(rows)
-
-    engine.lm.stepper.step = waiting  # type: ignore[method-assign]
-    try:
-        yield gate
-    finally:
-        opened.set()
-        wait_for(lambda: engine.unfinished == 0)
-        engine.lm.stepper.step = step  # type: ignore[method-assign]
-
-
-def send(page: Any, text: str) -> None:
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-
-
-def ended(page: Any) -> None:
-    expect(page.locator("#send")).to_be_visible()
-
-
-def last(page: Any) -> Any:
-    return page.locator(".message.assistant").last
-
-
-def events(*pieces: Any, end: str = "data: [DONE]\n\n") -> str:
-    """The body of a stream: texts, each drafted by the n-gram drafter, or events as they are."""
-    body = ""
-    for piece in pieces:
-        event = piece
-        if isinstance(piece, str):
-            choice = {"index": 0, "delta": {"content": piece}, "finish_reason": None}
-            event = {"choices": [choice], "medusa": {"spans": [[piece, "ngram"]], "tokens": 1}}
-        body += f"data: {json.dumps(event)}\n\n"
-    return body + end
-
-
-def answer_with(page: Any, body: str = "", status: int = 200, **headers: str) -> None:
-    kind = "text/event-stream" if status == 200 else "application/json"
-    page.unroute("**/v1/chat/completions")
-    page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(status=status, body=body, headers={"content-type": kind, **headers}),
-    )
 
 
 def test_a_message_is_answered_as_it_comes_and_the_drafts_are_marked(page: Any, there: tuple[str, Engine]) -> None:
@@ -161,15 +65,21 @@ def test_a_message_is_answered_as_it_comes_and_the_drafts_are_marked(page: Any, 
 
 
 def test_escape_stops_an_answer_and_keeps_its_text(page: Any, there: tuple[str, Engine]) -> None:
+    def finished() -> list[str]:
+        """Answers that came to their end, as the server counts them."""
+        shown = page.evaluate("fetch('metrics').then(answer => answer.text())")
+        return [line for line in shown.splitlines() if line.startswith("medusa_requests_finished_total")]
+
+    before = finished()
     with gated(there[1]) as gate:
         send(page, "Hello")
         gate.release(6)
         expect(last(page).locator(".meta")).to_contain_text("tokens per step")
         page.keyboard.press("Escape")
         ended(page)
-        gate.release(100)
-        wait_for(lambda: there[1].unfinished == 0)
-        assert [gate.acquire(blocking=False) for _ in range(90)] == [True] * 90  # no step was spent on it any more
+        # The server learns of it on the way, long before the answer's end.
+        wait_for(lambda: gate.release() or there[1].unfinished == 0)
+    assert finished() == before
     said = last(page).locator(".text").text_content()
     expect(last(page).locator(".meta")).to_contain_text("You stopped it.")
     page.reload()

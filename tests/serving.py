@@ -71,10 +71,12 @@ class Client:
 
 
 @contextmanager
-def listening(lm: LanguageModel | None = None, **settings: Any) -> Iterator[tuple[str, Engine]]:
+def listening(
+    lm: LanguageModel | None = None, keys: list[str] | None = None, **settings: Any
+) -> Iterator[tuple[str, Engine]]:
     """On the loopback address: the URL of the API, and the engine."""
     chosen = ServerSettings(**{"port": 0, "temperature": 0.0, **settings})
-    app, engine = create_app(lm or model(), chosen, Keys([]))
+    app, engine = create_app(lm or model(), chosen, Keys(keys or []))
     running = uvicorn.Server(configure(app, chosen))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()

@@ -32,6 +32,7 @@ from medusa.serve.schema import (
 )
 from medusa.serve.settings import ServerSettings
 from medusa.serve.shape import error_of_fields
+from medusa.serve.site import add_page
 
 log = logging.getLogger("medusa.serve")
 
@@ -73,6 +74,7 @@ def create_app(lm: medusa.LanguageModel, settings: ServerSettings, keys: Keys) -
     _add_answers(app, front)
     _add_models(app, front)
     _add_health(app, engine, metrics)
+    add_page(app)
     return Guard(app, settings, keys, metrics), engine
 
 

@@ -13,6 +13,7 @@ Its native engine is imported when the first grammar is compiled.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections import OrderedDict
@@ -76,6 +77,16 @@ class Grammars:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return grammar
+
+    @functools.cached_property
+    def shown_tokens(self) -> dict[str, int]:
+        """Tokens that stand for a text which is shown, but which the engine does not take for that text: a grammar must
+        name them. It holds all that look like <this> for tokens of no text."""
+        with self._lock:
+            inside = self._inside or self._read_tokenizer()
+        added = self._tokenizer.added_tokens_decoder.items()
+        hidden = {*self._tokenizer.all_special_ids, *self._ends, *(i for i, token in added if token.special)}
+        return {token.content: i for i, token in added if i not in hidden and inside.is_special_token(i)}
 
     def _read_tokenizer(self) -> LLTokenizer:
         """Takes a quarter of a second for 49,152 tokens."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "Completion", "LanguageModel", "Stats", "load", "measured_times"]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class LanguageModel:
@@ -99,11 +99,14 @@ class LanguageModel:
         steppers of this engine, those made before as well."""
         return self._times.refresh() if refresh else self._times()
 
-    def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+    def encode(
+        self, prompt: str | Sequence[Message], *, raw: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a prompt.
 
         A string is one user turn of the chat template, or plain text where `raw` is set or the tokenizer has no
-        template. A sequence of messages with `role` and `content` always needs the template.
+        template. A sequence of messages with `role` and `content` always needs the template, which is given `tools` as
+        OpenAI's interface has them.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -118,7 +121,7 @@ class LanguageModel:
         if not self.tokenizer.chat_template:
             raise UsageError(f"{self.name} has no chat template: give a plain string")
         try:
-            text = render(self.tokenizer, prompt, answer=True)
+            text = render(self.tokenizer, prompt, answer=True, tools=tools)
         except REFUSALS as error:
             raise UsageError(f"the chat template of {self.name} refuses these messages: {error}") from None
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

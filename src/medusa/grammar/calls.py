@@ -63,7 +63,7 @@ class CallForm:
         rules = [f"body: {_spelled(self.before, tokens)} ({' | '.join(f'tool_{i}' for i in range(len(tools)))})"]
         for i, tool in enumerate(tools):
             head = f'{{"name": {json.dumps(tool.name)}, "{self.key}": '
-            rules.append(f"tool_{i}: {json.dumps(head)} {json_rule(tool.parameters)} \"}}\"")
+            rules.append(f'tool_{i}: {json.dumps(head)} {json_rule(tool.parameters)} "}}"')
         rules.append(f"call: {opening} body {after}")
         rules.append(f"more: {json.dumps(SEPARATOR)} call")
         several = " more*" if many and self.many else ""
@@ -189,3 +189,17 @@ class CallReader:
         at = self._held.find(opening) if opening else -1
         if at >= 0:
             self._held, self._state = self._held[at + len(opening) :], "name"
+
+
+def read(reader: CallReader, text: str) -> tuple[str, list[tuple[str, str]]]:
+    """What a whole text says, and the calls in it: name and arguments of each, cut short where the text is."""
+    said = ""
+    calls: list[tuple[str, str]] = []
+    for kind, piece in [*reader.push(text), *reader.end()]:
+        if kind == "text":
+            said += piece
+        elif kind == "call":
+            calls.append((piece, ""))
+        else:
+            calls[-1] = (calls[-1][0], calls[-1][1] + piece)
+    return said, calls

@@ -16,8 +16,8 @@ Message = dict[str, Any]
 
 _NAME = "probe_of_tools"
 _TOOL = Tool(_NAME, "A probe.", {"type": "object", "properties": {"probe_key": {"type": "string"}}})
-_CALL = {"type": "function", "id": "probe0000", "function": {"name": _NAME, "arguments": {"probe_key": "x"}}}
-_USER = {"role": "user", "content": "probe"}
+_CALL: Message = {"type": "function", "id": "probe0000", "function": {"name": _NAME, "arguments": {"probe_key": "x"}}}
+_USER: Message = {"role": "user", "content": "probe"}
 
 
 def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -30,7 +30,7 @@ def knows_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def form_of(tokenizer: PreTrainedTokenizerBase) -> CallForm | None:
     """The form in which the template writes a call; None: one that is not known here."""
-    messages = [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
+    messages: list[Message] = [_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}]
     try:
         text = render(tokenizer, messages, tools=[_TOOL.told()])
     except REFUSALS:

@@ -32,6 +32,7 @@ from medusa.serve.schema import (
 )
 from medusa.serve.settings import ServerSettings
 from medusa.serve.shape import error_of_fields
+from medusa.serve.structure import asked_in_chat
 
 log = logging.getLogger("medusa.serve")
 
@@ -104,7 +105,10 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
         limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit is not None]
-        prompt = await front.encode([m.plain() for m in asked.messages], raw=False, param="messages")
+        form = asked_in_chat(asked)
+        answering = await front.answering(form)
+        messages = [m.plain() for m in asked.messages]
+        prompt = await front.encode(messages, raw=False, param="messages", tools=form.tools)
         wanted = _wanted(
             front,
             asked,
@@ -114,6 +118,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
             stop=asked.stop,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             param="messages",
+            answering=answering,
         )
         answers = _ask(front, wanted, request)
         return await _reply(request, ChatForm(front, answers, asked), answers, asked.stream, DONE)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from medusa.serve.errors import ApiError, bad
+
+_KINDS = ("system", "developer", "user", "assistant", "tool")  # of what stands in lists
 
 
 def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -18,6 +21,10 @@ def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param = ".".join(path) or None
     if kind == "json_invalid":
         return bad("the body is not JSON in UTF-8", code="invalid_json")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        param = ".".join((*path, str(error["ctx"]["discriminator"]).strip("'")))
+        expected = error["ctx"].get("expected_tags")
+        return bad(f"{param} is missing" if expected is None else f"{param} must be one of {expected}", param)
     if kind == "extra_forbidden":
         return bad(f"{param} is not supported here", param, "unsupported_parameter")
     if param is None and kind in ("missing", "model_attributes_type", "model_type"):
@@ -38,8 +45,10 @@ def _said(error: Mapping[str, Any]) -> str:
 def _path(loc: Sequence[object]) -> tuple[str, ...]:
     """The names and numbers that lead to a field, without those of the kinds that it may be of."""
     path: list[str] = []
-    for part in loc[1:]:
+    for before, part in pairwise(loc):
         text = str(part)[:60]
+        if isinstance(before, int) and text in _KINDS:
+            continue
         if isinstance(part, str) and ("[" in text or text in ("str", "int", "bool", "float") or text[:1].isupper()):
             continue
         if isinstance(part, str) and text.startswith("literal"):

@@ -4,9 +4,10 @@ there. Bounds of sampling are those of `medusa.settings.Sampling`, which checks 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from medusa.settings import AcceptanceRule, DrafterName
 from medusa.text.stream import is_text
@@ -261,18 +262,96 @@ class InputMessage(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": _joined(self.content)}
 
 
+class FunctionCallItem(Body):
+    """What the model called in an earlier turn."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: FunctionName
+    arguments: Arguments
+    id: str | None = None
+    status: Literal["completed", "incomplete"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {"role": "assistant", "content": "", "tool_calls": [_call(self.call_id, self.name, self.arguments)]}
+
+
+class FunctionOutputItem(Body):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | list[TextPart]
+    id: str | None = None
+    status: Literal["completed", "incomplete"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {"role": "tool", "content": _joined(self.output), "tool_call_id": self.call_id}
+
+
+def _kind_of_item(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if kind is None else str(kind)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Discriminator(_kind_of_item),
+]
+
+
+def turns_of(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
+    """As chat templates take them: what the model called is part of what it said in the same turn."""
+    turns: list[dict[str, Any]] = []
+    for item in items:
+        turn = item.plain()
+        if isinstance(item, FunctionCallItem) and turns and turns[-1]["role"] == "assistant":
+            turns[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
+        else:
+            turns.append(turn)
+    return turns
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: FunctionName | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: Text | None = None
+    strict: bool | None = None  # it is held to either way
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> TextFormat:
+        given = [value is not None for value in (self.name, self.schema_)]
+        if (not all(given)) if self.type == "json_schema" else any((*given, self.description, self.strict)):
+            raise ValueError("name and schema go with the type json_schema, and the type needs them")
+        return self
+
+
 class TextSettings(Body):
-    format: PlainFormat | None = None
+    format: TextFormat | None = None
+
+
+class FunctionTool(Function):
+    """As `/v1/responses` has it: flat."""
+
+    type: Literal["function"]
+
+
+class FunctionToolChoice(FunctionChoiceName):
+    type: Literal["function"]
 
 
 class ResponsesRequest(SamplingFields):
-    input: Text | list[InputMessage]
+    input: Text | list[InputItem]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: Literal[False] | None = None
     text: TextSettings | None = None
+    tools: list[FunctionTool] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
 

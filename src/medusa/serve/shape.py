@@ -8,7 +8,8 @@ from typing import Any
 
 from medusa.serve.errors import ApiError, bad
 
-_KINDS = ("system", "developer", "user", "assistant", "tool")  # of what stands in lists
+# Of what stands in lists.
+_KINDS = ("system", "developer", "user", "assistant", "tool", "message", "function_call", "function_call_output")
 
 
 def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -22,7 +23,8 @@ def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "json_invalid":
         return bad("the body is not JSON in UTF-8", code="invalid_json")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        param = ".".join((*path, str(error["ctx"]["discriminator"]).strip("'")))
+        named = str(error["ctx"]["discriminator"])
+        param = ".".join((*path, named.strip("'") if named.startswith("'") else "type"))
         expected = error["ctx"].get("expected_tags")
         return bad(f"{param} is missing" if expected is None else f"{param} must be one of {expected}", param)
     if kind == "extra_forbidden":

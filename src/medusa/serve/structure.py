@@ -6,10 +6,10 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from medusa.errors import MedusaError
-from medusa.grammar.calls import HERMES, CallForm, Tool
+from medusa.grammar.calls import HERMES, NO_ARGUMENTS, CallForm, Tool
 from medusa.grammar.templates import explained, form_of, knows_tools
 from medusa.serve.errors import bad
 from medusa.text.chat_template import REFUSALS
@@ -17,7 +17,7 @@ from medusa.text.chat_template import REFUSALS
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
     from medusa.grammar.engine import Grammar
-    from medusa.serve.schema import ChatRequest
+    from medusa.serve.schema import ChatRequest, Function, ResponsesRequest
     from medusa.serve.settings import ServerSettings
 
 
@@ -36,7 +36,7 @@ class Asked:
     schema: Schema | None = None
     tools: Sequence[Tool] = ()
     params: Sequence[str] = ()  # where the parameters of each tool came from
-    choice: Literal["auto", "required"] = "auto"
+    required: bool = False
     named: str | None = None
     many: bool = True
 
@@ -50,59 +50,68 @@ class Answering:
 
 
 ANY = Answering()
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def asked_in_chat(asked: ChatRequest) -> Asked:
     """Raises ApiError."""
+    given = asked.response_format
     schema: Schema | None = None
-    if asked.response_format is not None and asked.response_format.type != "text":
-        given = asked.response_format.json_schema
-        if given is None:
-            schema = Schema({"type": "object"}, "response_format")
-        else:
-            schema = Schema(given.schema_, "response_format.json_schema.schema")
-    if not asked.tools:
+    if given is not None and given.json_schema is not None:
+        schema = Schema(given.json_schema.schema_, "response_format.json_schema.schema")
+    elif given is not None and given.type == "json_object":
+        schema = Schema(ANY_OBJECT, "response_format")
+    functions = [tool.function for tool in asked.tools or ()]
+    choice = asked.tool_choice
+    named = None if choice is None or isinstance(choice, str) else choice.function.name
+    return _asked(asked, schema, functions, "tools.{}.function", named)
+
+
+def asked_of_response(asked: ResponsesRequest) -> Asked:
+    """Raises ApiError."""
+    given = asked.text.format if asked.text is not None else None
+    schema: Schema | None = None
+    if given is not None and given.schema_ is not None:
+        schema = Schema(given.schema_, "text.format.schema")
+    elif given is not None and given.type == "json_object":
+        schema = Schema(ANY_OBJECT, "text.format")
+    choice = asked.tool_choice
+    named = None if choice is None or isinstance(choice, str) else choice.name
+    return _asked(asked, schema, asked.tools or (), "tools.{}", named)
+
+
+def _asked(
+    asked: ChatRequest | ResponsesRequest,
+    schema: Schema | None,
+    functions: Sequence[Function],
+    place: str,
+    named: str | None,
+) -> Asked:
+    """`place`: of a function in the request, by its number; `named`: the one that `tool_choice` names."""
+    if not functions:
         for name in ("tool_choice", "parallel_tool_calls"):
             if getattr(asked, name) is not None:
                 raise bad(f"{name} needs tools", name)
         return Asked(schema)
-    choice = asked.tool_choice or "auto"
-    named = None if isinstance(choice, str) else choice.function.name
-    return with_tools(
-        schema,
-        [(tool.function.name, tool.function.description, tool.function.parameters) for tool in asked.tools],
-        "tools.{}.function",
-        choice if isinstance(choice, str) else "required",
-        named,
-        asked.parallel_tool_calls is not False,
-    )
-
-
-def with_tools(
-    schema: Schema | None,
-    given: Sequence[tuple[str, str | None, Mapping[str, Any] | None]],
-    place: str,
-    choice: Literal["none", "auto", "required"],
-    named: str | None,
-    many: bool,
-) -> Asked:
-    """Of tools by name, description and parameters. Raises ApiError."""
     tools: list[Tool] = []
-    for i, (name, description, parameters) in enumerate(given):
+    for i, given in enumerate(functions):
         field = place.format(i)
-        if any(tool.name == name for tool in tools):
-            raise bad(f"{field}.name: there are two tools called {name}", f"{field}.name")
-        if parameters is not None and parameters.get("type") != "object":
+        if any(tool.name == given.name for tool in tools):
+            raise bad(f"{field}.name: there are two tools called {given.name}", f"{field}.name")
+        if given.parameters is not None and given.parameters.get("type") != "object":
             raise bad(f"{field}.parameters: the type must be object", f"{field}.parameters")
-        tools.append(Tool(name, description) if parameters is None else Tool(name, description, parameters))
-    if choice == "none":  # the model is not told of them
+        parameters = NO_ARGUMENTS if given.parameters is None else given.parameters
+        tools.append(Tool(given.name, given.description, parameters))
+    if named is not None and all(tool.name != named for tool in tools):
+        raise bad(f"tool_choice: there is no tool called {named}", "tool_choice")
+    if asked.tool_choice == "none":  # the model is not told of them
         return Asked(schema)
     if schema is not None:
         param = schema.param.partition(".")[0]
         raise bad(f"{param}: JSON and tools do not go together, but with the tool_choice none", param)
-    if named is not None and all(tool.name != named for tool in tools):
-        raise bad(f"tool_choice: there is no tool called {named}", "tool_choice")
-    return Asked(schema, tools, [f"{place.format(i)}.parameters" for i in range(len(tools))], choice, named, many)
+    params = [f"{place.format(i)}.parameters" for i in range(len(tools))]
+    required = named is not None or asked.tool_choice == "required"
+    return Asked(None, tools, params, required, named, asked.parallel_tool_calls is not False)
 
 
 class Structure:
@@ -138,7 +147,7 @@ class Structure:
         many = asked.many and asked.named is None
         try:
             tokens = self._lm.grammars.shown_tokens
-            text = form.grammar(tools, required=asked.choice == "required", many=many, tokens=tokens)
+            text = form.grammar(tools, required=asked.required, many=many, tokens=tokens)
             return Answering(self._lm.grammars.lark(text), form)
         except MedusaError as error:
             raise bad(f"tools: {error}", "tools") from None

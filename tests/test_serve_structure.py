@@ -417,3 +417,111 @@ def test_the_official_client_gets_schemas_tools_and_streams_of_them() -> None:
         assert final.choices[0].finish_reason == "tool_calls"
         turns = [*user, made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "sunny"}]
         assert chat.create(model="tiny", messages=turns, tools=TOOLS, max_tokens=5).choices
+
+
+# --- responses --------------------------------------------------------------------------------------------------------
+
+FLAT = [{"type": "function", **function} for function in (WEATHER, TIME)]
+FLAT_NAMED = {"type": "function", "name": "get_weather"}
+
+
+def test_a_response_calls_functions_whole_or_as_events(hermes: Client) -> None:
+    body = {"input": "Hello", "tools": FLAT, "tool_choice": FLAT_NAMED, "max_output_tokens": 200}
+    answer = hermes.post("/v1/responses", body)
+    assert answer["status"] == "completed"
+    (item,) = answer["output"]
+    assert (item["type"], item["name"], item["status"]) == ("function_call", "get_weather", "completed")
+    assert valid(item["arguments"], WEATHER["parameters"])
+    assert answer["tool_choice"] == FLAT_NAMED
+    assert answer["tools"][0]["name"] == "get_weather"
+    events = hermes.stream("/v1/responses", **body)
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    assert kinds[:3] == ["created", "in_progress", "output_item.added"]
+    assert kinds[-3:] == ["function_call_arguments.done", "output_item.done", "completed"]
+    assert "".join(event["delta"] for event in events if "delta" in event) == item["arguments"]
+    last = events[-1]["response"]["output"][0]
+    assert {**last, "id": item["id"], "call_id": item["call_id"]} == item
+    assert {event["item_id"] for event in events if "item_id" in event} == {last["id"]}
+
+
+def test_a_response_may_say_something_and_then_call(hermes: Client) -> None:
+    opening = tokenizer_with(None).convert_tokens_to_ids("<tool_call>")
+    body = {"input": "Hello", "tools": FLAT, "max_output_tokens": 200, "temperature": 1.0, "medusa": "spans"}
+    kinds = set()
+    for seed in range(8):
+        asked = {**body, "seed": seed, "logit_bias": {str(opening): 4, str(END): -2}}
+        answer = hermes.post("/v1/responses", asked)
+        events = hermes.stream("/v1/responses", **asked)
+        alike = [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in answer["output"]]
+        last = events[-1]["response"]
+        assert [{k: v for k, v in item.items() if k not in ("id", "call_id")} for item in last["output"]] == alike
+        assert last["status"] == answer["status"]
+        steps = [event["medusa"]["tokens"] for event in events[:-1] if "medusa" in event]
+        assert sum(steps) == answer["usage"]["output_tokens"]
+        added = [event["item"]["id"] for event in events if event["type"] == "response.output_item.added"]
+        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        assert added == [item["id"] for item in done]
+        assert done == last["output"]
+        kinds.add(tuple(item["type"] for item in answer["output"])[:2])
+    assert ("message", "function_call") in kinds
+
+
+def test_a_response_without_room_for_a_call_is_incomplete(hermes: Client) -> None:
+    body = {"input": "Hello", "tools": FLAT, "tool_choice": FLAT_NAMED}
+    for most, kind in ((3, "message"), (50, "function_call")):
+        answer = hermes.post("/v1/responses", {**body, "max_output_tokens": most})
+        assert answer["status"] == "incomplete"
+        assert [(item["type"], item["status"]) for item in answer["output"]] == [(kind, "incomplete")]
+
+
+def test_what_functions_put_out_is_read_as_in_a_chat(hermes: Client) -> None:
+    items = [
+        {"role": "user", "content": "How is it in Rome?"},
+        {"type": "function_call", "call_id": "a", "name": "get_weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "a", "output": "sunny"},
+    ]
+    answer = hermes.post("/v1/responses", {"input": items, "tools": FLAT, "max_output_tokens": 9})
+    chat = hermes.chat(messages=TURNS, tools=TOOLS, max_tokens=9)
+    assert answer["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert answer["output"][0]["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "strin"}}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_object", "name": "x"}}}, "text.format"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": FLAT, "text": {"format": {"type": "json_object"}}}, "text"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "object", "not": {}}}]},
+         "tools.0.parameters"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"input": [{"type": "reasoning"}]}, "input.0.type"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "x"}]}, "input.0.arguments"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_response_refuses_by_name_what_is_not_understood(hermes: Client, change: dict[str, Any], param: str) -> None:
+    error = hermes.post("/v1/responses", {"input": "a", **change}, 400)["error"]
+    assert error["param"] == param, error
+    assert param.split(".")[-1] in error["message"] or "text" in error["message"]
+
+
+def test_the_official_client_reads_calls_of_responses() -> None:
+    openai = pytest.importorskip("openai")
+    with listening(speaking(QWEN25)) as (url, _), openai.OpenAI(base_url=url, api_key="none") as official:
+        options: Any = {"model": "tiny", "tools": FLAT, "tool_choice": FLAT_NAMED, "max_output_tokens": 200}
+        first = official.responses.create(input="Hello", **options)
+        (call,) = first.output
+        assert valid(call.arguments, WEATHER["parameters"])
+        with official.responses.stream(input="Hello", **options) as stream:
+            final = stream.get_final_response()
+        assert final.output[0].arguments == call.arguments
+        given: Any = [
+            {"role": "user", "content": "Hello"},
+            call.model_dump(),
+            {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"},
+        ]
+        assert official.responses.create(input=given, model="tiny", max_output_tokens=5).output_text

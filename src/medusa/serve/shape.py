@@ -17,7 +17,9 @@ def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     # A field that may be of several kinds gives an error for each: the one that came furthest says most.
     first = errors[0]
     alike = [error for error in errors if error["loc"][:2] == first["loc"][:2]]
-    error = max(alike, key=lambda e: (len(_path(e["loc"])), e["type"] == "extra_forbidden"))
+    error = max(
+        alike, key=lambda e: (len(_path(e["loc"])), e["type"] == "extra_forbidden", e["type"] == "literal_error")
+    )
     kind, path = error["type"], _path(error["loc"])
     param = ".".join(path) or None
     if kind == "json_invalid":

@@ -152,6 +152,7 @@ def test_a_schema_that_is_not_understood_or_allows_nothing_is_refused(schema: An
         grammars().json_schema(schema)
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert "%json" not in str(refused.value), "what we make of it is ours"
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

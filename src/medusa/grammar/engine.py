@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -129,8 +130,10 @@ def _compile(tokenizer: LLTokenizer, text: str) -> LLMatcher:
 
 
 def _short(error: object) -> str:
-    """The first of what the library says, on one line."""
-    text = " ".join(str(error).replace("<non-verbose/>", "").split())
+    """What the library says, on one line and without the grammar that it quotes: of it clients know nothing."""
+    text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", str(error))
+    text = re.split(r"\n\s*\d+ \| |<non-verbose/>", text, maxsplit=1)[0]
+    text = " ".join(text.split())
     return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."
 
 

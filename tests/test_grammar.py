@@ -114,8 +114,15 @@ def test_json_is_on_one_line() -> None:
     text = json.dumps({"a": [1, 2.5, None, True], "b": {"c": "d\n"}})
     follower.keep([*ids(text), END])
     for wrong in ('{ "a"', '{"a" :', '{"a":1', '{"a": 1,"', '{"a": 1 }', '{\n"'):
-        with pytest.raises(MedusaError, match="does not allow"):
+        with pytest.raises(MedusaError, match="cannot be followed"):
             grammars().json_object().begin().allowed(ids(wrong))
+
+
+def test_a_grammar_that_is_too_much_work_is_the_error_of_who_made_it() -> None:
+    many = {"type": "object", "properties": {f"p{i}": {"pattern": f"^[a-z]{{1,{i + 1}}}$"} for i in range(700)}}
+    follower = grammars().json_schema(many).begin()
+    with pytest.raises(UsageError, match="cannot be followed"):
+        follower.keep(ids('{"p'))
 
 
 def test_special_tokens_are_not_text() -> None:
@@ -142,6 +149,11 @@ def test_special_tokens_are_not_text() -> None:
         ({"$ref": "#/$defs/missing"}, "missing"),
         ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum"),
         ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"type": "integer", "multipleOf": 999983}, "multipleOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": 997}, {"items": [{"multipleOf": 99.1}]}]}, "multipleOf"),
+        ({"const": float("nan")}, ""),
+        ({"const": "\ud800"}, ""),
+        ({"type": "integer", "multipleOf": float("inf")}, ""),
         ({"enum": []}, ""),
         (False, ""),
         ({"$ref": "#/$defs/n", "$defs": {"n": {"$ref": "#/$defs/n"}}}, ""),
@@ -153,6 +165,11 @@ def test_a_schema_that_is_not_understood_or_allows_nothing_is_refused(schema: An
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "%json" not in str(refused.value), "what we make of it is ours"
+
+
+def test_multiples_of_round_numbers_cost_nothing() -> None:
+    follower = grammars().json_schema({"type": "integer", "multipleOf": 1_000_000, "minimum": 1}).begin()
+    follower.keep([*ids("3000000"), END])
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

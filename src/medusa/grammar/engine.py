@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medusa.errors import MedusaError, UsageError
+from medusa.text.stream import is_text
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -34,6 +37,7 @@ ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 STRICT = {**ONE_LINE, "lenient": False, "coerce_one_of": False}
 KEPT = 64  # compiled grammars
 LONGEST_MESSAGE = 300
+MOST_MULTIPLE = 20_000  # takes 0.1 seconds
 
 
 class Grammars:
@@ -107,10 +111,35 @@ class Grammars:
 
 
 def json_rule(schema: Mapping[str, Any] | bool) -> str:
-    """A JSON schema as a piece of a grammar in Lark."""
+    """A JSON schema as a piece of a grammar in Lark. Raises UsageError for what is no JSON, or has no bound."""
+    _check_multiples(schema)
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    return "%json " + json.dumps({**schema, "x-guidance": STRICT})
+    try:
+        written = json.dumps({**schema, "x-guidance": STRICT}, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"it is no JSON: {error}") from None
+    if not is_text(written):
+        raise UsageError("it holds half a character (a lone surrogate)")
+    return f"%json {written}"
+
+
+def _check_multiples(schema: object) -> None:
+    """A rule for multiples has as many states as the number has units, whatever limits the compiler is given; where
+    several rules meet, as many as their least common multiple. Powers of ten are free."""
+    together, level = 1, [schema]
+    while level:
+        value = level.pop()
+        if isinstance(value, (list, tuple)):
+            level.extend(value)
+        elif isinstance(value, Mapping):
+            level.extend(value.values())
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, (int, float)) and math.isfinite(multiple) and multiple > 0:
+                digits = Decimal(str(multiple)).normalize().as_tuple().digits
+                together = math.lcm(together, int("".join(map(str, digits))))
+                if together > MOST_MULTIPLE:
+                    raise UsageError(f"multipleOf: the common multiple of a schema may be at most {MOST_MULTIPLE}")
 
 
 def _compile(tokenizer: LLTokenizer, text: str) -> LLMatcher:
@@ -226,11 +255,13 @@ class Follower:
         if len(self._ahead) > shared:
             self._matcher.rollback(len(self._ahead) - shared)
         new = list(path[shared:])
-        if new and not self._matcher.consume_tokens(new):
-            raise MedusaError(f"the grammar does not allow what was decoded: {_short(self._matcher.get_error())}")
+        if new:
+            self._matcher.consume_tokens(new)
+            self._check()
         self._ahead = list(path)
 
     def _check(self) -> None:
-        """The matcher never leaves an error, which limits of its work may bring too."""
+        """The matcher never leaves an error. Tokens are allowed before they come: what is left are the limits of its
+        work, and those are for whoever made the grammar."""
         if self._matcher.is_error():
-            raise MedusaError(f"the grammar cannot be followed further: {_short(self._matcher.get_error())}")
+            raise UsageError(f"the grammar cannot be followed further: {_short(self._matcher.get_error())}")

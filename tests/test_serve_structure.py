@@ -354,6 +354,14 @@ def test_a_call_that_is_cut_short_is_told_as_far_as_it_came(hermes: Client) -> N
     assert "tool_calls" not in nothing["message"]
 
 
+def test_a_stop_string_within_a_call_ends_the_answer_without_one(hermes: Client) -> None:
+    body = {"tools": TOOLS, "tool_choice": NAMED, "max_tokens": 200, "stop": '"days'}
+    cut = hermes.chat(**body)["choices"][0]
+    assert cut["finish_reason"] == "stop", "not tool_calls: there is none to make"
+    events = hermes.stream("/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}], **body)
+    assert joined(events)["reason"] == "stop"
+
+
 def test_none_says_what_is_said_without_tools(hermes: Client) -> None:
     without = hermes.chat(max_tokens=9)["choices"]
     assert hermes.chat(tools=TOOLS, tool_choice="none", max_tokens=9)["choices"] == without

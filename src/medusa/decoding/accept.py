@@ -53,7 +53,7 @@ def accept(logits: Tensor, draft: Draft, row: Row) -> Accepted:
     if sampling.greedy:
         if as_they_are:
             return _descend(_argmax(logits), draft)
-        return _descend(lambda node: int(node_logits(node).argmax()), draft)
+        return _descend(lambda node: _argmax(node_logits(node)[None])(0), draft)
     depths = draft.topology.depths
     # The root is the token at position len - 1; what follows a node at depth d is the token at position len + d.
     return _descend(lambda node: sample(node_logits(node), sampling, len(row.tokens) + int(depths[node])), draft)
@@ -63,7 +63,7 @@ def first_token(logits: Tensor, row: Row) -> int:
     """The token after the prompt, from its last logits [V]: there is no draft yet."""
     scores = _scores(logits, row, ())
     if row.sampling.greedy or row.sampling.lossy:
-        return int(scores.argmax())
+        return _argmax(scores[None])(0)
     return sample(scores, row.sampling, len(row.tokens))
 
 
@@ -86,6 +86,8 @@ def _scores(logits: Tensor, row: Row, path: Sequence[int]) -> Tensor:
         return logits
     if not allowed.any():
         raise MedusaError("the constraint allows no token here, not even one that ends the text")
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # in numpy, see `_argmax`
+        return torch.from_numpy(np.where(allowed, logits.numpy(), np.float32(-math.inf)))
     return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -math.inf)
 
 

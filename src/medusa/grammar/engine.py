@@ -21,7 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -37,7 +37,8 @@ ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 STRICT = {**ONE_LINE, "lenient": False, "coerce_one_of": False}
 KEPT = 64  # compiled grammars
 LONGEST_MESSAGE = 300
-MOST_MULTIPLE = 20_000  # takes 0.1 seconds
+OLD_DRAFTS = ("draft-03", "draft-04")  # they have no const
+MOST_MULTIPLE, MOST_ROUND_MULTIPLE = 20_000, 1_000_000  # take up to a second
 
 
 class Grammars:
@@ -112,7 +113,9 @@ class Grammars:
 
 def json_rule(schema: Mapping[str, Any] | bool) -> str:
     """A JSON schema as a piece of a grammar in Lark. Raises UsageError for what is no JSON, or has no bound."""
-    _check_multiples(schema)
+    _check_inside(schema)
+    if isinstance(schema, Mapping) and any(old in str(schema.get("$schema")) for old in OLD_DRAFTS):
+        raise UsageError("$schema: drafts before 6 are not supported")
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
     try:
@@ -124,22 +127,36 @@ def json_rule(schema: Mapping[str, Any] | bool) -> str:
     return f"%json {written}"
 
 
-def _check_multiples(schema: object) -> None:
-    """A rule for multiples has as many states as the number has units, whatever limits the compiler is given; where
-    several rules meet, as many as their least common multiple. Powers of ten are free."""
-    together, level = 1, [schema]
-    while level:
-        value = level.pop()
+def _check_inside(schema: object) -> None:
+    """What the compiler has no bound for, or would take for another number. A rule for multiples has as many states as
+    the number has units, whatever limits it is given; where several rules meet, as many as their least common multiple.
+    Powers of ten are nearly free."""
+    together, whole, left = 1, 1, [schema]
+    while left:
+        value = left.pop()
         if isinstance(value, (list, tuple)):
-            level.extend(value)
+            left.extend(value)
         elif isinstance(value, Mapping):
-            level.extend(value.values())
+            left.extend(value.values())
             multiple = value.get("multipleOf")
-            if isinstance(multiple, (int, float)) and math.isfinite(multiple) and multiple > 0:
-                digits = Decimal(str(multiple)).normalize().as_tuple().digits
-                together = math.lcm(together, int("".join(map(str, digits))))
-                if together > MOST_MULTIPLE:
-                    raise UsageError(f"multipleOf: the common multiple of a schema may be at most {MOST_MULTIPLE}")
+            if _is_number(multiple) and math.isfinite(multiple) and multiple > 0:
+                _, digits, zeros = Decimal(str(multiple)).normalize().as_tuple()
+                units = int("".join(map(str, digits)))
+                together = math.lcm(together, units)
+                whole = math.lcm(whole, units * 10 ** max(0, int(zeros)))
+                if together > MOST_MULTIPLE or whole > MOST_ROUND_MULTIPLE:
+                    raise UsageError(
+                        f"multipleOf: the common multiple of a schema may be at most {MOST_MULTIPLE}, or"
+                        f" {MOST_ROUND_MULTIPLE} where it ends in zeros"
+                    )
+            if "json-schema.org" in str(value.get("$id")):
+                raise UsageError("$id: a schema cannot stand for the one of schemas")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UsageError("a whole number must fit into 64 bits")
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _compile(tokenizer: LLTokenizer, text: str) -> LLMatcher:
@@ -200,6 +217,8 @@ class Follower:
         self._check()
         allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         allowed[list(self._ends)] = self._matcher.is_accepting()
+        if not allowed.any():
+            raise UsageError("the grammar cannot be followed further: it has no end that can be reached from here")
         return allowed
 
     def keep(self, tokens: Sequence[int]) -> None:

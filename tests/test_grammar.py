@@ -155,6 +155,8 @@ def test_special_tokens_are_not_text() -> None:
         ({"maximum": 1000000000, "multipleOf": 1000000000}, "multipleOf"),
         ({"$id": "https://json-schema.org/draft/2020-12/schema", "multipleOf": 5}, "$id"),
         ({"enum": [1, 10**25]}, "64 bits"),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.25}, "exclusiveMinimum"),
+        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "exclusiveMaximum"),
         ({"$schema": "http://json-schema.org/draft-04/schema#", "const": 1}, "$schema"),
         ({"const": float("nan")}, ""),
         ({"const": "\ud800"}, ""),

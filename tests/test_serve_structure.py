@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 for package in ("fastapi", "prometheus_client", "uvicorn", "llguidance"):
     pytest.importorskip(package)
+
+from pydantic import BaseModel, Field
 
 from chat_templates import CHATML, LLAMA31, MISTRAL3, QWEN25, tokenizer_with
 from medusa.api import LanguageModel
@@ -409,6 +411,17 @@ def test_logprobs_and_spans_are_told_once_for_each_token_of_a_call(hermes: Clien
     assert sum(step["tokens"] for step in steps) == answer["usage"]["completion_tokens"]
 
 
+class Pet(BaseModel):
+    kind: Literal["cat", "dog"]
+    legs: int = Field(ge=0, le=4)
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=5)
+    pets: list[Pet] = Field(max_length=2)
+    boss: Pet | None
+
+
 def test_the_official_client_gets_schemas_tools_and_streams_of_them() -> None:
     openai = pytest.importorskip("openai")
     with listening(speaking(QWEN25)) as (url, _), openai.OpenAI(base_url=url, api_key="none") as official:
@@ -416,6 +429,8 @@ def test_the_official_client_gets_schemas_tools_and_streams_of_them() -> None:
         user: Any = [{"role": "user", "content": "Hello"}]
         answer = chat.create(model="tiny", messages=user, response_format=FORMAT, max_tokens=200)
         assert valid(answer.choices[0].message.content, SCHEMA)
+        parsed = chat.parse(model="tiny", messages=user, response_format=Person, max_tokens=200)
+        assert parsed.choices[0].message.parsed == Person.model_validate_json(parsed.choices[0].message.content)
         made = chat.create(model="tiny", messages=user, tools=TOOLS, tool_choice=NAMED, max_tokens=200)
         (call,) = made.choices[0].message.tool_calls
         assert valid(call.function.arguments, WEATHER["parameters"])

@@ -1,4 +1,4 @@
-"""A JSON schema -> a rule of a grammar, or a refusal where the compiler of grammars would not do what the schema says."""
+"""A JSON schema -> a rule of a grammar; refused where the compiler of grammars would not do what the schema says."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ from tiny_lm import make, writer
 def model(slots: int = 4, **options: Any) -> LanguageModel:
     options.setdefault("drafter", "ngram")
     # Its own copy: the engine runs it on a thread of its own.
-    return make(backend=TransformersBackend(copy.deepcopy(writer()), num_slots=slots), nodes=6, **options)
+    options.setdefault("backend", TransformersBackend(copy.deepcopy(writer()), num_slots=slots))
+    return make(nodes=6, **options)
 
 
 @contextmanager

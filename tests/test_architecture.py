@@ -22,6 +22,7 @@ ROOMS = (
     "heads",  # the heads: configuration, module, files
     "engines",  # what runs a model
     "decoding",  # draft, verify, accept
+    "grammar",  # JSON, schemas and calls of tools as constraints
     "completion",  # steps -> chunks of characters
     "plots",
     "device",  # the same as one step on a GPU

@@ -275,6 +275,53 @@ def test_a_constraint_is_asked_by_the_reference_while_the_other_rows_go_on_in_th
     assert tasks[1].new_tokens == alone.new_tokens
 
 
+class Rhythm:
+    """Every third token is 5, the others are 1, 2 or 3; it can be walked along."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def allowed(self, path: Any) -> np.ndarray:
+        mask = np.zeros(VOCAB, dtype=bool)
+        mask[[5] if (self.place + len(path)) % 3 == 0 else [1, 2, 3]] = True
+        return mask
+
+    def keep(self, tokens: Any) -> None:
+        self.place += len(tokens)
+
+    def enter(self, token: int) -> bool:
+        fits = bool(self.allowed(())[token])
+        self.place += fits
+        return fits
+
+    def leave(self, count: int = 1) -> None:
+        self.place -= count
+
+    def forced(self) -> list[int]:
+        return [5] if self.place % 3 == 0 else []
+
+
+@pytest.mark.parametrize("nodes", [4, NodeBudget(INT8)], ids=["four", "auto"])
+def test_what_a_constraint_forces_is_drafted_and_what_it_forbids_is_not_verified(nodes: int | NodeBudget) -> None:
+    drafter = UnionDrafter(HeadsDrafter(heads_of("recurrent")), NgramDrafter())
+    texts = []
+    for stepper in (ReferenceStepper(engine(), NoDrafter(), 1), NativeStepper(engine(), drafter, nodes)):
+        requests = [
+            Request([4, 4, 9], Sampling(temperature=t, seed=1), 30, constraint=Rhythm()) for t in (0.0, 0.0, 0.9)
+        ]
+        requests.append(Request([4, 4, 9], max_new_tokens=30))
+        scheduler = Scheduler(stepper)
+        tasks, sources = [scheduler.submit(request) for request in requests], set()
+        while not scheduler.idle:
+            for task, step in scheduler.step():
+                sources |= set(step.sources)
+                if step.draft is not None and task is not tasks[3]:
+                    assert set(step.draft.tokens) <= {1, 2, 3, 5, 9}
+        texts.append([task.new_tokens for task in tasks])
+    assert texts[0] == texts[1]
+    assert "grammar" in sources
+
+
 def test_the_native_backend_brings_its_stepper_where_it_knows_the_drafter() -> None:
     heads = heads_of("recurrent")
     times = MachineTimes(lambda again: INT8)

@@ -20,6 +20,7 @@ from medusa.decoding.slots import Slots
 from medusa.decoding.stepper import Request
 from medusa.decoding.times import MachineTimes, PassTimes
 from medusa.errors import UsageError
+from medusa.grammar.engine import Grammars
 from medusa.settings import EngineSettings, takes
 from medusa.steppers import Nodes, check_nodes, choose_nodes, make_drafter, make_stepper, which_tree
 from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
@@ -29,14 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from medusa.decoding.stepper import Constraint, Stepper
+    from medusa.decoding.stepper import Constraint, Grammar, Stepper
     from medusa.engines.protocol import Backend
     from medusa.heads.module import HeadsRunner
     from medusa.models.zoo import ModelSource
 
 __all__ = ["Chunk", "Completion", "LanguageModel", "Stats", "load", "measured_times"]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class LanguageModel:
@@ -88,16 +89,24 @@ class LanguageModel:
             self._reference = ReferenceStepper(self.backend, drafter, nodes)
         return self._reference
 
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """What `constraint` takes: `lm.grammars.json_schema({...})`, `lm.grammars.json_object()`."""
+        return Grammars(self.tokenizer, self.backend.vocab_size, self.eos_token_ids)
+
     def pass_times(self, refresh: bool = False) -> PassTimes:
         """What passes and drafts take on this machine, measured once and kept, or anew with `refresh`: then for all
         steppers of this engine, those made before as well."""
         return self._times.refresh() if refresh else self._times()
 
-    def encode(self, prompt: str | Sequence[Message], *, raw: bool = False) -> list[int]:
+    def encode(
+        self, prompt: str | Sequence[Message], *, raw: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """Token ids of a prompt.
 
         A string is one user turn of the chat template, or plain text where `raw` is set or the tokenizer has no
-        template. A sequence of messages with `role` and `content` always needs the template.
+        template. A sequence of messages with `role` and `content` always needs the template, which is given `tools` as
+        OpenAI's interface has them.
         """
         if isinstance(prompt, str):
             if not prompt:
@@ -112,7 +121,7 @@ class LanguageModel:
         if not self.tokenizer.chat_template:
             raise UsageError(f"{self.name} has no chat template: give a plain string")
         try:
-            text = render(self.tokenizer, prompt, answer=True)
+            text = render(self.tokenizer, prompt, answer=True, tools=tools)
         except REFUSALS as error:
             raise UsageError(f"the chat template of {self.name} refuses these messages: {error}") from None
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -126,7 +135,7 @@ class LanguageModel:
         max_new_tokens: int = 256,
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Grammar | None = None,
         logprobs: int | None = None,
         stepper: Stepper | None = None,
         **settings: Any,
@@ -140,7 +149,7 @@ class LanguageModel:
             max_new_tokens: the exact limit.
             stop: strings that end the text; they are not part of it.
             ignore_eos: go on after the end-of-text token.
-            constraint: what the text may become, a grammar say.
+            constraint: what the text may become: one of `grammars`, or your own.
             logprobs: `chunk.step.logprobs` then holds each token's log-probability and those of so many of the
                 likeliest.
             stepper: another way to decode, made by `make_stepper`.
@@ -253,7 +262,7 @@ class LanguageModel:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         *,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Grammar | None = None,
         logprobs: int | None = None,
         **settings: Any,
     ) -> tuple[Request, TextOfSteps]:
@@ -270,7 +279,7 @@ class LanguageModel:
         max_new_tokens: int,
         stops: StopStrings,
         ignore_eos: bool = False,
-        constraint: Constraint | None = None,
+        constraint: Constraint | Grammar | None = None,
         logprobs: int | None = None,
     ) -> tuple[Request, TextOfSteps]:
         """Of a prompt's tokens: what a scheduler takes, and what makes characters of its steps. Raises UsageError, see

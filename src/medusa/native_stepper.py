@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from medusa.decoding.accept import Accepted, accept
 from medusa.decoding.budget import HIGHEST_BAR, USUAL_TOKENS, NodeBudget
+from medusa.decoding.constrain import Walk, constrained
 from medusa.decoding.draft import MODEL, NGRAM_PRIOR, Draft, Drafter, NgramDrafter, NoDrafter, UnionDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
@@ -81,7 +82,15 @@ class NativeStepper(ReferenceStepper):
             drafts, asked = self._drafting.propose(texts, [row.room for row in rows], nodes, times, NAMES)
         if isinstance(self.nodes, NodeBudget):
             self.nodes.drafted_for([len(row.tokens) - 1 for row in rows], asked)
-        return [Draft(*draft) for draft in drafts]
+        return [self._constrained(Draft(*draft), row) for draft, row in zip(drafts, rows, strict=True)]
+
+    def _constrained(self, draft: Draft, row: Row) -> Draft:
+        """What a constraint leaves of a draft, and what it forces: that pays however many rows there are."""
+        walk: object = row.constraint
+        if type(self.drafter) is NoDrafter or not isinstance(walk, Walk):
+            return draft
+        most = self.nodes.most if isinstance(self.nodes, NodeBudget) else self.nodes
+        return constrained(draft, walk, most, row.eos_token_ids).pruned(nodes=most, depth=row.room)
 
     def _accept(
         self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]

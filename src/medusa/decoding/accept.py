@@ -86,6 +86,8 @@ def _scores(logits: Tensor, row: Row, path: Sequence[int]) -> Tensor:
         return logits
     if not allowed.any():
         raise MedusaError("the constraint allows no token here, not even one that ends the text")
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:  # in numpy, see `_argmax`
+        return torch.from_numpy(np.where(allowed, logits.numpy(), np.float32(-math.inf)))
     return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -math.inf)
 
 

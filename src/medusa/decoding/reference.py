@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from medusa.decoding.accept import Accepted, accept, first_token, logprobs_of
 from medusa.decoding.budget import NodeBudget
+from medusa.decoding.constrain import begun, for_rows
 from medusa.decoding.draft import MODEL, Draft, Drafter
 from medusa.decoding.sampling import GREEDY
 from medusa.decoding.stepper import Phases, Request, Row, Step, TokenLogprobs
@@ -101,9 +102,10 @@ class ReferenceStepper:
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         """A tree for each row, without what the row has no room for."""
+        drafter = for_rows(self.drafter, rows)
         if isinstance(self.nodes, NodeBudget):
-            return self.nodes.propose(self.drafter, rows)
-        drafts = self.drafter.propose(rows, self.nodes)
+            return self.nodes.propose(drafter, rows)
+        drafts = drafter.propose(rows, self.nodes)
         return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 
     def _accept(
@@ -127,7 +129,7 @@ class ReferenceStepper:
             eos_token_ids=request.eos_token_ids,
             sampling=request.sampling.seeded(),
             features=features,
-            constraint=request.constraint,
+            constraint=begun(request.constraint),
             logprobs=request.logprobs,
         )
         self._enter(row)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.sampling import GREEDY, Sampling
@@ -41,6 +41,13 @@ class Constraint(Protocol):
         ...
 
 
+@runtime_checkable
+class Grammar(Protocol):
+    """Makes a constraint for each text, which begins anew whenever the text does."""
+
+    def begin(self) -> Constraint: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """A text to decode. The end-of-text token that ends it is part of it."""
@@ -49,7 +56,7 @@ class Request:
     sampling: Sampling = GREEDY
     max_new_tokens: int = 256
     eos_token_ids: frozenset[int] = frozenset()
-    constraint: Constraint | None = None  # of this text alone: it follows what the text becomes
+    constraint: Constraint | Grammar | None = None  # a constraint is of this text alone: it follows what it becomes
     logprobs: int | None = None  # for each token its log-probability and those of so many of the likeliest; None: none
 
     def check(self, max_length: int) -> None:

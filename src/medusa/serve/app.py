@@ -29,10 +29,12 @@ from medusa.serve.schema import (
     ResponsesRequest,
     SamplingFields,
     TokenizeRequest,
+    turns_of,
 )
 from medusa.serve.settings import ServerSettings
 from medusa.serve.shape import error_of_fields
 from medusa.serve.site import add_page
+from medusa.serve.structure import asked_in_chat, asked_of_response
 
 log = logging.getLogger("medusa.serve")
 
@@ -106,7 +108,10 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         if asked.top_logprobs is not None and not asked.logprobs:
             raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
         limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit is not None]
-        prompt = await front.encode([m.plain() for m in asked.messages], raw=False, param="messages")
+        form = asked_in_chat(asked)
+        answering = await front.answering(form)
+        messages = [m.plain() for m in asked.messages]
+        prompt = await front.encode(messages, raw=False, param="messages", tools=form.tools)
         wanted = _wanted(
             front,
             asked,
@@ -116,6 +121,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
             stop=asked.stop,
             logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             param="messages",
+            answering=answering,
         )
         answers = _ask(front, wanted, request)
         return await _reply(request, ChatForm(front, answers, asked), answers, asked.stream, DONE)
@@ -146,11 +152,14 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     async def responses(asked: ResponsesRequest, request: Request) -> Response:
         """Answers a text or a conversation; nothing is stored."""
         front.check_model(asked.model)
+        form = asked_of_response(asked)
+        answering = await front.answering(form)
         messages = [{"role": "system", "content": asked.instructions}] if asked.instructions else []
         given = asked.input
-        messages += [{"role": "user", "content": given}] if isinstance(given, str) else [m.plain() for m in given]
-        prompt = await front.encode(messages, raw=False, param="input")
-        wanted = _wanted(front, asked, [prompt], max_tokens=asked.max_output_tokens, param="input")
+        messages += [{"role": "user", "content": given}] if isinstance(given, str) else turns_of(given)
+        prompt = await front.encode(messages, raw=False, param="input", tools=form.tools)
+        limit = asked.max_output_tokens
+        wanted = _wanted(front, asked, [prompt], max_tokens=limit, param="input", answering=answering)
         answers = _ask(front, wanted, request)
         return await _reply(request, ResponsesForm(front, answers, asked), answers, asked.stream, "")
 

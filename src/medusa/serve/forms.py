@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from medusa.grammar.calls import read
 from medusa.serve.errors import ApiError, failed
 from medusa.serve.jobs import Answers, Front, new_id
 from medusa.serve.logprobs import TokenTexts
@@ -125,6 +126,8 @@ class ChatForm(_Choices):
     def __init__(self, front: Front, answers: Answers, asked: ChatRequest) -> None:
         super().__init__(front, answers, asked)
         self._logprobs = asked.logprobs
+        form = answers.wanted.answering.form
+        self._readers = None if form is None else [form.reader() for _ in self.tally.choices]
 
     def opening(self) -> Iterable[Event]:
         for index in range(len(self.tally.choices)):
@@ -133,10 +136,35 @@ class ChatForm(_Choices):
     def piece(self, index: int, chunk: Chunk) -> Iterable[Event]:
         shown = self._texts.chat([chunk]) if self._logprobs else None
         told = self.tally.step(chunk, self._detail)
-        if chunk.text or (shown and shown["content"]) or told:
-            yield self._chunk(index, {"content": chunk.text}, shown, **told)
+        deltas = self._deltas(index, chunk)
+        if not deltas and ((shown and shown["content"]) or told):
+            deltas = [{} if self._readers else {"content": ""}]
+        for delta in deltas:  # what is told of the tokens is told once
+            yield self._chunk(index, delta, shown, **told)
+            shown, told = None, {}
         if chunk.finish_reason is not None:
-            yield self._chunk(index, {}, finish_reason=chunk.finish_reason)
+            yield self._chunk(index, {}, finish_reason=self._reason(index, chunk.finish_reason))
+
+    def _deltas(self, index: int, chunk: Chunk) -> list[Event]:
+        if self._readers is None:
+            return [{"content": chunk.text}] if chunk.text else []
+        reader = self._readers[index]
+        found = [*reader.push(chunk.text), *(reader.end() if chunk.finish_reason is not None else ())]
+        begun = reader.calls - sum(kind == "call" for kind, _ in found)
+        deltas: list[Event] = []
+        for kind, text in found:
+            if kind == "text":
+                deltas.append({"content": text})
+                continue
+            begun += kind == "call"
+            called = {"name": text, "arguments": ""} if kind == "call" else {"arguments": text}
+            head = {"id": new_id("call"), "type": "function"} if kind == "call" else {}
+            deltas.append({"tool_calls": [{"index": begun - 1, **head, "function": called}]})
+        return deltas
+
+    def _reason(self, index: int, reason: str | None) -> str | None:
+        called = self._readers is not None and self._readers[index].complete and reason == "stop"
+        return "tool_calls" if called else reason
 
     def _chunk(
         self, index: int, delta: Event, logprobs: Event | None = None, finish_reason: str | None = None, **more: Any
@@ -148,14 +176,24 @@ class ChatForm(_Choices):
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": self._message(index, choice.text),
                 "logprobs": self._texts.chat(choice.chunks) if self._logprobs else None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": self._reason(index, choice.finish_reason),
             }
             for index, choice in enumerate(self.tally.choices)
         ]
         head = {**self._head, "object": "chat.completion", "choices": choices, "usage": self.tally.usage()}
         return {**head, **self.tally.medusa(self._detail)}
+
+    def _message(self, index: int, text: str) -> Event:
+        if self._readers is None:
+            return {"role": "assistant", "content": text, "refusal": None}
+        said, calls = read(self._readers[index], text)
+        told: Event = {"role": "assistant", "content": None if calls and not said else said, "refusal": None}
+        if calls:
+            functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+            told["tool_calls"] = [{"id": new_id("call"), "type": "function", "function": f} for f in functions]
+        return told
 
 
 class CompletionForm(_Choices):

@@ -8,18 +8,20 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medusa.completion import Chunk
 from medusa.errors import ContextFullError, UsageError
 from medusa.serve.engine import Engine, Job
 from medusa.serve.errors import ApiError, ClosingError, DeadlineError, QueueFullError, bad, failed, refused
 from medusa.serve.schema import SamplingFields
+from medusa.serve.structure import ANY, Answering, Asked, Structure
 from medusa.settings import Sampling, typed_fields
 from medusa.text.stream import StopStrings
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
+    from medusa.grammar.calls import Tool
     from medusa.serve.settings import ServerSettings
 
 RETRY_SECONDS = 2
@@ -40,6 +42,7 @@ class Wanted:
     logprobs: int | None = None
     drafter: str = ""
     param: str = "prompt"  # the field that the prompts came from
+    answering: Answering = ANY
 
 
 class Front:
@@ -50,23 +53,41 @@ class Front:
         self.engine = engine
         self.settings = settings
         self.name = settings.served_name or lm.name
+        self._structure = Structure(lm, settings)
         self._reading = threading.Lock()  # a tokenizer is not made for many threads
 
     def check_model(self, model: str | None) -> None:
         if model is not None and model != self.name:
             raise ApiError(404, f"the model {model[:100]} is not here: this is {self.name}", "model", "model_not_found")
 
-    async def encode(self, prompt: str | Sequence[dict[str, str]], *, raw: bool, param: str) -> list[int]:
+    async def encode(
+        self, prompt: str | Sequence[dict[str, Any]], *, raw: bool, param: str, tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """Token ids, made on a thread of its own: a long text takes long. Raises ApiError."""
 
         def read() -> list[int]:
             with self._reading:
-                return self.lm.encode(prompt, raw=raw)
+                if isinstance(prompt, str):
+                    return self.lm.encode(prompt, raw=raw)
+                messages, told = self._structure.prompt(prompt, tools)
+                return self.lm.encode(messages, raw=raw, tools=told)
 
         try:
             return await asyncio.to_thread(read)
         except UsageError as error:
             raise bad(str(error), param) from None
+
+    async def answering(self, asked: Asked) -> Answering:
+        """The grammar of answers, where there is one, compiled on a thread of its own. Raises ApiError."""
+        if asked.schema is None and not asked.tools:
+            return ANY
+
+        def compiled() -> Answering:
+            with self._reading:
+                form = self._structure.form if asked.tools else None
+            return self._structure.answering(asked, form)
+
+        return await asyncio.to_thread(compiled)
 
     def sampling(self, asked: SamplingFields) -> Sampling:
         """With a seed, drawn now where none was given. Raises ApiError."""
@@ -110,8 +131,11 @@ class Front:
                 assert wanted.sampling.seed is not None
                 sampling = replace(wanted.sampling, seed=(wanted.sampling.seed + choice) % 2**64)
                 stops = StopStrings(tuple(wanted.stop))
+                grammar = wanted.answering.grammar
                 try:
-                    request, text = self.lm.prepare(tuple(prompt), sampling, most, stops, logprobs=wanted.logprobs)
+                    request, text = self.lm.prepare(
+                        tuple(prompt), sampling, most, stops, constraint=grammar, logprobs=wanted.logprobs
+                    )
                 except ContextFullError as error:
                     raise bad(str(error), wanted.param, "context_length_exceeded") from None
                 except UsageError as error:

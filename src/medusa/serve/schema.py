@@ -3,9 +3,11 @@ there. Bounds of sampling are those of `medusa.settings.Sampling`, which checks 
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from medusa.settings import AcceptanceRule, DrafterName
 from medusa.text.stream import is_text
@@ -13,6 +15,7 @@ from medusa.text.stream import is_text
 Detail = Literal["counts", "spans", "tree"]
 MOST_STOPS = 16
 LONGEST_STOP = 500
+MOST_TOOLS = 128
 
 
 def _one_or_many(value: object) -> object:
@@ -96,19 +99,124 @@ class TextPart(Body):
     logprobs: list[Any] | None = Field(None, max_length=0)
 
 
-class ChatMessage(Body):
-    role: Literal["system", "developer", "user", "assistant"]
+def _joined(content: str | list[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _an_object(text: str) -> str:
+    try:
+        if isinstance(json.loads(text), dict):
+            return text
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("arguments must be the text of a JSON object")
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+Arguments = Annotated[Text, AfterValidator(_an_object)]
+
+
+class Called(Body):
+    name: FunctionName
+    arguments: Arguments
+
+
+class ToolCall(Body):
+    """What the model called in an earlier turn."""
+
+    id: Text
+    type: Literal["function"]
+    function: Called
+
+    def plain(self) -> dict[str, Any]:
+        return _call(self.id, self.function.name, self.function.arguments)
+
+
+def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """As chat templates take it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": json.loads(arguments)}}
+
+
+class SaidMessage(Body):
+    role: Literal["system", "developer", "user"]
     content: Text | list[TextPart]
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
-        role = "system" if self.role == "developer" else self.role
-        content = self.content
-        return {"role": role, "content": content if isinstance(content, str) else "".join(p.text for p in content)}
+        return {"role": "system" if self.role == "developer" else self.role, "content": _joined(self.content)}
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: Text | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and self.tool_calls is None:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        calls = {"tool_calls": [call.plain() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": "assistant", "content": _joined(self.content or ""), **calls}
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: Text | list[TextPart]
+    tool_call_id: Text
+    name: Text | None = None
+
+    def plain(self) -> dict[str, Any]:
+        name = {} if self.name is None else {"name": self.name}
+        return {"role": "tool", "content": _joined(self.content), "tool_call_id": self.tool_call_id, **name}
+
+
+ChatMessage = Annotated[SaidMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class JsonSchema(Body):
+    name: FunctionName
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None  # it is held to either way
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and the type needs it")
+        return self
 
 
 class PlainFormat(Body):
     type: Literal["text"]
+
+
+class Function(Body):
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # they are held to either way
+
+
+class ToolFields(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoiceName(Body):
+    name: FunctionName
+
+
+class FunctionChoice(Body):
+    type: Literal["function"]
+    function: FunctionChoiceName
 
 
 class ChatRequest(SamplingFields):
@@ -121,7 +229,10 @@ class ChatRequest(SamplingFields):
     stream_options: StreamOptions | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: PlainFormat | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[ToolFields] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
 
@@ -138,26 +249,109 @@ class CompletionRequest(SamplingFields):
     response_format: PlainFormat | None = None
 
 
-class InputMessage(ChatMessage):
+class InputMessage(Body):
     """What `/v1/responses` reads, an answer of its own too."""
 
     type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
     id: str | None = None
     status: Literal["completed", "incomplete"] | None = None
 
+    def plain(self) -> dict[str, Any]:
+        return {"role": "system" if self.role == "developer" else self.role, "content": _joined(self.content)}
+
+
+class FunctionCallItem(Body):
+    """What the model called in an earlier turn."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: FunctionName
+    arguments: Arguments
+    id: str | None = None
+    status: Literal["completed", "incomplete"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {"role": "assistant", "content": "", "tool_calls": [_call(self.call_id, self.name, self.arguments)]}
+
+
+class FunctionOutputItem(Body):
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text | list[TextPart]
+    id: str | None = None
+    status: Literal["completed", "incomplete"] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {"role": "tool", "content": _joined(self.output), "tool_call_id": self.call_id}
+
+
+def _kind_of_item(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if kind is None else str(kind)
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Discriminator(_kind_of_item),
+]
+
+
+def turns_of(items: Sequence[InputMessage | FunctionCallItem | FunctionOutputItem]) -> list[dict[str, Any]]:
+    """As chat templates take them: what the model called is part of what it said in the same turn."""
+    turns: list[dict[str, Any]] = []
+    for item in items:
+        turn = item.plain()
+        if isinstance(item, FunctionCallItem) and turns and turns[-1]["role"] == "assistant":
+            turns[-1].setdefault("tool_calls", []).extend(turn["tool_calls"])
+        else:
+            turns.append(turn)
+    return turns
+
+
+class TextFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    name: FunctionName | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    description: Text | None = None
+    strict: bool | None = None  # it is held to either way
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> TextFormat:
+        given = [value is not None for value in (self.name, self.schema_)]
+        if (not all(given)) if self.type == "json_schema" else any((*given, self.description, self.strict)):
+            raise ValueError("name and schema go with the type json_schema, and the type needs them")
+        return self
+
 
 class TextSettings(Body):
-    format: PlainFormat | None = None
+    format: TextFormat | None = None
+
+
+class FunctionTool(Function):
+    """As `/v1/responses` has it: flat."""
+
+    type: Literal["function"]
+
+
+class FunctionToolChoice(FunctionChoiceName):
+    type: Literal["function"]
 
 
 class ResponsesRequest(SamplingFields):
-    input: Text | list[InputMessage]
+    input: Text | list[InputItem]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: Literal[False] | None = None
     text: TextSettings | None = None
+    tools: list[FunctionTool] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
 

@@ -31,6 +31,8 @@ class ServerSettings:
     context: int | None = setting(None, "Positions of a slot.", unset="the model's context, at most 32,768", ge=16)
     max_tokens: int | None = setting(None, "Most tokens of an answer.", unset="what the context holds", ge=1)
     max_choices: int = setting(16, "Most answers to one request (prompts times n).", ge=1)
+    max_schema: int = setting(64_000, "Most bytes of JSON schemas in a request, those of its tools included.", ge=1)
+    max_schema_depth: int = setting(40, "Most levels of objects and lists in a JSON schema.", ge=1)
     max_body: int = setting(2_000_000, "Most bytes of a request.", ge=1)
     cached_tokens: int = setting(
         16384, "Tokens of ended texts that free slots hold, so that a chat's next turn is read from there.", ge=0

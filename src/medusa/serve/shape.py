@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from medusa.serve.errors import ApiError, bad
+
+# Of what stands in lists.
+_KINDS = ("system", "developer", "user", "assistant", "tool", "message", "function_call", "function_call_output")
 
 
 def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -13,11 +17,18 @@ def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     # A field that may be of several kinds gives an error for each: the one that came furthest says most.
     first = errors[0]
     alike = [error for error in errors if error["loc"][:2] == first["loc"][:2]]
-    error = max(alike, key=lambda e: (len(_path(e["loc"])), e["type"] == "extra_forbidden"))
+    error = max(
+        alike, key=lambda e: (len(_path(e["loc"])), e["type"] == "extra_forbidden", e["type"] == "literal_error")
+    )
     kind, path = error["type"], _path(error["loc"])
     param = ".".join(path) or None
     if kind == "json_invalid":
         return bad("the body is not JSON in UTF-8", code="invalid_json")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        named = str(error["ctx"]["discriminator"])
+        param = ".".join((*path, named.strip("'") if named.startswith("'") else "type"))
+        expected = error["ctx"].get("expected_tags")
+        return bad(f"{param} is missing" if expected is None else f"{param} must be one of {expected}", param)
     if kind == "extra_forbidden":
         return bad(f"{param} is not supported here", param, "unsupported_parameter")
     if param is None and kind in ("missing", "model_attributes_type", "model_type"):
@@ -38,8 +49,10 @@ def _said(error: Mapping[str, Any]) -> str:
 def _path(loc: Sequence[object]) -> tuple[str, ...]:
     """The names and numbers that lead to a field, without those of the kinds that it may be of."""
     path: list[str] = []
-    for part in loc[1:]:
+    for before, part in pairwise(loc):
         text = str(part)[:60]
+        if isinstance(before, int) and text in _KINDS:
+            continue
         if isinstance(part, str) and ("[" in text or text in ("str", "int", "bool", "float") or text[:1].isupper()):
             continue
         if isinstance(part, str) and text.startswith("literal"):

@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -9,6 +10,7 @@
 #include <climits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings.hpp"
@@ -25,6 +27,7 @@ using medusa::Source;
 using Tensor = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
 using Floats = nb::ndarray<nb::numpy, float>;
 using FloatsIn = nb::ndarray<const float, nb::device::cpu, nb::c_contig>;
+using RowIn = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 using IdsIn = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
 using Without = nb::call_guard<nb::gil_scoped_release>;
 
@@ -100,7 +103,7 @@ nb::tuple arrays(const medusa::Engine& engine, const medusa::Results& results) {
 }
 
 nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const FloatsIn& nodes, const IdsIn& parents,
-                const IdsIn& tokens, int count) {
+                const IdsIn& tokens, int count, const std::optional<RowIn>& factors, const std::optional<FloatsIn>& noise) {
   heads.check(level, count);
   const std::size_t batch = tokens.shape(0), width = tokens.shape(1);
   const std::size_t above = batch && nodes.ndim() == 3 ? nodes.shape(1) : 0;
@@ -111,12 +114,18 @@ nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const Flo
       parents.shape(0) != batch || parents.shape(1) != width || (!residual && nodes.size() != batch * above * carried))
     throw std::invalid_argument("heads: the arrays do not fit together");
   const std::size_t rows = residual ? 1 : width, size = heads.node_size(level);
+  std::vector<medusa::Heads::Tilt> tilt(batch);
+  if (factors.has_value() != noise.has_value() ||
+      (factors && (factors->size() != batch || noise->size() != batch * std::size_t(heads.rows()))))
+    throw std::invalid_argument("heads: the arrays do not fit together");
+  for (std::size_t b = 0; factors && b < batch; b++)
+    tilt[b] = {factors->data()[b], noise->data() + b * std::size_t(heads.rows())};
   std::unique_ptr<float[]> log_p(new float[batch * rows * count]), next(new float[batch * rows * size]);
   std::unique_ptr<std::int32_t[]> ids(new std::int32_t[batch * rows * count]);
   {
     nb::gil_scoped_release release;
     heads.level(level, base.data(), nodes.data(), int(above), parents.data(), tokens.data(), int(batch), int(width),
-                count, log_p.get(), ids.get(), next.get());
+                count, log_p.get(), ids.get(), next.get(), tilt.data());
   }
   return nb::make_tuple(made(std::move(log_p), {batch, rows, std::size_t(count)}),
                         made(std::move(ids), {batch, rows, std::size_t(count)}),
@@ -272,6 +281,7 @@ NB_MODULE(_engine, m) {
             return made(std::move(base), {batch, std::size_t(1), size});
           },
           "features"_a)
-      .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a);
+      .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a,
+           "factors"_a.none(), "noise"_a.none());
   bind_step(m);
 }

@@ -301,6 +301,17 @@ void check(const Verified& tree, int nodes, int vocab) {
 
 }  // namespace
 
+void noise_of(const Rule& rule, std::uint64_t position, const std::vector<std::int32_t>& tokens, float scale,
+              float* out) {
+  Block block{};
+  std::uint64_t at = ~std::uint64_t(0);
+  for (std::size_t i = 0; i < tokens.size(); i++) {
+    const std::uint64_t wanted = std::uint64_t(tokens[i]) / 4;
+    if (wanted != at) block = philox(rule.seed, position, at = wanted);
+    out[i] = scale * float(gumbel(block.words[tokens[i] % 4]));
+  }
+}
+
 int sample(Engine& engine, const float* logits, int n, const Rule& rule, std::uint64_t position) {
   std::lock_guard lock(engine.mutex());
   Scratch scratch;

@@ -53,13 +53,14 @@ def check_number(score: float) -> None:
         raise MedusaError("the model's numbers are not finite here: its weights or this prompt are at fault")
 
 
-def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
-    """Gumbel noise [size] that depends on (seed, position) alone.
+def gumbel_noise(seed: int, position: int, size: int, ids: np.ndarray | None = None) -> np.ndarray:
+    """Gumbel noise [size] that depends on (seed, position) alone, or that of `ids` [C] among it.
 
     `position` is the absolute index of the token to be sampled, so any two decoders that reach it by the same text
     see the same noise, whatever they drafted. Philox is counter-based: no state is carried from token to token.
     """
-    return _gumbel(_random_words(seed, position, size))
+    words = _random_words(seed, position, size)
+    return _gumbel(words if ids is None else words[ids])
 
 
 def sample(logits: Tensor, sampling: Sampling, position: int) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from medusa.errors import MedusaError, UsageError
 from medusa.files import replacing, swapped_in
@@ -28,17 +30,22 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
     Raises:
         UsageError: `directory` holds something else, which replacing it would delete.
     """
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
+        for name, tensor in heads.state_dict().items()
+    }
+    save_tensors(tensors, heads.config, directory)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], config: HeadsConfig, directory: str | Path) -> None:
+    """`save_heads` for tensors by name, on the CPU and as they shall lie in the file."""
     directory = Path(directory)
     foreign = directory.exists() and not (directory / WEIGHTS_FILE).is_file()
     if foreign and (directory.is_file() or any(directory.iterdir())):
         raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
     with swapped_in(directory) as new:
-        tensors = {
-            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
-            for name, tensor in heads.state_dict().items()
-        }
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_config(heads.config, new)
+        save_file(dict(tensors), new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_config(config, new)
 
 
 def write_config(config: HeadsConfig, directory: Path) -> None:
@@ -87,7 +94,19 @@ def load_heads(
     check_vocabulary(config, vocab_hash)
     vocab_size, hidden_size = base.embedding.shape
     check_shape(config, vocab_size, hidden_size, num_layers)
-    path = directory / WEIGHTS_FILE
+    tensors = read_tensors(directory, config)
+    heads = Heads(config, base, tensors.get("draft_ids") if config.draft_vocab else None)
+    heads.load_state_dict(tensors)
+    return heads.to(base.embedding.device, dtype).eval().requires_grad_(False)
+
+
+def read_tensors(directory: str | Path, config: HeadsConfig) -> dict[str, Tensor]:
+    """The weights of saved heads by name, as they lie in the file: exactly those of `config`, and all of them finite.
+
+    Raises:
+        MedusaError: a file that is missing, truncated or foreign, or that holds other tensors.
+    """
+    path = Path(directory) / WEIGHTS_FILE
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -100,8 +119,10 @@ def load_heads(
             raise MedusaError(f"{path} lacks the draft vocabulary of {config.draft_vocab} tokens that its config names")
         if draft_ids.min() < 0 or draft_ids.max() >= config.vocab_size:
             raise MedusaError(f"{path} has draft tokens outside the vocabulary of {config.vocab_size}")
-    heads = Heads(config, base, draft_ids)
-    expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    with torch.device("meta"):  # shapes alone
+        rows = torch.empty(config.vocab_size, config.hidden_size)
+        skeleton = Heads(config, BaseWeights(rows, rows), None if draft_ids is None else draft_ids.to("meta"))
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != stored:
         name = min(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
@@ -112,5 +133,4 @@ def load_heads(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MedusaError(f"{path} has a weight that is not a finite number in {name}: train the heads again")
-    heads.load_state_dict(tensors)
-    return heads.to(base.embedding.device, dtype).eval().requires_grad_(False)
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def write(facts: Facts, pictures: Sequence[str] = ()) -> str:
     config = facts.config
     title = facts.base_model or "a model"
     front = ["---", "library_name: medusa", "tags:", "- medusa", "- speculative-decoding"]
-    if "/" in facts.base_model and " " not in facts.base_model:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", facts.base_model, re.ASCII):  # a Hub id, not a path
         front.append(f"base_model: {facts.base_model}")
     rows = [
         ("kind", config.kind),
@@ -101,7 +102,7 @@ def notes(facts: Facts) -> tuple[str, ...]:
         found.append("vLLM verifies a chain of the best guess of each head, no tree: fewer tokens a step than here")
     if facts.to not in ("hf", "fasterdecoding") and not facts.shared:
         found.append("one directory for vLLM, TGI and TensorRT-LLM")
-    if config.tie_lm_head and not facts.shared and facts.to != "hf":
+    if config.tie_lm_head and not facts.shared and facts.to not in ("hf", "fasterdecoding"):
         found.append(f"the model's LM head is in the file {config.num_heads} times, because the layout wants that")
     return tuple(found)
 

@@ -99,6 +99,13 @@ def export_heads(
         lm_heads=once if tied and (shared_lm_head or to == "hf") else copied,
         shared=shared_lm_head,
     )
+    notes = card.notes(facts)
+    if Path(facts.base_model).expanduser().is_dir():
+        notes = (
+            *notes,
+            f"the model is called {facts.base_model}, which is a directory here: before you share the "
+            "export, give --model and its Hub id",
+        )
     with swapped_in(out) as new:
         for name, content in files.items():
             _write(new / name, content)
@@ -122,7 +129,7 @@ def export_heads(
         lm_heads=facts.lm_heads,
         dtype=_dtype(ours),
         size_bytes=size,
-        notes=card.notes(facts),
+        notes=notes,
     )
 
 
@@ -244,8 +251,10 @@ def _write(path: Path, content: Any) -> None:
             path.write_text(content, encoding="utf-8")
         elif isinstance(content, Path):
             shutil.copyfile(content, path)
-        elif path.suffix in (".pt",):
-            torch.save({name: tensor.contiguous() for name, tensor in content.items()}, path)
+        elif path.suffix == ".pt":
+            # A tensor may be a view of a whole file's memory, all of which would be saved; the one LM head stays one.
+            copies = {id(tensor): tensor.clone().contiguous() for tensor in content.values()}
+            torch.save({name: copies[id(tensor)] for name, tensor in content.items()}, path)
         else:  # safetensors takes no two names for one memory
             save_file(
                 {k: tensor.clone().contiguous() for k, tensor in content.items()}, path, metadata={"format": "pt"}

@@ -144,7 +144,7 @@ def assemble(
         heads = [SHARED] if {part.head for part in ends} == {SHARED} else list(range(num_heads))
         vocab = tensors[named(Part("lm_head", heads[0], end))].shape[0]
         rows = tuple(read(Part("lm_head", head, end), vocab, size) for head in heads)
-        if len(heads) > 1 and Part("lm_head", SHARED, end) in found:
+        if heads != [SHARED] and Part("lm_head", SHARED, end) in found:
             raise MedusaError(f"{where} holds an LM head for all heads and one for each: keep the ones that are meant")
     return layers, rows, notes
 

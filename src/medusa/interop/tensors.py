@@ -7,6 +7,9 @@ the formats (`layouts.py`); this file knows only names, and that each comes once
 from __future__ import annotations
 
 import json
+import pickle
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -119,13 +122,16 @@ def _check_names(path: Path) -> None:
 def _pickled(path: Path) -> dict[str, Callable[[], Tensor]]:
     """The tensors of a pickle. `weights_only` reads tensors and plain containers; whatever else a pickle asks for is
     refused before it is run."""
-    import pickle
-
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # about protocols and archives that are refused anyway
+            warnings.simplefilter("ignore")
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "weights only" not in str(error).lower():
-            raise MedusaError(f"{path} is damaged or not a file of PyTorch: get it again") from None
+        detail = str(error).rpartition("WeightsUnpickler error: ")[2]
+        if not re.search(r"\bglobal\b|\breduce\b|\bREDUCE\b|\bGLOBAL\b", detail):
+            raise MedusaError(
+                f"{path} is damaged or no pickle as PyTorch writes them; nothing of it was executed: get it again"
+            ) from None
         raise MedusaError(
             f"{path} asks for code to be run, which a file of weights has no need of; nothing of it was executed: "
             "get the weights as safetensors"

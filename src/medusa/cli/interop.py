@@ -1,4 +1,4 @@
-"""Commands that exchange heads with others: `medusa import`, `medusa export`."""
+"""Commands that exchange heads with others: `medusa import`, `medusa export`, `medusa push`, `medusa pull`."""
 
 from __future__ import annotations
 
@@ -83,8 +83,42 @@ def export(
         f"{made.directory} ({made.size_bytes / 1e6:.1f} MB, {made.dtype}; LM heads: {made.lm_heads})."
     )
     for note in made.notes:
-        print(f"{note[:1].upper()}{note[1:]}.")
+        notice(f"Note: {note}.")
     print(f"How to run them stands in {made.directory / 'README.md'}.")
+
+
+@with_options
+def push(
+    heads: Annotated[str, typer.Argument(metavar="HEADS", help="Heads, or what medusa export wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository of the Hub.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id of the model they belong to.", show_default="the one that they name")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a repository that only you can see.")] = False,
+) -> None:
+    """Share heads on the Hub, with a model card; transformers runs them from there."""
+    from medusa.interop import hub
+
+    print(f"The heads are at {hub.push(heads, repository, model=model, private=private)}.")
+    print(f'    model.generate(**inputs, custom_generate="{repository}", trust_remote_code=True)')
+
+
+@with_options
+def pull(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository of the Hub.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The new directory.", show_default="NAME")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.", show_default="the newest")] = None,
+    force: Force = False,
+) -> None:
+    """Fetch heads from the Hub: those of Medusa run as they are, others are for medusa import."""
+    from medusa.interop import hub
+
+    found = hub.pull(repository, out, revision=revision, force=force)
+    print(f"{found.num_heads} heads ({found.layout}) are in {found.directory}. Try:")
+    if found.layout == "Medusa":
+        print(f'    medusa generate "Why is the sky blue?" --model MODEL --heads {found.directory}')
+    else:
+        print(f"    medusa import {found.directory} --model MODEL")
 
 
 def _counted(count: int, noun: str) -> str:
@@ -94,4 +128,5 @@ def _counted(count: int, noun: str) -> str:
 def add_to(app: typer.Typer) -> None:
     """Adds the commands."""
     app.command("import")(import_)
-    app.command()(export)
+    for command in (export, push, pull):
+        app.command()(command)

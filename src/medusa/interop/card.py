@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from medusa.decoding.tree import Tree
 from medusa.heads.config import HeadsConfig
-from medusa.interop.choices import CHOICES_FILE
+from medusa.interop.choices import CHOICES_FILE, with_probabilities
 
 FILE = "README.md"
 MARK = "Written by `medusa export`."
@@ -41,7 +41,7 @@ def write(facts: Facts, pictures: Sequence[str] = ()) -> str:
         ("layers of a head", str(config.num_layers)),
         ("LM heads", facts.lm_heads),
         ("hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
-        ("tree", f"{len(config.tree)} nodes and the root, in `{CHOICES_FILE}`" if config.tree else "none"),
+        ("tree", _tree(facts) if config.tree else "none"),
     ]
     if config.feature_layers:
         rows.append(("layers read", ", ".join(map(str, config.feature_layers)) + ", and the last hidden state"))
@@ -78,6 +78,8 @@ def draw(config: HeadsConfig) -> list[str]:
     children: dict[int, list[int]] = {}
     for node, parent in enumerate(best.parents[1:], start=1):
         children.setdefault(parent, []).append(node)
+    # Those of a tree that came without any are made up, see `with_probabilities`.
+    measured = dict(config.tree) != dict(with_probabilities(path for path, _ in config.tree))
     lines = ["root"]
 
     def below(node: int, margin: str) -> None:
@@ -85,7 +87,8 @@ def draw(config: HeadsConfig) -> list[str]:
         for child in last:
             end = child == last[-1]
             name = f"head {len(best.paths[child])}, guess {best.ranks[child] + 1}"
-            lines.append(f"{margin}{'└' if end else '├'}─ {name}: {best.probabilities[child]:.0%}")
+            share = f": {best.probabilities[child]:.0%}" if measured else ""
+            lines.append(f"{margin}{'└' if end else '├'}─ {name}{share}")
             below(child, margin + ("   " if end else "│  "))
 
     below(0, "")
@@ -112,20 +115,21 @@ def _figures(config: HeadsConfig) -> list[str]:
     held_out = config.training.get("held_out")
     if not isinstance(held_out, dict):
         return []
-    lines = [f"| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in held_out.items() if _plain(value)]
-    return ["On held-out text:", "", "| | |", "|---|---|", *lines, ""] if lines else []
-
-
-def _plain(value: object) -> bool:
-    return isinstance(value, (int, float)) or (
-        isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
-    )
+    lines = [f"| {name.replace('_', ' ')} | {_figure(value)} |" for name, value in held_out.items()]
+    return ["On held-out text:", "", "| | |", "|---|---|", *lines, ""]
 
 
 def _figure(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_figure(v)} with {k} nodes" for k, v in value.items())
     if isinstance(value, list):
-        return ", ".join(_figure(v) for v in value)
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+        return ", ".join(map(_figure, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _tree(facts: Facts) -> str:
+    where = "config.json" if facts.to == "hf" else CHOICES_FILE
+    return f"{len(facts.config.tree)} nodes and the root, in `{where}`"
 
 
 def _usage(facts: Facts) -> list[str]:

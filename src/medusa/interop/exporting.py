@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,9 @@ def export_heads(
             _write(new / name, content)
         if settings is not None:
             (new / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if config.tree:
+        elif base is not None:
+            heads_file.write_config(replace(config, base_model=base.name), new)
+        if config.tree and to != "hf":
             (new / CHOICES_FILE).write_text(format_choices(config.tree) + "\n", encoding="utf-8")
         pictures = [path.name for path in sorted(directory.glob("*.svg")) if path.name in card.PICTURES]
         for name in pictures:
@@ -150,11 +152,16 @@ def _check_out(out: Path, heads: Path, force: bool) -> None:
         return
     if not force:
         raise UsageError(f"{out} is there already: give another --out, or --force to replace an export")
-    marks = (fasterdecoding.SAFETENSORS, fasterdecoding.PICKLE, vllm.FILE, heads_file.WEIGHTS_FILE)
-    text = out / card.FILE
-    ours = out.is_dir() and text.is_file() and card.MARK in text.read_text(encoding="utf-8", errors="replace")
-    if not ours or not any((out / mark).is_file() for mark in marks):
+    if not is_export(out):
         raise UsageError(f"{out} is there and is no export of Medusa: --force does not replace it; give another --out")
+
+
+def is_export(directory: Path) -> bool:
+    """Whether `export_heads` wrote what lies there."""
+    marks = (fasterdecoding.SAFETENSORS, fasterdecoding.PICKLE, vllm.FILE, heads_file.WEIGHTS_FILE)
+    text = directory / card.FILE
+    told = text.is_file() and card.MARK in text.read_text(encoding="utf-8", errors="replace")
+    return told and any((directory / mark).is_file() for mark in marks)
 
 
 def _check_kind(config: HeadsConfig, to: str, shared_lm_head: bool) -> None:

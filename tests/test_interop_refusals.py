@@ -426,7 +426,10 @@ def test_heads_that_do_not_name_their_model_need_its_name(tmp_path: Path) -> Non
 
 
 def test_a_pickle_holds_its_tensors_and_no_more(tmp_path: Path) -> None:
-    heads = heads_in(tmp_path / "heads", tie_lm_head=False)
-    medusa.export_heads(heads, "fasterdecoding", tmp_path / "out")
-    for tensor in torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True).values():
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    for tied in (True, False):
+        heads = heads_in(tmp_path / "heads", tie_lm_head=tied)
+        medusa.export_heads(heads, "fasterdecoding", tmp_path / "out", force=True)
+        tensors = torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True)
+        for tensor in tensors.values():
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert (tensors["0.1.weight"].data_ptr() == tensors["1.1.weight"].data_ptr()) == tied

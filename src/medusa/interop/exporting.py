@@ -259,9 +259,7 @@ def _write(path: Path, content: Any) -> None:
         elif isinstance(content, Path):
             shutil.copyfile(content, path)
         elif path.suffix == ".pt":
-            # A tensor may be a view of a whole file's memory, all of which would be saved; the one LM head stays one.
-            copies = {id(tensor): tensor.clone().contiguous() for tensor in content.values()}
-            torch.save({name: copies[id(tensor)] for name, tensor in content.items()}, path)
+            torch.save(dict(content), path)  # the one LM head of all heads lies in it once
         else:  # safetensors takes no two names for one memory
             save_file(
                 {k: tensor.clone().contiguous() for k, tensor in content.items()}, path, metadata={"format": "pt"}

@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import medusa
 from exchange import TREE, H, V, base, heads_in, inventory, original, residual, said_with, tensors_of, write
-from medusa.heads.file import read_config
+from medusa.engines.transformers import TransformersBackend
+from medusa.heads.file import load_heads, read_config
 from medusa.interop.importing import read
 from tiny_lm import writer
 
@@ -79,20 +81,53 @@ def test_a_tied_lm_head_is_copied_from_the_model_for_each_head(tmp_path: Path) -
 
 def test_an_export_computes_what_our_heads_compute(tmp_path: Path) -> None:
     """h + SiLU(W h + b) layer by layer, then the LM head, by the exported tensors alone."""
-    from medusa.engines.transformers import TransformersBackend
-    from medusa.heads.file import load_heads
-
     heads = heads_in(tmp_path / "heads", num_layers=2, tie_lm_head=False)
     medusa.export_heads(heads, "vllm", tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "medusa_lm_head.safetensors")
-    ours = load_heads(heads, TransformersBackend(writer()).base_weights())
     h = torch.randn(5, H, generator=torch.Generator().manual_seed(1))
-    expected = ours(h, torch.zeros(5, 2, dtype=torch.long))
+    expected = logits_of(heads, h)
     for k in range(2):
         x = h
         for i in range(2):
             x = x + torch.nn.functional.silu(x @ tensors[f"{k}.{i}.linear.weight"].T + tensors[f"{k}.{i}.linear.bias"])
         torch.testing.assert_close(x @ tensors[f"{k}.2.weight"].T, expected[k])
+
+
+class ResBlock(nn.Module):
+    """As the original project has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.nn.functional.silu(self.linear(x))
+
+
+def original_modules(heads: int, layers: int) -> nn.ModuleList:
+    """Its heads: all layers of a head are one module."""
+    return nn.ModuleList(nn.Sequential(*([ResBlock()] * layers), nn.Linear(H, V, bias=False)) for _ in range(heads))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_originals_own_modules_load_our_export_and_we_load_theirs(layers: int, tmp_path: Path) -> None:
+    heads = heads_in(tmp_path / "heads", num_layers=layers, tie_lm_head=False, same_layers=True)
+    medusa.export_heads(heads, "fasterdecoding", tmp_path / "out")
+    theirs = original_modules(2, layers)
+    theirs.load_state_dict(torch.load(tmp_path / "out" / "medusa_lm_head.pt", weights_only=True))  # strict
+    h = torch.randn(5, H, generator=torch.Generator().manual_seed(1))
+    for k, logits in enumerate(logits_of(heads, h)):
+        torch.testing.assert_close(theirs[k](h), logits)
+    theirs = original_modules(3, layers)
+    medusa.import_heads(original(tmp_path / "in", theirs.state_dict()), str(base()), tmp_path / "back")
+    for k, logits in enumerate(logits_of(tmp_path / "back", h)):
+        torch.testing.assert_close(theirs[k](h), logits)
+
+
+def logits_of(directory: Path, hidden: Tensor) -> list[Tensor]:
+    """What the heads in a directory say of hidden states [B, H]: K times [B, V]."""
+    heads = load_heads(directory, TransformersBackend(writer()).base_weights())
+    return heads(hidden, torch.zeros(len(hidden), heads.config.num_heads, dtype=torch.long))
 
 
 def test_transformers_runs_the_hf_export_and_its_text_is_the_models_own(

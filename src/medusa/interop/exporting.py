@@ -193,8 +193,9 @@ def _check_kind(config: HeadsConfig, to: str, shared_lm_head: bool) -> None:
 
 def way_out(base_model: str) -> str:
     """How to get heads that every engine runs."""
+    model = base_model if base_model and " " not in base_model else "MODEL"  # not "X as adapted by ..."
     return (
-        f"train some that it can: medusa train --model {base_model or 'MODEL'} heads.kind=residual heads.mlp_width=0 "
+        f"train some that it can: medusa train --model {model} heads.kind=residual heads.mlp_width=0 "
         "heads.draft_vocab=0 'heads.feature_layers=[]', or take --to hf, which runs all heads"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -23,6 +24,7 @@ from tiny_models import TOKENIZER_VOCAB, make_tokenizer
 H, V = 32, TOKENIZER_VOCAB
 TREE = (((0,), 0.5), ((1,), 0.25), ((0, 0), 0.3))
 _ROOM = TemporaryDirectory(prefix="medusa-exchange-")
+atexit.register(_ROOM.cleanup)
 
 
 @cache

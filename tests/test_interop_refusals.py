@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shlex
 import shutil
 from collections.abc import Callable
@@ -114,6 +115,30 @@ def test_a_file_of_something_else_is_refused(name: str, data: bytes, words: str,
     path = original(tmp_path / "in", {"x": torch.zeros(1)}, name=name)
     (path / name).write_bytes(data)
     refused(path, name, words)
+
+
+@pytest.mark.parametrize(("name", "save"), [(SAFE, None), ("medusa_lm_head.pt", zipped), ("medusa_lm_head.pt", legacy)])
+def test_whatever_bytes_change_in_a_file_it_is_read_or_refused(
+    name: str, save: Callable[[Any, Path], None] | None, tmp_path: Path
+) -> None:
+    small = {"0.0.linear.weight": torch.ones(4, 4), "0.0.linear.bias": torch.ones(4), "0.1.weight": torch.ones(8, 4)}
+    path = original(tmp_path / "in", small, name=name)
+    if save is not None:
+        save(small, path / name)
+    whole, chance, refusals = (path / name).read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            place = chance.randrange(min(len(data), 900))
+            data[place : place + chance.randint(0, 2)] = bytes(
+                chance.randrange(256) for _ in range(chance.randint(0, 2))
+            )
+        (path / name).write_bytes(data)
+        try:
+            read(path)
+        except MedusaError:
+            refusals += 1
+    assert refusals > 200
 
 
 def test_a_pickle_of_no_tensors_is_refused(tmp_path: Path) -> None:

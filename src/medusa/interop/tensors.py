@@ -136,10 +136,12 @@ def _pickled(path: Path) -> dict[str, Callable[[], Tensor]]:
             f"{path} asks for code to be run, which a file of weights has no need of; nothing of it was executed: "
             "get the weights as safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the bytes are anyone's, and what torch raises for them is of many kinds
         raise MedusaError(
             f"{path} is truncated or not a file of PyTorch ({first_sentence(error)}): get it again"
-        ) from None
+        ) from error
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise MedusaError(f"{path} holds no tensors by name")
     if other := sorted(name for name, tensor in data.items() if not isinstance(tensor, Tensor)):

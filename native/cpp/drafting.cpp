@@ -285,7 +285,7 @@ const float* Drafting::noise(Text& text, const Rule& rule, int position) const {
   for (const Text::Noise& n : kept)
     if (n.position == position) return n.values.data();
   kept.push_back({position, std::vector<float>(heads_->ids().size())});
-  noise_of(rule, position, heads_->ids(), config_.sureness, kept.back().values.data());
+  rough_noise(rule, position, heads_->ids(), config_.sureness, kept.back().values.data());
   return kept.back().values.data();
 }
 

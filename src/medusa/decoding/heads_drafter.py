@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa.decoding.draft import MODEL, Draft
-from medusa.decoding.sampling import gumbel_noise
+from medusa.decoding.sampling import rough_noise
 from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
@@ -174,8 +174,8 @@ class HeadsDrafter:
                 del known[passed]
             assert row.sampling.seed is not None
             ids = None if self.heads.draft_ids is None else self.heads.draft_ids.cpu().numpy()
-            drawn = gumbel_noise(row.sampling.seed, position, self.heads.config.vocab_size, ids)
-            known[position] = torch.from_numpy(np.float32(self.sureness) * drawn.astype(np.float32))
+            drawn = rough_noise(row.sampling.seed, position, self.heads.config.vocab_size, ids)
+            known[position] = torch.from_numpy(np.float32(self.sureness) * drawn)
         return known[position]
 
 

@@ -1,5 +1,27 @@
 """The CPU engine of Medusa, as `medusa.engines.native` uses it. See the README beside this package's sources."""
 
-from medusa_native._engine import CHUNK, KEPT, MAX_NODES, SPAN, Engine, Heads, read_bandwidth, usable_isas
+from medusa_native._engine import (
+    CHUNK,
+    KEPT,
+    MAX_NODES,
+    PACKED_KINDS,
+    SPAN,
+    Engine,
+    Heads,
+    Packed,
+    read_bandwidth,
+    usable_isas,
+)
 
-__all__ = ["CHUNK", "KEPT", "MAX_NODES", "SPAN", "Engine", "Heads", "read_bandwidth", "usable_isas"]
+__all__ = [
+    "CHUNK",
+    "KEPT",
+    "MAX_NODES",
+    "PACKED_KINDS",
+    "SPAN",
+    "Engine",
+    "Heads",
+    "Packed",
+    "read_bandwidth",
+    "usable_isas",
+]

@@ -1,7 +1,8 @@
 """Names of models and heads -> things that run.
 
 A model is named by a short name (`smollm2-135m`), a directory, a `.gguf` file or a Hub id. `resolve` turns
-the name into a place that `from_pretrained` accepts; a GGUF file is de-quantised once, into the cache.
+the name into a place that `from_pretrained` accepts; a GGUF file is read in place by the native engine, and de-quantised
+once, into the cache, for all else.
 This file does not know how models run; see `engines/`. The cache is that of `gguf_cache.py`.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa.errors import MedusaError, UsageError, first_sentence
-from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, digest
+from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, described, digest
 from medusa.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -58,18 +59,22 @@ SHORT_NAMES: dict[str, Embedded] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is: `location` is a local directory or a Hub id, as `from_pretrained` takes it."""
+    """Where a model is: `location` is a local directory or a Hub id, as `from_pretrained` takes it; with `gguf`, the
+    weights are not there but in that file."""
 
     name: str  # what the user typed
     location: str
     hub_id: str | None  # the canonical id, where one is known
+    gguf: Path | None = None
 
 
 # ---------------------------------------------------------------------------------------------- names
 
 
-def resolve(name: str, *, progress: bool = True) -> ModelSource:
-    """Find the model called `name`; a GGUF file is converted into the cache the first time (20 s for 135M).
+def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> ModelSource:
+    """Find the model called `name`; a GGUF file is converted into the cache the first time (20 s for 135M). With
+    `in_place` its weights stay where they are, if the native engine can read them there, and only the tokenizer and the
+    configuration enter the cache (see `unpacked`).
 
     Nothing is downloaded here: a Hub id is fetched when its tokenizer or weights are loaded.
 
@@ -79,15 +84,16 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
     """
     if (embedded := SHORT_NAMES.get(name.lower())) is not None:
         gguf = _embedded_file(embedded)
-        location = embedded.hub_id if gguf is None else str(converted(gguf, _known_files(), progress))
-        return ModelSource(name, location, embedded.hub_id)
+        if gguf is None:
+            return ModelSource(name, embedded.hub_id, embedded.hub_id)
+        return _of_file(name, gguf, embedded.hub_id, progress, in_place)
 
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         check_gguf(path)
-        return ModelSource(name, str(converted(path, _known_files(), progress)), _known_files().get(digest(path)))
+        return _of_file(name, path, _known_files().get(digest(path)), progress, in_place)
     if path.is_dir():
         if not (path / "config.json").is_file():
             file = min(path.glob("*.gguf"), default=None)
@@ -104,6 +110,23 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
     if "/" not in name and (close := difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)):
         raise UsageError(f"there is no model {name!r}; did you mean {close[0]!r}?")
     return ModelSource(name, name, name)
+
+
+def _of_file(name: str, gguf: Path, hub_id: str | None, progress: bool, in_place: bool) -> ModelSource:
+    if in_place and (found := described(gguf, _known_files(), progress)) is not None:
+        return ModelSource(name, str(found), hub_id, gguf)
+    return ModelSource(name, str(converted(gguf, _known_files(), progress)), hub_id)
+
+
+def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
+    """The same model at a place where its weights are, as transformers reads them: a GGUF file is converted.
+
+    Raises:
+        MedusaError: the conversion failed.
+    """
+    if source.gguf is None:
+        return source
+    return ModelSource(source.name, str(converted(source.gguf, _known_files(), progress)), source.hub_id)
 
 
 def find_heads(heads: str, source: ModelSource) -> Path | None:
@@ -217,6 +240,7 @@ def local_directory(source: ModelSource) -> Path:
 def weights_version(source: ModelSource) -> str:
     """Another text when the files of a local model have been changed or replaced; of a Hub id always the same."""
     files = [path for path in Path(source.location).glob("*") if path.suffix in (".safetensors", ".bin", ".json")]
+    files += [source.gguf] if source.gguf is not None else []
     facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -234,6 +258,7 @@ def load_model(
         MedusaError: the model cannot be found, fetched or read, or does not write text left to right.
     """
     _check_device(device)
+    source = unpacked(source)
     quantised = {} if bits is None else _quantised(bits, dtype, device)
     config = load_config(source)
     with _explained(source, "the model"):

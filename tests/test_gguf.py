@@ -99,7 +99,8 @@ def metadata_of(model: PreTrainedModel) -> Metadata:
     return found
 
 
-def write(path: Path, metadata: Metadata, tensors: Tensors) -> Path:
+def write(path: Path, metadata: Metadata, tensors: Tensors, kind: str = "F32") -> Path:
+    """`kind`: of the matrices. Those of bytes are packed already."""
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
         if key == "general.architecture":  # which the writer has written
@@ -115,7 +116,9 @@ def write(path: Path, metadata: Metadata, tensors: Tensors) -> Path:
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.astype(np.float32))
+        raw = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
+        packed = tensor if tensor.dtype == np.uint8 else gguf.quants.quantize(tensor.astype(np.float32), raw)
+        writer.add_tensor(name, packed, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

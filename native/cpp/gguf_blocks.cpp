@@ -1,5 +1,6 @@
 #include "gguf_blocks.hpp"
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -29,7 +30,8 @@ const Kind& kind_of(Dtype dtype) { return kKinds[int(dtype) - int(Dtype::q4_0)];
 float half(const Byte* at) {
   std::uint16_t bits;
   std::memcpy(&bits, at, 2);
-  return from_float16(bits);
+  // Nor is what is made of infinity a finite number; rounding some of those that are no numbers would make one of them.
+  return (bits & 0x7c00) == 0x7c00 ? INFINITY : from_float16(bits);
 }
 
 std::uint32_t word(const Byte* at) {

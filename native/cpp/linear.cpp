@@ -257,6 +257,22 @@ std::vector<float> read(const Source& source, const std::string& name) {
   return values;
 }
 
+bool all_finite(Pool& pool, const Source& source) {
+  std::atomic<bool> finite{true};
+  Phase phase;
+  phase.shape(pool.threads());
+  pool.run([&](int thread) {
+    std::vector<float> row(source.columns);
+    phase.run(thread, source.rows, 1, 64, [&](int first, int count) {
+      for (int i = first; i < first + count; i++) {
+        source.row(i, row.data());
+        if (!all_finite(row.data(), row.size(), false)) finite = false;
+      }
+    });
+  });
+  return finite;
+}
+
 int padded_inputs(Format format, int inputs) {
   return round_up(inputs, group_of(format));
 }

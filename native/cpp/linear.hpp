@@ -34,6 +34,9 @@ struct Source {
 // All values; throws std::invalid_argument naming `name` where one is not a finite number.
 std::vector<float> read(const Source& source, const std::string& name);
 
+// Whether each value is a finite number.
+bool all_finite(Pool& pool, const Source& source);
+
 int padded_inputs(Format format, int inputs);
 
 struct Linear {

@@ -1,14 +1,16 @@
 """A GGUF file -> its tokenizer and configuration (`describe`), and a directory of bf16 safetensors beside them
 (`convert`), or the reason why it is refused.
 
-To convert it, transformers unpacks the file, and leaves out what it does not know. So the file is read first: each tensor, and each
-key of its metadata that changes the computation, is taken over, or the file is refused and the message names it.
+To convert it, transformers unpacks the file, and leaves out what it does not know. So the file is read first: each
+tensor, and each key of its metadata that changes the computation, is taken over, or the file is refused and the message
+names it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -204,6 +206,18 @@ def describe(path: Path, target: Path, name: str, on_step: Callable[[str], None]
     target.mkdir(parents=True, exist_ok=True)
     for part in (config, generation, tokenizer):
         part.save_pretrained(target)
+    _generalise_tokenizer(target)
+
+
+def _generalise_tokenizer(directory: Path) -> None:
+    """Saves a tokenizer anew as one of the general class, which loads without a search for its class. Some classes add
+    parts of their own when they are loaded, and these are in it then."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(header: Header) -> PreTrainedConfig:

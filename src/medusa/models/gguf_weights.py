@@ -1,13 +1,14 @@
 """The weights of a GGUF file, read where they lie, under the names and with the values of a converted checkpoint.
 
-The engine unpacks and packs one layer after another out of the mapped file, so no second copy is ever made. Formats that
-it does not read are unpacked here, a tensor at a time.
+The engine unpacks and packs one layer after another out of the mapped file, so no second copy is ever made. Formats
+that it does not read are unpacked here, a tensor at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # Llama models?
 PAIRED = {"llama": True, "qwen2": False, "qwen3": False}
 _ROWS = 4096  # unpacked in one go
+_FORGET_SECONDS = 0.02
 
 
 def names_in_file(architecture: str, config: NativeConfig) -> dict[str, str]:
@@ -40,8 +42,6 @@ def names_in_file(architecture: str, config: NativeConfig) -> dict[str, str]:
 
 class GgufWeights(Mapping[str, Any]):
     """name -> weight: a `medusa_native.Packed` in the file, or a bfloat16 tensor.
-
-    `forget` gives the memory of what has been read back to the system, which reads it again where it is needed.
 
     Raises:
         MedusaError: the file is damaged, or lacks a tensor.
@@ -68,7 +68,9 @@ class GgufWeights(Mapping[str, Any]):
         data, kind = np.asarray(tensor.data), tensor.tensor_type
         for part, heads in self._heads.items():
             if name.endswith(part):  # from pairs to halves; each row is whole in itself, packed or not
-                data = np.ascontiguousarray(data.reshape(heads, -1, 2, data.shape[1]).swapaxes(1, 2)).reshape(data.shape)
+                data = np.ascontiguousarray(data.reshape(heads, -1, 2, data.shape[1]).swapaxes(1, 2)).reshape(
+                    data.shape
+                )
         if self._packed is not None and kind.name in self._kinds and data.ndim == 2:
             return self._packed(data, kind.name, int(tensor.shape[0]))
         return _unpacked(data, kind, tuple(int(size) for size in reversed(tensor.shape)))
@@ -79,7 +81,26 @@ class GgufWeights(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def forget(self) -> None:
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Meanwhile, what has been read is given back to the system every few milliseconds: its own cache still has it
+        where it is read again, and the process does not hold a file and what is packed of it at once."""
+        done = threading.Event()
+
+        def forget() -> None:
+            while not done.wait(_FORGET_SECONDS):
+                self._forget()
+
+        thread = threading.Thread(target=forget, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._forget()
+
+    def _forget(self) -> None:
         # Not on every system; without it the pages stay, as a cache that the system may drop.
         with contextlib.suppress(AttributeError, OSError, ValueError):
             self._map._mmap.madvise(mmap.MADV_DONTNEED)

@@ -119,13 +119,11 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    weights, forget = _weights(source, native, directory)
-    with _bar(f"Packing {source.name}", settings.progress) as show, ThreadPoolExecutor(1) as background:
-
-        def on_progress(done: int, total: int) -> None:
-            forget()
-            show(done, total)
-
+    with (
+        _weights(source, native, directory) as weights,
+        _bar(f"Packing {source.name}", settings.progress) as on_progress,
+        ThreadPoolExecutor(1) as background,
+    ):
         packing = background.submit(
             NativeBackend,
             native,
@@ -153,18 +151,19 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
     return LoadedModel(backend, _eos(directory, config.eos_token_id), facts)
 
 
-def _weights(
-    source: zoo.ModelSource, config: NativeConfig, directory: Path
-) -> tuple[Mapping[str, Any], Callable[[], None]]:
-    """The tensors of a model, and what gives back the memory of those that have been read."""
+@contextlib.contextmanager
+def _weights(source: zoo.ModelSource, config: NativeConfig, directory: Path) -> Iterator[Mapping[str, Any]]:
+    """The tensors of a model, while they are packed."""
     if source.gguf is None:
         from medusa.engines.native import Checkpoint
 
-        return Checkpoint(directory), lambda: None
+        yield Checkpoint(directory)
+        return
     from medusa.models.gguf_weights import GgufWeights
 
     weights = GgufWeights(source.gguf, config)
-    return weights, weights.forget
+    with weights.passing():
+        yield weights
 
 
 def _config(source: zoo.ModelSource) -> Any:

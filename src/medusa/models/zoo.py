@@ -1,8 +1,8 @@
 """Names of models and heads -> things that run.
 
 A model is named by a short name (`smollm2-135m`), a directory, a `.gguf` file or a Hub id. `resolve` turns
-the name into a place that `from_pretrained` accepts; a GGUF file is read in place by the native engine, and de-quantised
-once, into the cache, for all else.
+the name into a place that `from_pretrained` accepts; a GGUF file is read in place by the native engine, and
+de-quantised once, into the cache, for all else.
 This file does not know how models run; see `engines/`. The cache is that of `gguf_cache.py`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -192,9 +193,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         else:
             from transformers import AutoTokenizer as loader  # noqa: N813
 
-        with quiet():
+        with quiet(), _no_collection():  # of which a large vocabulary sets off many
             tokenizer = loader.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage among what is being made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _needs_no_search(source: ModelSource) -> bool:

@@ -142,39 +142,17 @@ Fit refined(const float* x, float x_sum, const Fit& fit) {
   return {scale, (x_sum - scale * q_sum) / kInt4Group};
 }
 
-float error_of(const float* x, const Fit& fit) {
-  float q[kInt4Group];
-  nearest(x, fit, q);
-  return sum_of([&](int i) {
-    const float off = fit.scale * q[i] + fit.minimum - x[i];
-    return off * off;
-  });
-}
-
-// From ranges that leave out more and more of the extremes: the best after one step of least squares, then two more.
-// The minimum makes up for the rounding of the scale to bfloat16. Writes the q.
+// From the extremes, then least squares for the rounded q, in turn. The minimum makes up for the rounding of the scale to
+// bfloat16. Writes the q.
 Fit fit_int4(const float* x, float* q) {
   std::int32_t least = ordered(x[0]), most = least;
   for (int i = 1; i < kInt4Group; i++) {
     least = std::min(least, ordered(x[i]));
     most = std::max(most, ordered(x[i]));
   }
-  const float low = unordered(least), high = unordered(most);
-  const float x_sum = sum_of([&](int i) { return x[i]; });
-  Fit fit{(high - low) / 15, low};
-  if (fit.scale > 1e-20f) {
-    float error = INFINITY;
-    for (float share : {1.0f, 0.92f, 0.84f}) {
-      const float scale = (high - low) / 15 * share;
-      const Fit tried = refined(x, x_sum, {scale, (low + high) / 2 - 7.5f * scale});
-      const float off = error_of(x, tried);
-      if (off < error) {
-        error = off;
-        fit = tried;
-      }
-    }
-    for (int round = 0; round < 2; round++) fit = refined(x, x_sum, fit);
-  }
+  const float low = unordered(least), x_sum = sum_of([&](int i) { return x[i]; });
+  Fit fit{(unordered(most) - low) / 15, low};
+  for (int round = 0; round < 5 && fit.scale > 1e-20f; round++) fit = refined(x, x_sum, fit);
   fit.scale = as_bfloat16(fit.scale);
   nearest(x, fit, q);
   fit.minimum = as_bfloat16((x_sum - fit.scale * sum_of([&](int i) { return q[i]; })) / kInt4Group);

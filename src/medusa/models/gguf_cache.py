@@ -108,9 +108,9 @@ def _made(
     except MedusaError:
         raise
     except ImportError as error:
-        version = importlib.metadata.version("transformers")
+        installed = importlib.metadata.version("transformers")
         raise MedusaError(
-            f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed): "
+            f"transformers {installed} is too old to read GGUF files ({error.name} lacks what is needed): "
             "pip install 'transformers>=5.20'"
         ) from error
     except OSError as error:

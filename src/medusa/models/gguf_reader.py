@@ -52,7 +52,7 @@ class QuickReader(GGUFReader):
         return end - orig_offs, [whole], [], [GGUFValueType.ARRAY, kind]
 
     def _strings(self, start: int, count: int) -> tuple[list[str], int]:
-        data = memoryview(self.data)
+        data = memoryview(self.data)  # type: ignore[arg-type]  # of which the types do not know
         length = struct.Struct(">Q" if self.endianess == GGUFEndian.BIG else "<Q").unpack_from
         values, place = [], start
         for _ in range(count):

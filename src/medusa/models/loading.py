@@ -89,7 +89,9 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
         from medusa.engines.native_heads import NativeHeads
 
         base = loaded.backend.hollow_weights()
-        heads = file.load_heads(path, base, num_layers=num_layers, dtype=torch.bfloat16)
+        # In float32 each weight of 8 bits is what it is in the file, and is packed into the same 8 bits again.
+        exact = torch.float32 if file.read_config(path).weights == "int8" else torch.bfloat16
+        heads = file.load_heads(path, base, num_layers=num_layers, dtype=exact)
         return NativeHeads(loaded.backend, heads)
     base = loaded.backend.base_weights()
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16

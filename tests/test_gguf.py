@@ -33,10 +33,13 @@ Metadata = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["converted", "in place"])
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(zoo, "_hub_is_reachable", lambda: False)
+    if request.param == "in place":
+        resolve = zoo.resolve
+        monkeypatch.setattr(zoo, "resolve", lambda name, **options: resolve(name, **{"in_place": True, **options}))
 
 
 @cache
@@ -209,11 +212,11 @@ def test_a_transformers_that_is_too_old_to_read_a_file_is_named(
 
 def test_a_conversion_of_an_earlier_version_is_not_used(tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
-    location = Path(zoo.resolve(str(path), progress=False).location)
+    location = Path(zoo.resolve(str(path), progress=False, in_place=False).location)
     manifest = json.loads((location / gguf_cache.MANIFEST).read_text())
     (location / gguf_cache.MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
     (location / "model.safetensors").write_bytes(b"noise")
-    zoo.resolve(str(path), progress=False)
+    zoo.resolve(str(path), progress=False, in_place=False)
     assert (location / "model.safetensors").stat().st_size > 1000
 
 

@@ -166,6 +166,38 @@ def test_a_tied_file_and_scaled_rotary_embeddings_are_read_as_converted(tmp_path
     assert_the_same(write(tmp_path / "tied.gguf", {**metadata_of(model), **ends}, tensors))
 
 
+def test_a_file_that_leaves_out_what_follows_from_the_rest_is_read_as_converted(tmp_path: Path) -> None:
+    metadata = metadata_of(model_of("qwen2"))
+    for key in ("qwen2.vocab_size", "qwen2.rope.freq_base", "qwen2.rope.dimension_count"):
+        del metadata[key]
+    assert_the_same(write(tmp_path / "bare.gguf", metadata, tensors_of(model_of("qwen2"))))
+
+
+def test_a_file_called_mistral_is_a_llama_in_place(tmp_path: Path) -> None:
+    """Its conversion is refused: transformers finds no such architecture in the library."""
+    text = written(loaded(tiny_file(tmp_path)))
+    assert written(loaded(tiny_file(tmp_path, **{"general.name": "mistral"}))) == text
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "feed_forward_length", "attention.head_count_kv"])
+def test_a_tensor_of_another_shape_than_the_metadata_say_is_refused(tmp_path: Path, key: str) -> None:
+    value = 2 * metadata_of(model_of("qwen3"))[f"qwen3.{key}"]
+    with pytest.raises(MedusaError, match=r"weight is \[\d+, \d+\], but by its metadata \[\d+, \d+\]"):
+        in_place(tiny_file(tmp_path, "qwen3", **{f"qwen3.{key}": value}))
+
+
+def test_weights_of_an_engine_that_reads_no_packed_rows_are_unpacked_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = packed_file(tmp_path, "llama", "Q6_K")
+    config = native_config(zoo.load_config(in_place(path)))
+    packed = {name: plain(weight) for name, weight in GgufWeights(path, config).items()}
+    monkeypatch.setattr(gguf_weights, "native_module", lambda: object())
+    for name, weight in GgufWeights(path, config).items():
+        assert isinstance(weight, torch.Tensor)
+        assert torch.equal(weight, packed[name])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_text_is_that_of_the_conversion(tmp_path: Path, family: str, dtype: str) -> None:
@@ -278,6 +310,10 @@ def test_the_quick_reader_reads_what_the_library_reads(tmp_path: Path) -> None:
     quick = QuickReader(path)
     assert quick.metadata == {name: field.contents() for name, field in library.fields.items()}
     assert [t.name for t in quick.tensors] == [t.name for t in library.tensors]
+    brief = QuickReader(path, texts=False).metadata
+    assert {n: v for n, v in brief.items() if v != []} == {
+        n: v for n, v in quick.metadata.items() if not (isinstance(v, list) and isinstance(v[0], str))
+    }
     assert all(np.array_equal(a.data, b.data) for a, b in zip(quick.tensors, library.tensors, strict=True))
 
 

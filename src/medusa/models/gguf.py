@@ -56,12 +56,12 @@ _DIGITS_SPLIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself. `metadata` holds numbers, texts and lists of these; `frequencies` the divisors of
-    the rotary embedding's frequencies [head size / 2], where it has such a tensor."""
+    """What a file says of itself. `metadata` holds numbers, texts and lists of these; `tensors` name -> shape;
+    `frequencies` the divisors of the rotary embedding's frequencies [head size / 2], where it has such a tensor."""
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, tuple[int, ...]]
     frequencies: np.ndarray | None
 
     @property
@@ -84,7 +84,8 @@ def read_header(path: Path) -> Header:
     reader = open_reader(path)
     metadata, tensors = reader.metadata, {tensor.name: tensor for tensor in reader.tensors}
     frequencies = np.array(tensors[ROPE_FREQUENCIES].data) if ROPE_FREQUENCIES in tensors else None
-    header = Header(path, metadata, tuple(tensors), frequencies)
+    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    header = Header(path, metadata, shapes, frequencies)
     if not isinstance(metadata.get("general.architecture"), str):
         raise MedusaError(f"{path} is damaged or cut short (it does not say its architecture): get the file again")
     kind = metadata.get("general.type", "model")
@@ -178,7 +179,7 @@ def describe(path: Path, target: Path, name: str, on_step: Callable[[str], None]
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     from medusa.engines.native_config import UnsupportedError, native_config
-    from medusa.models.gguf_weights import PAIRED, incomplete, names_in_file
+    from medusa.models.gguf_weights import PAIRED, incomplete, shapes_in_file
 
     on_step("reading the tokenizer")
     header = read_header(path)
@@ -190,13 +191,17 @@ def describe(path: Path, target: Path, name: str, on_step: Callable[[str], None]
     config.dtype = torch.bfloat16
     config.name_or_path = name
     try:
-        names = names_in_file(header.architecture, native_config(config)).values()
+        native = native_config(config)
     except UnsupportedError as error:
         raise NotInPlaceError(str(error)) from None
-    if missing := sorted(set(names) - set(header.tensors)):
+    shapes = shapes_in_file(header.architecture, native)
+    if missing := sorted(shapes.keys() - header.tensors.keys()):
         raise incomplete(path, missing)
-    if others := sorted(set(header.tensors) - {*names, ROPE_FREQUENCIES}):
+    if others := sorted(header.tensors.keys() - shapes.keys() - {ROPE_FREQUENCIES}):
         raise header.refuse(f"it holds the tensor {others[0]}, which would be left out")
+    for tensor, shape in shapes.items():
+        if (held := header.tensors[tensor]) != shape:
+            raise header.refuse(f"{tensor} is {list(held)}, but by its metadata {list(shape)}")
     loader: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
     tokenizer = loader.from_pretrained(path.parent, gguf_file=path.name)
     _split_digits(header, tokenizer)
@@ -232,8 +237,6 @@ def _config(header: Header) -> PreTrainedConfig:
         if (field := mapping.get(space, {}).get(key, -1)) not in (None, -1):
             values[field] = value
     values.setdefault("vocab_size", len(header.metadata["tokenizer.ggml.tokens"]))
-    if header.metadata.get("general.name") == "mistral":  # which transformers tells apart by this alone
-        values["model_type"] = "mistral"
     config: PreTrainedConfig = AutoConfig.for_model(**values)
     return config
 

@@ -17,12 +17,13 @@ from medusa.errors import MedusaError
 
 
 class QuickReader(GGUFReader):
-    """Reads a file; `metadata` are its values. The weights are memory-mapped.
+    """Reads a file; `metadata` are its values, without `texts` but for lists of texts. The weights are memory-mapped.
 
     Raises what a damaged file makes the library, numpy or struct raise.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, texts: bool = True) -> None:
+        self._texts = texts
         self._arrays: dict[int, list[Any]] = {}
         super().__init__(path)
         self.metadata: dict[str, Any] = {}
@@ -60,14 +61,15 @@ class QuickReader(GGUFReader):
             place += 8
             if place + size > len(data):
                 raise ValueError("a text reaches past the end")
-            values.append(str(data[place : place + size], "utf-8"))
+            if self._texts:
+                values.append(str(data[place : place + size], "utf-8"))
             place += size
         return values, place
 
 
-def open_reader(path: Path) -> QuickReader:
+def open_reader(path: Path, *, texts: bool = True) -> QuickReader:
     """The reader of a file. Raises MedusaError: it is damaged or cut short."""
     try:
-        return QuickReader(path)
+        return QuickReader(path, texts=texts)
     except Exception as error:  # the reader trusts the file, and fails in as many ways as a file can be damaged
         raise MedusaError(f"{path} is damaged or cut short ({error}): get the file again") from error

@@ -40,6 +40,24 @@ def names_in_file(architecture: str, config: NativeConfig) -> dict[str, str]:
     }
 
 
+def shapes_in_file(architecture: str, config: NativeConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model: the file's name -> shape."""
+    c, queries, keys = config, config.heads * config.head_dim, config.kv_heads * config.head_dim
+    rows = {
+        "q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": c.hidden_size, "gate_proj": c.intermediate_size,
+        "up_proj": c.intermediate_size, "down_proj": c.hidden_size, "embed_tokens": c.vocab_size,
+        "lm_head": c.vocab_size, "q_norm": c.head_dim, "k_norm": c.head_dim,
+    }  # fmt: skip
+    columns = {"o_proj": queries, "down_proj": c.intermediate_size}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, held in names_in_file(architecture, config).items():
+        *_, module, kind = name.split(".")
+        size = rows.get(module, c.hidden_size)  # the norms of a layer are as wide as the hidden state
+        is_vector = kind == "bias" or module.endswith("norm")
+        shapes[held] = (size,) if is_vector else (size, columns.get(module, c.hidden_size))
+    return shapes
+
+
 class GgufWeights(Mapping[str, Any]):
     """name -> weight: a `medusa_native.Packed` in the file, or a bfloat16 tensor.
 
@@ -50,7 +68,7 @@ class GgufWeights(Mapping[str, Any]):
     def __init__(self, path: Path, config: NativeConfig) -> None:
         from medusa.models.gguf_reader import open_reader
 
-        reader = open_reader(path)
+        reader = open_reader(path, texts=False)
         architecture = str(reader.metadata["general.architecture"])
         self._map: Any = reader.data
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -58,8 +76,8 @@ class GgufWeights(Mapping[str, Any]):
         if missing := sorted(set(self._names.values()) - self._tensors.keys()):
             raise incomplete(path, missing)
         module = native_module()
-        self._packed = module.Packed if module is not None else None
-        self._kinds: Iterable[str] = module.PACKED_KINDS if module is not None else ()
+        self._packed = getattr(module, "Packed", None)  # an earlier build has none, and all is unpacked here
+        self._kinds: Iterable[str] = getattr(module, "PACKED_KINDS", ())
         heads = {"q_proj.weight": config.heads, "k_proj.weight": config.kv_heads}
         self._heads = heads if PAIRED[architecture] else {}
 

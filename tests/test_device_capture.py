@@ -98,11 +98,11 @@ def test_a_step_that_asked_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     from medusa.device import step
 
     run = prepared("llama", "residual")
-    monkeypatch.setattr(step, "draft", lambda heads, features, roots, shape: roots.tolist())
+    monkeypatch.setattr(step, "draft", lambda heads, features, roots, *rest: roots.tolist())
     with pytest.raises((RuntimeError, NotImplementedError)):
         run(Needs())
     monkeypatch.setattr(
-        step, "draft", lambda heads, features, roots, shape: torch.zeros(2, 11, dtype=torch.int64).to(META)
+        step, "draft", lambda *arguments: torch.zeros(2, 11, dtype=torch.int64).to(META)
     )
     with pytest.raises(AssertionError, match="copies from the host"):
         run(Needs())

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import make_row, token_paths
 from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.heads_drafter import HeadsDrafter
-from medusa.decoding.sampling import Sampling, gumbel_noise
+from medusa.decoding.sampling import Sampling, rough_noise
 from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
@@ -294,7 +294,7 @@ def test_a_text_that_is_sampled_is_drafted_for_by_the_noise_it_will_be_drawn_wit
         children = [i for i in range(len(draft)) if draft.parents[i] == node]
         ids, p = slow_guesses(heads, drawn, [draft.tokens[i] for i in draft.path(node)]) if children else ([], [])
         # The token that follows a node at depth d stands at len + d, and will be drawn by argmax(log p / T + noise).
-        noise = gumbel_noise(11, len(drawn.tokens) + int(depths[node]), V)
+        noise = rough_noise(11, len(drawn.tokens) + int(depths[node]), V)
         scores = {i: math.log(q) / 0.9 + noise[i] for i, q in zip(ids, p, strict=True)}
         best = sorted(scores, key=scores.__getitem__, reverse=True)[: len(children)]
         assert [draft.tokens[child] for child in children] == best

@@ -205,6 +205,18 @@ def test_export_and_import_give_the_same_heads_and_the_same_texts(
         assert said_with(Path(room) / "back") == said_with(before)
 
 
+def test_heads_in_8_bits_are_exported_in_bfloat16_and_for_transformers_as_they_are(tmp_path: Path) -> None:
+    heads = heads_in(tmp_path / "heads", weights="int8", tie_lm_head=False)
+    made = medusa.export_heads(heads, "tgi", tmp_path / "out")
+    assert made.dtype == "bfloat16"
+    assert "the heads were kept in 8 bits, and are written in bfloat16" in made.notes
+    tensors = load_file(tmp_path / "out" / "medusa_lm_head.safetensors")
+    expected = tensors_of(heads)["blocks.1.0.linear.weight"]
+    assert torch.equal(tensors["1.0.linear.weight"], expected.bfloat16())
+    assert medusa.export_heads(heads, "hf", tmp_path / "hf").dtype == "int8"
+    assert (tmp_path / "hf" / "heads.safetensors").read_bytes() == (heads / "heads.safetensors").read_bytes()
+
+
 def test_the_hf_export_is_heads_as_they_are(tmp_path: Path) -> None:
     heads = heads_in(tmp_path / "heads", kind="recurrent", tree=TREE)
     medusa.export_heads(heads, "hf", tmp_path / "out")

@@ -40,6 +40,7 @@ VOCAB = 24  # so small that even random heads are right now and then
 SLOTS = 4
 INT8 = PassTimes.measured({1: 3.4, 4: 3.8, 8: 4.9, 12: 7.0, 16: 9.2, 32: 17.0}, draft_seconds=1.0)
 FLAT = PassTimes.measured({1: 1.0, 64: 1.1}, draft_seconds=0.4, context=4, far={1: 1.2, 16: 1.6}, far_context=60)
+CHEAP = replace(FLAT, more_draft_seconds=0.03)
 STEEP = PassTimes.measured({1: 1.0, 2: 1.3, 4: 2.5, 8: 6.0}, draft_seconds=0.1)
 
 
@@ -78,7 +79,7 @@ def some_drafter(source: random.Random) -> Drafter:
 def some_nodes(source: random.Random, *, free: bool) -> int | NodeBudget:
     if source.random() < 0.3:
         return source.choice([1, 2, 3, 8, 16, 40])
-    return NodeBudget(source.choice([INT8, FLAT, STEEP, INT8.free_drafts()]), free=free)
+    return NodeBudget(source.choice([INT8, FLAT, CHEAP, STEEP, INT8.free_drafts()]), free=free)
 
 
 def some_text(source: random.Random, length: int) -> list[int]:

@@ -48,13 +48,26 @@ def test_sizes_that_are_not_seen_keep_their_place_beside_the_others() -> None:
     assert times().draft_seconds == pytest.approx(7.0 * 0.2, rel=0.1)
 
 
-def test_a_draft_that_was_timed_on_a_busy_machine_heals() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_draft_that_was_timed_on_a_busy_machine_heals(rows: int) -> None:
     times = machine()
     for _ in range(200):
         times.learn(8, [0], PROFILE(8))
-        times.learn_draft(2, 2 * 0.1)
-    assert times().draft_seconds == pytest.approx(0.1, rel=0.1)
+        times.learn_draft(rows, 0.1)
+    assert times().draft(rows) == pytest.approx(0.1, rel=0.1)
     assert times()(8) == pytest.approx(PROFILE(8), rel=0.1)
+
+
+def test_what_a_draft_takes_for_more_rows_is_learnt_beside_what_it_takes_for_one() -> None:
+    times = machine()
+    assert times().draft(4) == pytest.approx(4 * times().draft(1))
+    for _ in range(200):
+        times.learn(8, [0], PROFILE(8))
+        times.learn_draft(1, 0.2)
+        times.learn_draft(5, 0.4)
+    assert times().draft(1) == pytest.approx(0.2, rel=0.1)
+    assert times().draft(5) == pytest.approx(0.4, rel=0.1)
+    assert times().draft(0) == 0
 
 
 def test_pauses_of_the_machine_count_no_more_than_other_passes() -> None:

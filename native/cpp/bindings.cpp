@@ -16,6 +16,7 @@
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "gguf_blocks.hpp"
 #include "heads.hpp"
 
 namespace nb = nanobind;
@@ -47,6 +48,34 @@ Source source_of(const Tensor& tensor) {
   return source;
 }
 
+// A matrix as it lies in a GGUF file.
+struct Packed {
+  Tensor bytes;  // [rows, bytes of a row]
+  Source source;
+
+  Packed(const Tensor& of, const std::string& kind, int columns) : bytes(of) {
+    source.dtype = medusa::gguf_dtype(kind);
+    if (of.dtype() != nb::dtype<std::uint8_t>() || of.ndim() != 2 || of.shape(0) > std::size_t(INT_MAX) || columns < 1 ||
+        columns % medusa::gguf_block(source.dtype) != 0 ||
+        of.shape(1) != medusa::gguf_row_bytes(source.dtype, columns))
+      throw std::invalid_argument("packed bytes and the shape of their weights do not fit together");
+    source.data = static_cast<const std::byte*>(of.data());
+    source.rows = int(of.shape(0));
+    source.columns = columns;
+  }
+};
+
+// Sources of tensors and of packed bytes, which must live as long as these.
+struct Sources {
+  std::vector<Tensor> kept;
+
+  Source of(const nb::handle& value) {
+    if (nb::isinstance<Packed>(value)) return nb::cast<const Packed&>(value).source;
+    kept.push_back(nb::cast<Tensor>(value));
+    return source_of(kept.back());
+  }
+};
+
 template <typename Choice>
 Choice choose(const char* what, const std::string& name, const std::map<std::string, Choice>& choices) {
   const auto found = choices.find(name);
@@ -70,11 +99,8 @@ void load_layer(medusa::Engine& engine, int layer, const nb::dict& tensors) {
       {"k_bias", &w.k_bias}, {"v_bias", &w.v_bias}, {"o_bias", &w.o_bias}, {"gate_bias", &w.gate_bias},
       {"up_bias", &w.up_bias}, {"down_bias", &w.down_bias}, {"q_norm", &w.q_norm}, {"k_norm", &w.k_norm},
       {"input_norm", &w.input_norm}, {"post_norm", &w.post_norm}};
-  std::vector<Tensor> kept;
-  for (auto [key, value] : tensors) {
-    kept.push_back(nb::cast<Tensor>(value));
-    *choose<Source*>("weight", nb::cast<std::string>(key), places) = source_of(kept.back());
-  }
+  Sources sources;
+  for (auto [key, value] : tensors) *choose<Source*>("weight", nb::cast<std::string>(key), places) = sources.of(value);
   nb::gil_scoped_release release;
   engine.load_layer(layer, w);
 }
@@ -144,6 +170,24 @@ NB_MODULE(_engine, m) {
   m.def("usable_isas", &medusa::usable_isas, "Instruction sets that this build and this machine have, best first.");
   m.def("read_bandwidth", &medusa::read_bandwidth, "threads"_a, Without(), "Bytes per second read from memory.");
 
+  nb::class_<Packed>(m, "Packed", "A matrix in a packed format of GGUF files, where it lies; the engine reads it row by row.")
+      .def(nb::init<const Tensor&, const std::string&, int>(), "bytes"_a, "kind"_a, "columns"_a)
+      .def_prop_ro("shape", [](const Packed& packed) { return std::pair(packed.source.rows, packed.source.columns); })
+      .def(
+          "unpack",
+          [](const Packed& packed, int first, int count) {
+            const Source& source = packed.source;
+            if (first < 0 || count < 0 || first > source.rows - count) throw std::invalid_argument("there is no such row");
+            std::unique_ptr<float[]> out(new float[std::size_t(count) * source.columns]);
+            {
+              nb::gil_scoped_release release;
+              for (int i = 0; i < count; i++) source.row(first + i, out.get() + std::size_t(i) * source.columns);
+            }
+            return made(std::move(out), {std::size_t(count), std::size_t(source.columns)});
+          },
+          "first"_a, "count"_a, "Rows as float32 [count, columns], each weight rounded to bfloat16.");
+  m.attr("PACKED_KINDS") = medusa::gguf_names();
+
   nb::class_<medusa::Engine>(m, "Engine")
       .def(
           "__init__",
@@ -181,8 +225,9 @@ NB_MODULE(_engine, m) {
       .def("load_layer", &load_layer, "layer"_a, "tensors"_a)
       .def(
           "load_ends",
-          [](medusa::Engine& engine, const Tensor& embedding, const Tensor& final_norm, const Tensor& lm_head) {
-            const Source e = source_of(embedding), n = source_of(final_norm), l = source_of(lm_head);
+          [](medusa::Engine& engine, const nb::object& embedding, const nb::object& final_norm, const nb::object& lm_head) {
+            Sources sources;
+            const Source e = sources.of(embedding), n = sources.of(final_norm), l = sources.of(lm_head);
             nb::gil_scoped_release release;
             engine.load_ends(e, n, l);
           },

@@ -100,12 +100,12 @@ void bind_step(nb::module_& m) {
   nb::class_<medusa::Times>(m, "Times")
       .def(
           "__init__",
-          [](medusa::Times* self, std::vector<double> seconds, double draft, int context, double row, double node,
+          [](medusa::Times* self, std::vector<double> seconds, double draft, double more, int context, double row, double node,
              int most) {
             if (seconds.size() < 2 || most < 1) throw std::invalid_argument("times: two at least, and a node");
-            new (self) medusa::Times{std::move(seconds), draft, context, row, node, most};
+            new (self) medusa::Times{std::move(seconds), draft, more, context, row, node, most};
           },
-          "seconds"_a, nb::kw_only(), "draft"_a, "context"_a, "row"_a, "node"_a, "most"_a);
+          "seconds"_a, nb::kw_only(), "draft"_a, "more"_a, "context"_a, "row"_a, "node"_a, "most"_a);
 
   nb::class_<medusa::Rule>(m, "Rule").def(
       "__init__",

@@ -285,7 +285,7 @@ const float* Drafting::noise(Text& text, const Rule& rule, int position) const {
   for (const Text::Noise& n : kept)
     if (n.position == position) return n.values.data();
   kept.push_back({position, std::vector<float>(heads_->ids().size())});
-  noise_of(rule, position, heads_->ids(), config_.sureness, kept.back().values.data());
+  rough_noise(rule, position, heads_->ids(), config_.sureness, kept.back().values.data());
   return kept.back().values.data();
 }
 
@@ -425,8 +425,7 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
     }
   };
   for (int b = 0; b < batch; b++) found.drafts[b] = joined(rows[b], std::move(found.drafts[b]), chains[b], nodes);
-  const double cost = times && config_.heads ? times->draft : 0.0;
-  if (!cost) {
+  if (!times || !config_.heads || !times->draft) {
     std::vector<int> everyone(batch);
     for (int b = 0; b < batch; b++) everyone[b] = b;
     ask(everyone, std::vector<double>(batch, 0.0));
@@ -440,22 +439,23 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
   Share all = share(found.drafts, 0.0, clock);
   std::vector<int> asked;
   std::vector<Text::Asking*> askings;
-  std::vector<double> floors;
   for (int b = 0; b < batch; b++) {
     Text& text = *rows[b].text;
     Text::Asking& asking = found.drafts[b].size() > 1 ? text.beside_ : text.alone_;
     if (rows[b].room <= 0 || !asking.due()) continue;
     asked.push_back(b);
     askings.push_back(&asking);
-    // Of the tokens after a node the next level guesses half or so; it must be worth its share of the draft.
-    const double plain = Clock(*times, {rows[b]})(1);
-    floors.push_back(2 * (config_.usual_tokens * cost / plain) / heads_->levels());
   }
   if (!asked.empty()) {
     const Share without = all;
     found.asked = int(asked.size());
-    ask(asked, floors);
-    all = share(found.drafts, cost * double(asked.size()), clock);
+    std::vector<Row> those;
+    for (int b : asked) those.push_back(rows[b]);
+    const double cost = times->draft_of(found.asked), plain = Clock(*times, those)(found.asked);
+    // Of the tokens after a node the next level guesses half or so; it must be worth its share of the draft.
+    const double floor = 2 * (config_.usual_tokens * cost / plain) / heads_->levels();
+    ask(asked, std::vector<double>(asked.size(), floor));
+    all = share(found.drafts, cost, clock);
     const double price = rate_of(without) * (all.seconds - without.seconds) / double(asked.size());
     for (std::size_t i = 0; i < asked.size(); i++)
       askings[i]->learn(all.tokens[asked[i]] - without.tokens[asked[i]] - price);

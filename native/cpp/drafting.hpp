@@ -33,12 +33,13 @@ Draft pruned(Draft draft, int nodes, int depth);
 // See `medusa.decoding.times.PassTimes`.
 struct Times {
   std::vector<double> seconds;
-  double draft = 0;
+  double draft = 0, more = 0;  // of a draft for one row, and for one more
   int context = 0;
   double row = 0, node = 0;
   int most = 0;
 
   double at(int tokens) const;
+  double draft_of(int rows) const { return draft + (rows - 1) * more; }
 };
 
 struct DraftingConfig {

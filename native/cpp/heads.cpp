@@ -230,7 +230,7 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
       wide = (1 + level) * size;
       float* x = input + std::size_t(r) * wide;
       std::memcpy(x, start, size * sizeof(float));
-      std::memcpy(x + size, from, before * sizeof(float));
+      if (before) std::memcpy(x + size, from, before * sizeof(float));  // at level 1 there may be no table
       engine_.embedding().row(tokens[r], x + size + before);
       std::memcpy(next + std::size_t(r) * after, x + size, after * sizeof(float));
       std::memcpy(hidden + std::size_t(r) * size, start, size * sizeof(float));

@@ -74,6 +74,7 @@ class Case {
     drafting_ = std::make_unique<Drafting>(heads_.get(), config);
     times_.seconds = {1.0, 1.1, 1.2, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0};
     times_.draft = random_.pick({0.0, 0.1, 0.5});
+    times_.more = times_.draft * random_.pick({0.2, 1.0});
     times_.row = times_.node = 0.001;
     times_.most = random_.between(2, 24);
   }

@@ -134,6 +134,7 @@ class NativeStepper(ReferenceStepper):
             made = self._module.Times(
                 times.seconds,
                 draft=times.draft_seconds,
+                more=times.draft(2) - times.draft(1),
                 context=times.context,
                 row=times.row_seconds,
                 node=times.node_seconds,

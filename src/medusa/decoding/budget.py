@@ -109,7 +109,8 @@ class NodeBudget:
 
     @property
     def draft_seconds(self) -> float:
-        return self._cost(self.times)
+        """Of a draft for one row."""
+        return self._cost(self.times, 1)
 
     @property
     def most(self) -> int:
@@ -188,8 +189,7 @@ class NodeBudget:
         clock = times.after(contexts)
         if self.bar(len(rows), clock) > HIGHEST_BAR:
             return [Draft((row.tokens[-1],)) for row in rows]
-        cost = self._cost(times)
-        if not cost:
+        if not self._cost(times, 1):
             drafts = self._drafts(drafter, rows, times, frugal=False)
             return self._pruned(drafts, self.share(drafts, 0.0, clock))
         drafts = self._drafts(drafter, rows, times, frugal=True)
@@ -206,7 +206,7 @@ class NodeBudget:
             richer = self._drafts(drafter, [rows[b] for b, _ in asked], times, frugal=False)
             for (b, _), draft in zip(asked, richer, strict=True):
                 drafts[b] = draft
-            share = self.share(drafts, cost * len(asked), clock)  # few rows fill a pass of heads
+            share = self.share(drafts, self._cost(times, len(asked)), clock)
             price = without.rate * (share.seconds - without.seconds) / len(asked)
             for b, asking in asked:
                 asking.learn(share.tokens[b] - without.tokens[b] - price)
@@ -230,14 +230,14 @@ class NodeBudget:
         lossy = any(row.sampling.lossy for row in rows)
         return self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times
 
-    def _cost(self, times: PassTimes) -> float:
-        """Seconds of a draft."""
-        return 0.0 if self._free else times.draft_seconds
+    def _cost(self, times: PassTimes, rows: int) -> float:
+        """Seconds of a draft for so many rows."""
+        return 0.0 if self._free else times.draft(rows)
 
     def _drafts(self, drafter: Drafter, rows: Sequence[Row], times: PassTimes, *, frugal: bool) -> list[Draft]:
-        for row in rows:
-            plain = times.after([len(row.tokens) - 1])(1)
-            row.frugal, row.price = frugal, USUAL_TOKENS * self._cost(times) / plain  # of a whole draft, in tokens
+        plain = times.after([len(row.tokens) - 1 for row in rows])(len(rows))
+        for row in rows:  # the price of a whole draft, in tokens of each row
+            row.frugal, row.price = frugal, USUAL_TOKENS * self._cost(times, len(rows)) / plain
         most = min(times.most, self._max_nodes)
         drafts = drafter.propose(rows, most)
         return [draft.pruned(nodes=most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from medusa.decoding.draft import MODEL, Draft
-from medusa.decoding.sampling import gumbel_noise
+from medusa.decoding.sampling import gumbel_noise, rough_noise
 from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
@@ -89,7 +89,7 @@ class HeadsDrafter:
             floors = [2 * row.price / self.heads.config.num_heads for row in rows]
             drafts = self._dynamic(rows, features, roots, nodes, floors)
         else:
-            drafts = self._static(features, roots, _cut(self.tree, nodes), ratios)
+            drafts = self._static(rows, features, roots, _cut(self.tree, nodes), ratios)
         for memory, draft in zip(memories, drafts, strict=True):
             memory.draft = draft
         return drafts
@@ -112,7 +112,9 @@ class HeadsDrafter:
         memory.draft, memory.start = None, len(tokens)
         memory.ratio = (memory.right + self.weight) / (memory.expected + self.weight)
 
-    def _static(self, features: Tensor, roots: Tensor, tree: Tree, ratios: Sequence[float]) -> list[Draft]:
+    def _static(
+        self, rows: Sequence[Row], features: Tensor, roots: Tensor, tree: Tree, ratios: Sequence[float]
+    ) -> list[Draft]:
         levels = tree.levels
         drafted = [roots]  # per level, [B, nodes of the level]
         tokens, parents = roots, torch.zeros_like(roots)
@@ -121,7 +123,8 @@ class HeadsDrafter:
             place = {node: i for i, node in enumerate(levels[k - 1])}
             of = [place[tree.parents[node]] for node in levels[k]]
             ranks = [tree.ranks[node] for node in levels[k]]
-            _, top, state = self.heads.guess(k, state, parents, tokens, max(ranks) + 1)  # [B, M or 1, R]
+            tilt = self._tilt(rows, k, exactly=True)
+            _, top, state = self.heads.guess(k, state, parents, tokens, max(ranks) + 1, tilt)  # [B, M or 1, R]
             tokens = top.expand(-1, len(levels[k - 1]), -1)[:, of, ranks]
             parents = torch.tensor([of], device=roots.device).expand(len(roots), -1)
             drafted.append(tokens)
@@ -154,8 +157,9 @@ class HeadsDrafter:
                 break
         return [tree.draft(self.name, nodes) for tree in trees]
 
-    def _tilt(self, rows: Sequence[Row], level: int) -> Tilt | None:
-        """The noise of the position that a level is for, where texts are sampled by it."""
+    def _tilt(self, rows: Sequence[Row], level: int, *, exactly: bool = False) -> Tilt | None:
+        """The noise of the position that a level is for, where texts are sampled by it: roughly, or `exactly` as the
+        step on a GPU has it at hand."""
         drawn = [not row.sampling.greedy and not row.sampling.lossy for row in rows]
         if not any(drawn):
             return None
@@ -164,18 +168,23 @@ class HeadsDrafter:
         for b, row in enumerate(rows):
             if drawn[b]:
                 factors[b] = float(np.float32(self.sureness) / np.float32(row.sampling.temperature))
-                noise[b] = self._noise(row, len(row.tokens) + level - 1)
+                noise[b] = self._noise(row, len(row.tokens) + level - 1, exactly)
         return Tilt(factors.to(self.heads.device), noise.to(self.heads.device))
 
-    def _noise(self, row: Row, position: int) -> Tensor:
+    def _noise(self, row: Row, position: int, exactly: bool) -> Tensor:
         known: dict[int, Tensor] = row.notes[self].noise
         if position not in known:
             for passed in [p for p in known if p < len(row.tokens)]:
                 del known[passed]
             assert row.sampling.seed is not None
             ids = None if self.heads.draft_ids is None else self.heads.draft_ids.cpu().numpy()
-            drawn = gumbel_noise(row.sampling.seed, position, self.heads.config.vocab_size, ids)
-            known[position] = torch.from_numpy(np.float32(self.sureness) * drawn.astype(np.float32))
+            size = self.heads.config.vocab_size
+            if exactly:
+                drawn = gumbel_noise(row.sampling.seed, position, size).astype(np.float32)
+                drawn = drawn if ids is None else drawn[ids]
+            else:
+                drawn = rough_noise(row.sampling.seed, position, size, ids)
+            known[position] = torch.from_numpy(np.float32(self.sureness) * drawn)
         return known[position]
 
 

@@ -40,6 +40,7 @@ class PassTimes:
     context: int = 0
     row_seconds: float = 0.0
     node_seconds: float = 0.0
+    more_draft_seconds: float | None = None  # of a draft for one row more in the same batch; None: as for the first
 
     def __post_init__(self) -> None:
         falls = any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False))
@@ -108,9 +109,14 @@ class PassTimes:
         costly = (n for n in range(FEWEST_ASKED + 1, MOST + 1) if self(n) - self(n - 1) > 0.1 * self(1))
         return next(costly, MOST + 1) - 1
 
+    def draft(self, rows: int) -> float:
+        """The time of a draft for so many rows at once: their weights are read once."""
+        more = self.draft_seconds if self.more_draft_seconds is None else self.more_draft_seconds
+        return self.draft_seconds + (rows - 1) * more if rows else 0.0
+
     def free_drafts(self) -> PassTimes:
         """The same for drafters that cost no time."""
-        return replace(self, draft_seconds=0.0)
+        return replace(self, draft_seconds=0.0, more_draft_seconds=None)
 
 
 class Drift:
@@ -124,6 +130,7 @@ class Drift:
         self._all: float | None = None  # logarithms
         self._knots = [0.0] * len(KNOTS)
         self._draft: float | None = None
+        self._more: float | None = None  # of a draft for one row more
 
     def learn(self, tokens: int, expected: float, seconds: float) -> None:
         """A pass over so many tokens took `seconds`, and `expected` by the profile."""
@@ -136,10 +143,14 @@ class Drift:
             moved = self._knots[knot] + math.copysign(PACE, off - self._at(tokens)) * weight
             self._knots[knot] = min(max(moved, -FARTHEST), FARTHEST)
 
-    def learn_draft(self, expected: float, seconds: float) -> None:
-        """The same of a draft that takes time."""
-        ratio = math.log(seconds / expected)
-        self._draft = ratio if self._draft is None else self._draft + math.copysign(PACE, ratio - self._draft)
+    def learn_draft(self, times: PassTimes, rows: int, seconds: float) -> None:
+        """The same of a draft that takes time, for so many rows at once."""
+        first = times.draft_seconds * math.exp(self._draft or 0.0)
+        if rows == 1 or seconds < first:  # for one row it takes no longer than for several
+            self._draft = _nearer(self._draft, math.log(seconds / times.draft_seconds))
+        if rows > 1:
+            more = max(seconds - first, 0.01 * seconds) / (rows - 1)
+            self._more = _nearer(self._more, math.log(more / (times.draft(2) - times.draft(1))))
 
     def of(self, times: PassTimes) -> PassTimes:
         """The times as they are now."""
@@ -148,16 +159,23 @@ class Drift:
         for n, seconds in enumerate(times.seconds, start=1):
             corrected.append(max(seconds * whole * math.exp(self._at(n)), *corrected[-1:], 0.0))
         draft = whole if self._draft is None else math.exp(self._draft)
+        more = draft if self._more is None else math.exp(self._more)
         return replace(
             times,
             seconds=tuple(corrected),
             draft_seconds=times.draft_seconds * draft,
+            more_draft_seconds=(times.draft(2) - times.draft(1)) * more,
             row_seconds=times.row_seconds * whole,
             node_seconds=times.node_seconds * whole,
         )
 
     def _at(self, tokens: int) -> float:
         return sum(self._knots[knot] * weight for knot, weight in _between(tokens))
+
+
+def _nearer(known: float | None, seen: float) -> float:
+    """What is known moves a step towards what is seen, which the first time it takes."""
+    return seen if known is None else known + math.copysign(PACE, seen - known)
 
 
 @functools.cache
@@ -215,4 +233,4 @@ class MachineTimes:
     def learn_draft(self, rows: int, seconds: float) -> None:
         """The same of drafts that take time."""
         if self.measured.draft_seconds:
-            self._drift.learn_draft(rows * self.measured.draft_seconds, seconds)
+            self._drift.learn_draft(self.measured, rows, seconds)

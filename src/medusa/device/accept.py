@@ -7,13 +7,11 @@ that holds on all of its path, so no step waits for the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from medusa.device.shape import FixedShape
-from medusa.device.slots import Needs, Slots
+from medusa.device.slots import Slots
 
 
 def penalised(logits: Tensor, tokens: Tensor, shape: FixedShape, slots: Slots) -> Tensor:
@@ -42,33 +40,22 @@ def filtered(scores: Tensor, slots: Slots) -> Tensor:
     return scores.masked_fill(~torch.zeros_like(keep).scatter_(2, ids, keep), -torch.inf)
 
 
-def choose(
-    logits: Tensor,
-    scores: Tensor | None,
-    shape: FixedShape,
-    slots: Slots,
-    needs: Needs,
-    noise_of: Callable[[Tensor, Tensor, int], Tensor],
-) -> Tensor:
+def choose(logits: Tensor, scores: Tensor | None, shape: FixedShape, slots: Slots, noise: Tensor | None) -> Tensor:
     """The token that plain decoding with the same seed has after each node, [B, N]; the argmax for typical rows.
 
     Args:
         logits: [B, N, V], penalised.
         scores: [B, N, V] after temperature and filters; None where no row samples.
-        noise_of: `gumbel_noise`, compiled or not.
+        noise: [B, D + 1, V] of what follows a node at depth 0 to D; None where no row draws by it.
     """
     best = logits.argmax(-1)
-    if not needs.exact:
+    if noise is None:
         return best
     assert scores is not None
-    batch, vocab = len(logits), logits.shape[-1]
-    # The root is the token at position `lengths`; what follows a node at depth d is the token at lengths + 1 + d.
-    positions = slots.lengths[:batch, None] + 1 + torch.arange(shape.depth + 1, device=logits.device)
-    noise = noise_of(slots.seeds[:batch, None].expand_as(positions), positions, vocab)  # [B, D + 1, V]
     drawn = torch.empty_like(best)
     for depth, nodes in enumerate(shape.by_depth):
         drawn[:, nodes] = (scores[:, nodes] + noise[:, depth : depth + 1]).argmax(-1)
-    return torch.where(slots.exact[:batch, None], drawn, best)
+    return torch.where(slots.exact[: len(logits), None], drawn, best)
 
 
 def likely(scores: Tensor, tokens: Tensor, shape: FixedShape, slots: Slots) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.device import accept
 from medusa.device.noise import compiled_gumbel_noise, gumbel_noise
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
 from medusa.engines.kv_cache import DeviceCursor
 from medusa.engines.transformers import TransformersBackend
-from medusa.heads.module import HeadsRunner
+from medusa.heads.module import HeadsRunner, Tilt
 
 ACTIVE, ROOM, CHAIN = 0, 1, 2  # columns of what the host sends: 1 or 0, how deep a draft may be, and the chain
 
@@ -47,7 +48,13 @@ def medusa_step(
     lengths = slots.lengths[:batch]
 
     # draft
-    guessed = draft(heads, slots.features[:batch], slots.roots[:batch], shape)
+    noise = None
+    if needs.exact:
+        # The root is the token at position `lengths`; what follows a node at depth d is the token at lengths + 1 + d.
+        ahead = slots.lengths[:batch, None] + 1 + torch.arange(shape.depth + 1, device=lengths.device)
+        noise_of = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
+        noise = noise_of(slots.seeds[:batch, None].expand_as(ahead), ahead, backend.vocab_size)  # [B, D + 1, V]
+    guessed = draft(heads, slots.features[:batch], slots.roots[:batch], shape, slots, noise)
     drafted = torch.cat([guessed, sent[:, CHAIN : CHAIN + shape.chain]], dim=1)  # [B, N]
     tokens = drafted.clamp_min(0)
 
@@ -67,8 +74,7 @@ def medusa_step(
     if needs.exact or needs.typical:
         scores = logits.float() / slots.setting("temperature", batch).float()
         scores = accept.filtered(scores, slots) if needs.filters else scores
-    noise = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
-    chosen = accept.choose(logits, scores, shape, slots, needs, noise)  # [B, N]
+    chosen = accept.choose(logits, scores, shape, slots, noise)  # [B, N]
     right = chosen[:, shape.above] == drafted  # this token is what plain decoding has here
     best = depths.double()  # the deepest accepted node is kept
     if needs.typical:
@@ -97,16 +103,36 @@ def medusa_step(
     return torch.cat([last[:, None], following[:, None], drafted], dim=1)
 
 
-def draft(heads: HeadsRunner | None, features: Tensor, roots: Tensor, shape: FixedShape) -> Tensor:
-    """The tokens [B, M] of the heads' tree, from the features [B, F*H] of the last token and the root [B]."""
+def draft(
+    heads: HeadsRunner | None,
+    features: Tensor,
+    roots: Tensor,
+    shape: FixedShape,
+    slots: Slots | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The tokens [B, M] of the heads' tree, from the features [B, F*H] of the last token and the root [B]. Rows of
+    `slots` that draw by `noise` [B, D + 1, V] are drafted for by it."""
     tokens = roots[:, None]
     if heads is None:
         return tokens
     parents, drafted = torch.zeros_like(tokens), [tokens]
     state = heads.begin(features.to(heads.dtype))
     for k, level in enumerate(shape.levels, start=1):
-        _, top, state = heads.guess(k, state, parents, tokens, level.width)  # [B, M or 1, width]
+        tilt = None if slots is None or noise is None else tilted(heads, slots, noise[:, k - 1])
+        _, top, state = heads.guess(k, state, parents, tokens, level.width, tilt)  # [B, M or 1, width]
         tokens = top.expand(-1, tokens.shape[1], -1)[:, level.places, level.ranks]
         parents = level.places.expand(len(roots), -1)
         drafted.append(tokens)
     return torch.cat(drafted, dim=1)[:, shape.order]
+
+
+def tilted(heads: HeadsRunner, slots: Slots, noise: Tensor) -> Tilt:
+    """How the guesses of a level are ranked, by the noise [B, V] of its position: see `HeadsDrafter`."""
+    batch, exact = len(noise), slots.exact[: len(noise)]
+    factors = HeadsDrafter.sureness / slots.setting("temperature", batch).flatten().float()
+    drawn = noise if heads.draft_ids is None else noise[:, heads.draft_ids]
+    return Tilt(
+        torch.where(exact, factors, 1.0),
+        torch.where(exact[:, None], HeadsDrafter.sureness * drawn.float(), 0.0),
+    )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medusa.errors import MedusaError, UsageError
 from medusa.files import replacing, swapped_in
+from medusa.heads import int8
 from medusa.heads.config import HeadsConfig, check_shape, check_vocabulary
 from medusa.heads.module import BaseWeights, Heads
 
@@ -34,6 +35,9 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
         for name, tensor in heads.state_dict().items()
     }
+    if heads.config.weights == "int8":
+        whole = {name: tensor.detach().cpu() for name, tensor in heads.state_dict().items()}
+        tensors |= int8.packed({name: whole[name] for name, tensor in tensors.items() if tensor.ndim == 2})
     save_tensors(tensors, heads.config, directory)
 
 
@@ -50,7 +54,10 @@ def save_tensors(tensors: Mapping[str, Tensor], config: HeadsConfig, directory: 
 
 def write_config(config: HeadsConfig, directory: Path) -> None:
     """Writes `config.json`, whole or not at all."""
-    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
+    data = {"format": FORMAT, **asdict(config)}
+    if data["weights"] == "bfloat16":  # the only ones that earlier versions know
+        del data["weights"]
+    text = json.dumps(data, indent=1)
     # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
     text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda numbers: "".join(numbers.group().split()).replace(",", ", "), text)
     text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
@@ -101,7 +108,8 @@ def load_heads(
 
 
 def read_tensors(directory: str | Path, config: HeadsConfig) -> dict[str, Tensor]:
-    """The weights of saved heads by name, as they lie in the file: exactly those of `config`, and all of them finite.
+    """The weights of saved heads by name, exactly those of `config` and all of them finite: as they lie in the file,
+    but for those in 8 bits, which are unpacked.
 
     Raises:
         MedusaError: a file that is missing, truncated or foreign, or that holds other tensors.
@@ -119,6 +127,10 @@ def read_tensors(directory: str | Path, config: HeadsConfig) -> dict[str, Tensor
             raise MedusaError(f"{path} lacks the draft vocabulary of {config.draft_vocab} tokens that its config names")
         if draft_ids.min() < 0 or draft_ids.max() >= config.vocab_size:
             raise MedusaError(f"{path} has draft tokens outside the vocabulary of {config.vocab_size}")
+    if config.weights == "int8":
+        if (name := int8.other_matrix(tensors)) is not None:
+            raise MedusaError(f"{path} does not match its config: {name} is not in 8 bits with a scale")
+        tensors = int8.unpacked(tensors)
     with torch.device("meta"):  # shapes alone
         rows = torch.empty(config.vocab_size, config.hidden_size)
         skeleton = Heads(config, BaseWeights(rows, rows), None if draft_ids is None else draft_ids.to("meta"))

@@ -12,6 +12,7 @@ from medusa.engines.native_config import UnsupportedError
 from medusa.errors import MedusaError
 from medusa.heads.config import vocabulary_hash
 from medusa.models import zoo
+from medusa.models.fetched import FETCHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,15 @@ class Base:
     def lm_head(self) -> Tensor:
         """Rows [V, H] of the LM head as the checkpoint stores them. Raises MedusaError."""
         name = "model.embed_tokens.weight" if self.tied else "lm_head.weight"
-        shape = (self.vocab_size, self.hidden_size)
+        shape, source = (self.vocab_size, self.hidden_size), zoo.unpacked(self.source)
         try:
-            checkpoint = Checkpoint(zoo.local_directory(self.source))
+            checkpoint = Checkpoint(zoo.local_directory(source))
             if name in checkpoint and _is_plain(stored := checkpoint[name], shape):
                 return stored
         except UnsupportedError:
             pass
         # Another family's names, or weights that are quantised: what transformers makes of them.
-        model = zoo.load_model(self.source, dtype=torch.float32)
+        model = zoo.load_model(source, dtype=torch.float32)
         end = model.get_output_embeddings()
         if end is None or end.weight.shape != shape:
             raise MedusaError(f"{self.source.name} has no LM head of {shape[0]} rows: Medusa heads need one")
@@ -56,8 +57,8 @@ def _is_plain(rows: Tensor, shape: tuple[int, int]) -> bool:
 
 def find_base(model: str) -> Base:
     """Raises UsageError or MedusaError: there is no such model, or it does not say its sizes."""
-    known = {embedded.hub_id: name for name, embedded in zoo.SHORT_NAMES.items()}
-    source = zoo.resolve(known.get(model, model))
+    known = {file.hub_id: name for files in (zoo.SHORT_NAMES, FETCHED) for name, file in files.items()}
+    source = zoo.resolve(known.get(model, model), in_place=True)
     config = zoo.load_config(source).get_text_config()
     try:
         return Base(source, int(config.hidden_size), int(config.vocab_size), bool(config.tie_word_embeddings))

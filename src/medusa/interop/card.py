@@ -107,6 +107,8 @@ def notes(facts: Facts) -> tuple[str, ...]:
         found.append("one directory for vLLM, TGI and TensorRT-LLM")
     if config.tie_lm_head and not facts.shared and facts.to not in ("hf", "fasterdecoding"):
         found.append(f"the model's LM head is in the file {config.num_heads} times, because the layout wants that")
+    if config.weights == "int8" and facts.to != "hf":
+        found.append("the heads were kept in 8 bits, and are written in bfloat16")
     return tuple(found)
 
 

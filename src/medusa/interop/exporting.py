@@ -81,6 +81,8 @@ def export_heads(
     _check_out(out, directory, force)
     config = heads_file.read_config(directory)
     ours = heads_file.read_tensors(directory, config)
+    if config.weights == "int8":  # the card says so
+        ours = {name: tensor.to(torch.bfloat16) for name, tensor in ours.items()}
     _check_kind(config, to, shared_lm_head)
     base = find_base(model) if model is not None else None
     if base is not None:
@@ -129,7 +131,7 @@ def export_heads(
         num_heads=config.num_heads,
         num_layers=config.num_layers,
         lm_heads=facts.lm_heads,
-        dtype=_dtype(ours),
+        dtype="int8" if to == "hf" and config.weights == "int8" else _dtype(ours),
         size_bytes=size,
         notes=notes,
     )

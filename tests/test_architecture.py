@@ -30,6 +30,7 @@ ROOMS = (
     "steppers",  # who drafts, by name
     "models",  # names and files -> models that run
     "api",  # medusa.load
+    "interop",  # heads of other projects and engines
     "hf",  # inside transformers' generate
     "terminal",
     "training",

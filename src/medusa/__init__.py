@@ -16,6 +16,8 @@ from medusa.errors import MedusaError, UsageError
 if TYPE_CHECKING:
     from medusa.api import Chunk, Completion, LanguageModel, Stats, load
     from medusa.hf.generate import custom_generate
+    from medusa.interop.exporting import export_heads
+    from medusa.interop.importing import import_heads
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,10 +28,16 @@ __all__ = [
     "Stats",
     "UsageError",
     "custom_generate",
+    "export_heads",
+    "import_heads",
     "load",
 ]
 
-_HOMES = {"custom_generate": "medusa.hf.generate"}
+_HOMES = {
+    "custom_generate": "medusa.hf.generate",
+    "export_heads": "medusa.interop.exporting",
+    "import_heads": "medusa.interop.importing",
+}
 
 
 def __getattr__(name: str) -> Any:

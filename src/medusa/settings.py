@@ -26,6 +26,7 @@ DrafterName = Literal["union", "heads", "ngram", "none"]
 TreeName = Literal["auto", "dynamic", "static"]
 AcceptanceRule = Literal["exact", "typical"]
 HeadsKind = Literal["residual", "sequential", "recurrent"]
+Target = Literal["vllm", "tgi", "tensorrt-llm", "fasterdecoding", "hf"]  # who is to run exported heads
 
 P = ParamSpec("P")
 S = TypeVar("S")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from medusa.cli import bench, demo, generate, info, serve, trace, training
+from medusa.cli import bench, demo, generate, info, interop, serve, trace, training
 from medusa.errors import MedusaError, UsageError
 from medusa.terminal import OUT_OF_MEMORY, is_out_of_memory
 
@@ -77,7 +77,7 @@ def _medusa(
     """Medusa: faster text from language models, with heads that draft and a model that verifies."""
 
 
-for commands in (generate, serve, info, demo, bench, trace, training):
+for commands in (generate, serve, info, demo, bench, trace, training, interop):
     commands.add_to(app)
 
 

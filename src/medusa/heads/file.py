@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from medusa.errors import MedusaError, UsageError
 from medusa.files import replacing, swapped_in
@@ -29,20 +31,25 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
     Raises:
         UsageError: `directory` holds something else, which replacing it would delete.
     """
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
+        for name, tensor in heads.state_dict().items()
+    }
+    if heads.config.weights == "int8":
+        whole = {name: tensor.detach().cpu() for name, tensor in heads.state_dict().items()}
+        tensors |= int8.packed({name: whole[name] for name, tensor in tensors.items() if tensor.ndim == 2})
+    save_tensors(tensors, heads.config, directory)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], config: HeadsConfig, directory: str | Path) -> None:
+    """`save_heads` for tensors by name, on the CPU and as they shall lie in the file."""
     directory = Path(directory)
     foreign = directory.exists() and not (directory / WEIGHTS_FILE).is_file()
     if foreign and (directory.is_file() or any(directory.iterdir())):
         raise UsageError(f"{directory} is there and does not hold heads: save to a new directory")
     with swapped_in(directory) as new:
-        tensors = {
-            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
-            for name, tensor in heads.state_dict().items()
-        }
-        if heads.config.weights == "int8":
-            whole = {name: tensor.detach().cpu() for name, tensor in heads.state_dict().items()}
-            tensors |= int8.packed({name: whole[name] for name, tensor in tensors.items() if tensor.ndim == 2})
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_config(heads.config, new)
+        save_file(dict(tensors), new / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_config(config, new)
 
 
 def write_config(config: HeadsConfig, directory: Path) -> None:
@@ -94,7 +101,20 @@ def load_heads(
     check_vocabulary(config, vocab_hash)
     vocab_size, hidden_size = base.embedding.shape
     check_shape(config, vocab_size, hidden_size, num_layers)
-    path = directory / WEIGHTS_FILE
+    tensors = read_tensors(directory, config)
+    heads = Heads(config, base, tensors.get("draft_ids") if config.draft_vocab else None)
+    heads.load_state_dict(tensors)
+    return heads.to(base.embedding.device, dtype).eval().requires_grad_(False)
+
+
+def read_tensors(directory: str | Path, config: HeadsConfig) -> dict[str, Tensor]:
+    """The weights of saved heads by name, exactly those of `config` and all of them finite: as they lie in the file,
+    but for those in 8 bits, which are unpacked.
+
+    Raises:
+        MedusaError: a file that is missing, truncated or foreign, or that holds other tensors.
+    """
+    path = Path(directory) / WEIGHTS_FILE
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -111,8 +131,10 @@ def load_heads(
         if (name := int8.other_matrix(tensors)) is not None:
             raise MedusaError(f"{path} does not match its config: {name} is not in 8 bits with a scale")
         tensors = int8.unpacked(tensors)
-    heads = Heads(config, base, draft_ids)
-    expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
+    with torch.device("meta"):  # shapes alone
+        rows = torch.empty(config.vocab_size, config.hidden_size)
+        skeleton = Heads(config, BaseWeights(rows, rows), None if draft_ids is None else draft_ids.to("meta"))
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != stored:
         name = min(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
@@ -123,5 +145,4 @@ def load_heads(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise MedusaError(f"{path} has a weight that is not a finite number in {name}: train the heads again")
-    heads.load_state_dict(tensors)
-    return heads.to(base.embedding.device, dtype).eval().requires_grad_(False)
+    return tensors

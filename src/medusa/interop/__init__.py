@@ -1,0 +1,1 @@
+"""Heads of other projects and engines: read, written, shared. One file a format."""

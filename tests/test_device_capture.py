@@ -101,8 +101,6 @@ def test_a_step_that_asked_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(step, "draft", lambda heads, features, roots, *rest: roots.tolist())
     with pytest.raises((RuntimeError, NotImplementedError)):
         run(Needs())
-    monkeypatch.setattr(
-        step, "draft", lambda *arguments: torch.zeros(2, 11, dtype=torch.int64).to(META)
-    )
+    monkeypatch.setattr(step, "draft", lambda *arguments: torch.zeros(2, 11, dtype=torch.int64).to(META))
     with pytest.raises(AssertionError, match="copies from the host"):
         run(Needs())

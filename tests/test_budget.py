@@ -299,7 +299,7 @@ class StubHeads:
         return HeadsState(features, features)
 
     def guess(
-        self, k: int, state: HeadsState, parents: torch.Tensor, tokens: torch.Tensor, count: int
+        self, k: int, state: HeadsState, parents: torch.Tensor, tokens: torch.Tensor, count: int, tilt: object = None
     ) -> tuple[torch.Tensor, torch.Tensor, HeadsState]:
         right = self.random.random() < self.agrees
         ids = []

@@ -33,10 +33,13 @@ Metadata = dict[str, Any]
 Tensors = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["converted", "in place"])
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setenv("MEDUSA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(zoo, "_hub_is_reachable", lambda: False)
+    if request.param == "in place":
+        resolve = zoo.resolve
+        monkeypatch.setattr(zoo, "resolve", lambda name, **options: resolve(name, **{"in_place": True, **options}))
 
 
 @cache
@@ -99,7 +102,8 @@ def metadata_of(model: PreTrainedModel) -> Metadata:
     return found
 
 
-def write(path: Path, metadata: Metadata, tensors: Tensors) -> Path:
+def write(path: Path, metadata: Metadata, tensors: Tensors, kind: str = "F32") -> Path:
+    """`kind`: of the matrices. Those of bytes are packed already."""
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     for key, value in metadata.items():
         if key == "general.architecture":  # which the writer has written
@@ -115,7 +119,9 @@ def write(path: Path, metadata: Metadata, tensors: Tensors) -> Path:
         else:
             writer.add_array(key, value)
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.astype(np.float32))
+        raw = gguf.GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
+        packed = tensor if tensor.dtype == np.uint8 else gguf.quants.quantize(tensor.astype(np.float32), raw)
+        writer.add_tensor(name, packed, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -206,11 +212,11 @@ def test_a_transformers_that_is_too_old_to_read_a_file_is_named(
 
 def test_a_conversion_of_an_earlier_version_is_not_used(tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
-    location = Path(zoo.resolve(str(path), progress=False).location)
+    location = Path(zoo.resolve(str(path), progress=False, in_place=False).location)
     manifest = json.loads((location / gguf_cache.MANIFEST).read_text())
     (location / gguf_cache.MANIFEST).write_text(json.dumps({**manifest, "format": 1}))
     (location / "model.safetensors").write_bytes(b"noise")
-    zoo.resolve(str(path), progress=False)
+    zoo.resolve(str(path), progress=False, in_place=False)
     assert (location / "model.safetensors").stat().st_size > 1000
 
 

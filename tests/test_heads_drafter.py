@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from helpers import make_row, token_paths
 from medusa.decoding.draft import MODEL, Draft
 from medusa.decoding.heads_drafter import HeadsDrafter
+from medusa.decoding.sampling import Sampling, rough_noise
 from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
@@ -275,6 +277,37 @@ def test_a_level_that_is_not_worth_its_time_is_not_asked(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS[::5], ids=config_name)
+@torch.no_grad()
+def test_a_text_that_is_sampled_is_drafted_for_by_the_noise_it_will_be_drawn_with(config: dict[str, Any]) -> None:
+    heads = make_heads(spread=0.3, **config)
+    drawn, typical, greedy = make_rows(heads)
+    drawn.sampling = Sampling(temperature=0.9, seed=11)
+    typical.sampling = Sampling(temperature=0.9, seed=11, acceptance="typical")
+    drafts = HeadsDrafter(heads).propose([drawn, typical, greedy], 12)
+    plainly = [replace_sampling(row) for row in (typical, greedy)]
+    assert [token_paths(draft) for draft in drafts[1:]] == [
+        token_paths(draft) for draft in HeadsDrafter(heads).propose(plainly, 12)
+    ]
+    draft, depths = drafts[0], drafts[0].topology.depths
+    for node in range(len(draft)):
+        children = [i for i in range(len(draft)) if draft.parents[i] == node]
+        ids, p = slow_guesses(heads, drawn, [draft.tokens[i] for i in draft.path(node)]) if children else ([], [])
+        # The token that follows a node at depth d stands at len + d, and will be drawn by argmax(log p / T + noise).
+        noise = rough_noise(11, len(drawn.tokens) + int(depths[node]), V)
+        scores = {i: math.log(q) / 0.9 + noise[i] for i, q in zip(ids, p, strict=True)}
+        best = sorted(scores, key=scores.__getitem__, reverse=True)[: len(children)]
+        assert [draft.tokens[child] for child in children] == best
+        total = sum(math.exp(HeadsDrafter.sureness * score) for score in scores.values())
+        for child in children:
+            share = math.exp(HeadsDrafter.sureness * scores[draft.tokens[child]]) / total
+            assert draft.probabilities[child] == pytest.approx(share * draft.probabilities[node], rel=1e-4)
+
+
+def replace_sampling(row: Row) -> Row:
+    return make_row(row.tokens, features=row.features)
+
+
 def test_a_small_draft_vocabulary_limits_the_branches_not_the_draft() -> None:
     heads = make_heads(draft_vocab=2)
     (draft,) = HeadsDrafter(heads).propose(make_rows(heads, count=1), 12)

@@ -96,7 +96,7 @@ def beside(drafter: Drafter, nodes: int | NodeBudget) -> tuple[ReferenceStepper,
 
 
 def as_native(stepper: NativeStepper, row: Row) -> Row:
-    row.notes[stepper] = native_module().Text(), stepper._rule(row)  # type: ignore[attr-defined]
+    stepper._enter(row)
     return row
 
 
@@ -115,7 +115,8 @@ def test_drafts_are_those_of_the_reference_step_by_step() -> None:
         rows = []
         for _ in range(source.randint(1, 4)):
             text = some_text(source, source.randint(1, 30))
-            made = [make_row(text), as_native(native, make_row(text))]
+            sampling = source.choice([Sampling(), some_sampling(source, VOCAB)])
+            made = [make_row(text, sampling), as_native(native, make_row(text, sampling))]
             for row in made:
                 row.prompt_tokens, row.max_new_tokens = len(text), 40
             rows.append(made)
@@ -155,7 +156,7 @@ def some_sampling(source: random.Random, vocabulary: int) -> Sampling:
 
 def rule_of(sampling: Sampling) -> Any:
     stepper = NativeStepper(engine(), NoDrafter(), 1)
-    return stepper._rule(make_row([1], sampling))
+    return stepper._rule(sampling)
 
 
 @pytest.mark.parametrize("isa", native_module().usable_isas() if native_module() else [])

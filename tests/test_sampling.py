@@ -28,6 +28,7 @@ from medusa.decoding.sampling import (
     candidates,
     gumbel_noise,
     penalise,
+    rough_noise,
     sample,
 )
 from medusa.errors import MedusaError, UsageError
@@ -341,6 +342,17 @@ def test_noise_is_computed_for_few_tokens(kind: str, monkeypatch: pytest.MonkeyP
     for position in range(50):
         sample(row_of(kind, 50_000, position), Sampling(temperature=0.7, seed=1), position)
     assert sum(counts) / 50 < 10
+
+
+def test_rough_noise_is_the_noise_to_a_few_thousandths_and_never_without_end() -> None:
+    exact = np.concatenate([gumbel_noise(3, position, 50_000) for position in range(20)])
+    rough = np.concatenate([rough_noise(3, position, 50_000) for position in range(20)])
+    assert rough.dtype == np.float32
+    assert np.isfinite(rough).all()
+    usual = exact < 12  # above, the 24 bits of the rough one are few
+    assert np.abs(rough - exact)[usual].max() < 0.01
+    assert np.abs(rough - exact).max() < 1
+    assert (rough_noise(3, 7, 50_000, np.array([4, 40_000])) == rough_noise(3, 7, 50_000)[[4, 40_000]]).all()
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)

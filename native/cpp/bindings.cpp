@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -9,11 +10,13 @@
 #include <climits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "bindings.hpp"
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "gguf_blocks.hpp"
 #include "heads.hpp"
 
 namespace nb = nanobind;
@@ -25,6 +28,7 @@ using medusa::Source;
 using Tensor = nb::ndarray<nb::ro, nb::device::cpu, nb::c_contig>;
 using Floats = nb::ndarray<nb::numpy, float>;
 using FloatsIn = nb::ndarray<const float, nb::device::cpu, nb::c_contig>;
+using RowIn = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 using IdsIn = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
 using Without = nb::call_guard<nb::gil_scoped_release>;
 
@@ -43,6 +47,34 @@ Source source_of(const Tensor& tensor) {
   source.columns = int(tensor.shape(tensor.ndim() - 1));
   return source;
 }
+
+// A matrix as it lies in a GGUF file.
+struct Packed {
+  Tensor bytes;  // [rows, bytes of a row]
+  Source source;
+
+  Packed(const Tensor& of, const std::string& kind, int columns) : bytes(of) {
+    source.dtype = medusa::gguf_dtype(kind);
+    if (of.dtype() != nb::dtype<std::uint8_t>() || of.ndim() != 2 || of.shape(0) > std::size_t(INT_MAX) || columns < 1 ||
+        columns % medusa::gguf_block(source.dtype) != 0 ||
+        of.shape(1) != medusa::gguf_row_bytes(source.dtype, columns))
+      throw std::invalid_argument("packed bytes and the shape of their weights do not fit together");
+    source.data = static_cast<const std::byte*>(of.data());
+    source.rows = int(of.shape(0));
+    source.columns = columns;
+  }
+};
+
+// Sources of tensors and of packed bytes, which must live as long as these.
+struct Sources {
+  std::vector<Tensor> kept;
+
+  Source of(const nb::handle& value) {
+    if (nb::isinstance<Packed>(value)) return nb::cast<const Packed&>(value).source;
+    kept.push_back(nb::cast<Tensor>(value));
+    return source_of(kept.back());
+  }
+};
 
 template <typename Choice>
 Choice choose(const char* what, const std::string& name, const std::map<std::string, Choice>& choices) {
@@ -67,11 +99,8 @@ void load_layer(medusa::Engine& engine, int layer, const nb::dict& tensors) {
       {"k_bias", &w.k_bias}, {"v_bias", &w.v_bias}, {"o_bias", &w.o_bias}, {"gate_bias", &w.gate_bias},
       {"up_bias", &w.up_bias}, {"down_bias", &w.down_bias}, {"q_norm", &w.q_norm}, {"k_norm", &w.k_norm},
       {"input_norm", &w.input_norm}, {"post_norm", &w.post_norm}};
-  std::vector<Tensor> kept;
-  for (auto [key, value] : tensors) {
-    kept.push_back(nb::cast<Tensor>(value));
-    *choose<Source*>("weight", nb::cast<std::string>(key), places) = source_of(kept.back());
-  }
+  Sources sources;
+  for (auto [key, value] : tensors) *choose<Source*>("weight", nb::cast<std::string>(key), places) = sources.of(value);
   nb::gil_scoped_release release;
   engine.load_layer(layer, w);
 }
@@ -100,7 +129,7 @@ nb::tuple arrays(const medusa::Engine& engine, const medusa::Results& results) {
 }
 
 nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const FloatsIn& nodes, const IdsIn& parents,
-                const IdsIn& tokens, int count) {
+                const IdsIn& tokens, int count, const std::optional<RowIn>& factors, const std::optional<FloatsIn>& noise) {
   heads.check(level, count);
   const std::size_t batch = tokens.shape(0), width = tokens.shape(1);
   const std::size_t above = batch && nodes.ndim() == 3 ? nodes.shape(1) : 0;
@@ -111,12 +140,18 @@ nb::tuple level(medusa::Heads& heads, int level, const FloatsIn& base, const Flo
       parents.shape(0) != batch || parents.shape(1) != width || (!residual && nodes.size() != batch * above * carried))
     throw std::invalid_argument("heads: the arrays do not fit together");
   const std::size_t rows = residual ? 1 : width, size = heads.node_size(level);
+  std::vector<medusa::Heads::Tilt> tilt(batch);
+  if (factors.has_value() != noise.has_value() ||
+      (factors && (factors->size() != batch || noise->size() != batch * std::size_t(heads.rows()))))
+    throw std::invalid_argument("heads: the arrays do not fit together");
+  for (std::size_t b = 0; factors && b < batch; b++)
+    tilt[b] = {factors->data()[b], noise->data() + b * std::size_t(heads.rows())};
   std::unique_ptr<float[]> log_p(new float[batch * rows * count]), next(new float[batch * rows * size]);
   std::unique_ptr<std::int32_t[]> ids(new std::int32_t[batch * rows * count]);
   {
     nb::gil_scoped_release release;
     heads.level(level, base.data(), nodes.data(), int(above), parents.data(), tokens.data(), int(batch), int(width),
-                count, log_p.get(), ids.get(), next.get());
+                count, log_p.get(), ids.get(), next.get(), tilt.data());
   }
   return nb::make_tuple(made(std::move(log_p), {batch, rows, std::size_t(count)}),
                         made(std::move(ids), {batch, rows, std::size_t(count)}),
@@ -134,6 +169,24 @@ NB_MODULE(_engine, m) {
   m.attr("SPAN") = medusa::kSpan;
   m.def("usable_isas", &medusa::usable_isas, "Instruction sets that this build and this machine have, best first.");
   m.def("read_bandwidth", &medusa::read_bandwidth, "threads"_a, Without(), "Bytes per second read from memory.");
+
+  nb::class_<Packed>(m, "Packed", "A matrix in a packed format of GGUF files, where it lies; the engine reads it row by row.")
+      .def(nb::init<const Tensor&, const std::string&, int>(), "bytes"_a, "kind"_a, "columns"_a)
+      .def_prop_ro("shape", [](const Packed& packed) { return std::pair(packed.source.rows, packed.source.columns); })
+      .def(
+          "unpack",
+          [](const Packed& packed, int first, int count) {
+            const Source& source = packed.source;
+            if (first < 0 || count < 0 || first > source.rows - count) throw std::invalid_argument("there is no such row");
+            std::unique_ptr<float[]> out(new float[std::size_t(count) * source.columns]);
+            {
+              nb::gil_scoped_release release;
+              for (int i = 0; i < count; i++) source.row(first + i, out.get() + std::size_t(i) * source.columns);
+            }
+            return made(std::move(out), {std::size_t(count), std::size_t(source.columns)});
+          },
+          "first"_a, "count"_a, "Rows as float32 [count, columns], each weight rounded to bfloat16.");
+  m.attr("PACKED_KINDS") = medusa::gguf_names();
 
   nb::class_<medusa::Engine>(m, "Engine")
       .def(
@@ -172,8 +225,9 @@ NB_MODULE(_engine, m) {
       .def("load_layer", &load_layer, "layer"_a, "tensors"_a)
       .def(
           "load_ends",
-          [](medusa::Engine& engine, const Tensor& embedding, const Tensor& final_norm, const Tensor& lm_head) {
-            const Source e = source_of(embedding), n = source_of(final_norm), l = source_of(lm_head);
+          [](medusa::Engine& engine, const nb::object& embedding, const nb::object& final_norm, const nb::object& lm_head) {
+            Sources sources;
+            const Source e = sources.of(embedding), n = sources.of(final_norm), l = sources.of(lm_head);
             nb::gil_scoped_release release;
             engine.load_ends(e, n, l);
           },
@@ -272,6 +326,7 @@ NB_MODULE(_engine, m) {
             return made(std::move(base), {batch, std::size_t(1), size});
           },
           "features"_a)
-      .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a);
+      .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a,
+           "factors"_a.none(), "noise"_a.none());
   bind_step(m);
 }

@@ -29,11 +29,11 @@ nb::tuple tuple_of(std::size_t size, Make make) {
 
 // (tokens, parents, probabilities, sources) of each tree, and for how many rows heads drafted.
 nb::tuple propose(medusa::Drafting& drafting, const std::vector<medusa::Text*>& texts,
-                  const std::vector<int>& rooms, int nodes, const medusa::Times* times, const nb::tuple& names) {
-  if (texts.size() != rooms.size() || names.size() != 3)
+                  const std::vector<medusa::Rule*>& rules, const std::vector<int>& rooms, int nodes, const medusa::Times* times, const nb::tuple& names) {
+  if (texts.size() != rooms.size() || texts.size() != rules.size() || names.size() != 3)
     throw std::invalid_argument("drafting: the lists do not fit together");
   std::vector<medusa::Drafting::Row> rows;
-  for (std::size_t b = 0; b < texts.size(); b++) rows.push_back({texts[b], rooms[b]});
+  for (std::size_t b = 0; b < texts.size(); b++) rows.push_back({texts[b], rules[b], rooms[b]});
   medusa::Drafting::Proposed found;
   {
     nb::gil_scoped_release release;
@@ -120,7 +120,7 @@ void bind_step(nb::module_& m) {
   nb::class_<medusa::Drafting>(m, "Drafting")
       .def(
           "__init__",
-          [](medusa::Drafting* self, medusa::Heads* heads, double heads_weight, double heads_fade, int chain,
+          [](medusa::Drafting* self, medusa::Heads* heads, double heads_weight, double heads_fade, double sureness, int chain,
              std::vector<std::vector<double>> prior, double ngram_weight, double ngram_fade, double highest_bar,
              double usual_tokens) {
             medusa::DraftingConfig config;
@@ -128,6 +128,7 @@ void bind_step(nb::module_& m) {
             config.ngram = chain > 0;
             config.heads_weight = heads_weight;
             config.heads_fade = heads_fade;
+            config.sureness = float(sureness);
             config.chain = chain;
             config.prior = std::move(prior);
             config.ngram_weight = ngram_weight;
@@ -136,9 +137,9 @@ void bind_step(nb::module_& m) {
             config.usual_tokens = usual_tokens;
             new (self) medusa::Drafting(heads, std::move(config));
           },
-          nb::kw_only(), "heads"_a.none(), "heads_weight"_a, "heads_fade"_a, "chain"_a, "prior"_a, "ngram_weight"_a,
+          nb::kw_only(), "heads"_a.none(), "heads_weight"_a, "heads_fade"_a, "sureness"_a, "chain"_a, "prior"_a, "ngram_weight"_a,
           "ngram_fade"_a, "highest_bar"_a, "usual_tokens"_a, nb::keep_alive<1, 2>())
-      .def("propose", &propose, "texts"_a, "rooms"_a, "nodes"_a, "times"_a.none(), "names"_a);
+      .def("propose", &propose, "texts"_a, "rules"_a, "rooms"_a, "nodes"_a, "times"_a.none(), "names"_a);
 
   m.def("choose", &choose, "engine"_a, "texts"_a, "rules"_a, "tokens"_a, "parents"_a,
         "(path, next token) of each tree of the engine's last pass; None where there is no rule.");

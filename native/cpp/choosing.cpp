@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <stdexcept>
@@ -43,6 +44,18 @@ double gumbel(std::uint64_t word) {
 
 double noise(const Rule& rule, std::uint64_t position, int token) {
   return gumbel(philox(rule.seed, position, std::uint64_t(token) / 4).words[token % 4]);
+}
+
+// From the exponent, and log(m) = 2 artanh((m - 1) / (m + 1)) of the fraction.
+inline float rough_log(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const std::int32_t part = (bits & 0x7FFFFF) | 0x3F800000;
+  float fraction;
+  std::memcpy(&fraction, &part, 4);
+  const float t = (fraction - 1.0f) / (fraction + 1.0f), s = t * t;
+  const float series = 1.0f + s * (float(1.0 / 3) + s * (0.2f + s * float(1.0 / 7)));
+  return float((bits >> 23) - 127) * 0.69314718055994530942f + (t + t) * series;
 }
 
 // --- one row of logits --------------------------------------------------------------------------------------------------
@@ -300,6 +313,23 @@ void check(const Verified& tree, int nodes, int vocab) {
 }
 
 }  // namespace
+
+void rough_noise(const Rule& rule, std::uint64_t position, const std::vector<std::int32_t>& tokens, float scale,
+                 float* out) {
+  std::vector<std::int32_t> away(tokens.size());
+  Block block{};
+  std::uint64_t at = ~std::uint64_t(0);
+  for (std::size_t i = 0; i < tokens.size(); i++) {
+    const std::uint64_t wanted = std::uint64_t(tokens[i]) / 4;
+    if (wanted != at) block = philox(rule.seed, position, at = wanted);
+    away[i] = std::int32_t(~block.words[tokens[i] % 4] >> 40);
+  }
+  for (std::size_t i = 0; i < tokens.size(); i++) {
+    const float a = (float(away[i]) + 0.5f) * 0x1p-24f;  // 1 - u
+    const float near = a + a * a * 0.5f, far = -rough_log(1.0f - a);
+    out[i] = scale * -rough_log(a < 0x1p-6f ? near : far);
+  }
+}
 
 int sample(Engine& engine, const float* logits, int n, const Rule& rule, std::uint64_t position) {
   std::lock_guard lock(engine.mutex());

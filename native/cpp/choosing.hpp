@@ -37,6 +37,10 @@ struct Verified {  // one tree of the last `verify`
 // Throws std::invalid_argument where a tree is not one, or logits that are looked at are no numbers.
 std::vector<Choice> choose(Engine& engine, const std::vector<Verified>& trees);
 
+// The noise of exact sampling for tokens, to a few thousandths, times `scale`: `medusa.decoding.sampling.rough_noise`.
+void rough_noise(const Rule& rule, std::uint64_t position, const std::vector<std::int32_t>& tokens, float scale,
+                 float* out);
+
 // One token from scores [n] by the rule (not typical), as `medusa.decoding.sampling.sample` draws it.
 int sample(Engine& engine, const float* logits, int n, const Rule& rule, std::uint64_t position);
 

@@ -278,6 +278,17 @@ void Drafting::learn(Text& text) const {
   text.ratio_ = (text.heads_right_ + config_.heads_weight) / (text.heads_expected_ + config_.heads_weight);
 }
 
+const float* Drafting::noise(Text& text, const Rule& rule, int position) const {
+  auto& kept = text.noise_;
+  const auto passed = [&](const Text::Noise& n) { return n.position < text.size(); };
+  kept.erase(std::remove_if(kept.begin(), kept.end(), passed), kept.end());
+  for (const Text::Noise& n : kept)
+    if (n.position == position) return n.values.data();
+  kept.push_back({position, std::vector<float>(heads_->ids().size())});
+  rough_noise(rule, position, heads_->ids(), config_.sureness, kept.back().values.data());
+  return kept.back().values.data();
+}
+
 std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const std::vector<double>& floors) {
   const int batch = int(rows.size()), size = heads_->hidden_size(), wide = heads_->feature_size();
   const int branch = std::min({nodes - 1, 10, heads_->rows()});
@@ -315,8 +326,14 @@ std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const
     log_p_.resize(std::size_t(batch) * lists * branch);
     ids_.resize(log_p_.size());
     next_.resize(std::size_t(batch) * width * heads_->node_size(level));
+    std::vector<Heads::Tilt> tilt(batch);
+    for (int b = 0; b < batch; b++) {
+      const Rule* rule = rows[b].rule;
+      if (rule->temperature > 0 && !rule->typical)
+        tilt[b] = {config_.sureness / rule->temperature, noise(*rows[b].text, *rule, rows[b].text->size() + level - 1)};
+    }
     heads_->level(level, base_.data(), nodes_.data(), above, parents_.data(), tokens_.data(), batch, width, branch,
-                  log_p_.data(), ids_.data(), next_.data());
+                  log_p_.data(), ids_.data(), next_.data(), tilt.data());
     bool settled = true;
     for (int b = 0; b < batch; b++) {
       Growing& tree = trees[b];
@@ -379,8 +396,8 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
   Proposed found;
   if (rows.empty()) return found;
   for (const Row& row : rows) {
-    if (!row.text || row.text->tokens_.empty() || row.room < 0)
-      throw std::invalid_argument("drafting: a row has no text or no room");
+    if (!row.text || !row.rule || row.text->tokens_.empty() || row.room < 0)
+      throw std::invalid_argument("drafting: a row has no text, no rule or no room");
     if (config_.heads && row.text->features_.size() != std::size_t(heads_->feature_size()))
       throw std::invalid_argument("drafting: the features have the wrong shape");
     found.drafts.emplace_back(row.text->tokens_.back());

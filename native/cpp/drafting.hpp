@@ -7,6 +7,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "choosing.hpp"
 #include "heads.hpp"
 
 namespace medusa {
@@ -43,6 +44,7 @@ struct Times {
 struct DraftingConfig {
   bool heads = false, ngram = false;
   double heads_weight = 0, heads_fade = 0;
+  float sureness = 0;  // of guesses by noise, see `HeadsDrafter`
   int chain = 0;                           // tokens of the n-gram drafter
   std::vector<std::vector<double>> prior;  // of n = 1, 2, 3: how often a copied token is right, by its place
   double ngram_weight = 0, ngram_fade = 0;
@@ -91,6 +93,11 @@ class Text {
   int drafted_start_ = 0;
   double ratio_ = 1, heads_right_ = 0, heads_expected_ = 0;
   Asking alone_, beside_;
+  struct Noise {
+    int position;
+    std::vector<float> values;  // of the tokens that heads propose
+  };
+  std::vector<Noise> noise_;  // of positions that come next
 };
 
 class Drafting {
@@ -100,6 +107,7 @@ class Drafting {
 
   struct Row {
     Text* text;
+    const Rule* rule;  // by which it will be chosen: exact sampling is drafted for with its noise
     int room;  // how deep a draft may be
   };
   struct Proposed {
@@ -111,6 +119,7 @@ class Drafting {
 
  private:
   std::vector<Draft> grow(const std::vector<Row>& rows, int nodes, const std::vector<double>& floors);
+  const float* noise(Text& text, const Rule& rule, int position) const;
   void learn(Text& text) const;
   Draft chain(Text& text, int length) const;
   void learn_chain(Text& text) const;

@@ -159,11 +159,7 @@ void Engine::load_ends(const Source& embedding, const Source& final_norm, const 
   lm_head_ = pack(pool_, arena_, lm_format_, rows_of(lm_head), {}, "the LM head");
   // Tied embeddings have just been looked through.
   if (embedding.data != lm_head.data) {
-    std::vector<float> row(config_.hidden_size);
-    for (int i = 0; i < embedding.rows; i++) {
-      embedding.row(i, row.data());
-      for (float v : row) require(std::isfinite(v), "the embeddings have a weight that is not a finite number");
-    }
+    require(all_finite(pool_, embedding), "the embeddings have a weight that is not a finite number");
   }
   embedding_ = embedding;
   lm_source_ = lm_head;

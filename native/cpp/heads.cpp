@@ -196,7 +196,7 @@ void Heads::check(int level, int count) const {
 
 void Heads::level(int level, const float* base, const float* nodes, int above, const std::int32_t* parents,
                   const std::int32_t* tokens, int batch, int width, int count, float* log_p, std::int32_t* ids,
-                  float* next) {
+                  float* next, const Tilt* tilt) {
   std::lock_guard lock(engine_.mutex());
   check(level, count);
   const HeadsKind kind = config_.kind;
@@ -230,7 +230,7 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
       wide = (1 + level) * size;
       float* x = input + std::size_t(r) * wide;
       std::memcpy(x, start, size * sizeof(float));
-      std::memcpy(x + size, from, before * sizeof(float));
+      if (before) std::memcpy(x + size, from, before * sizeof(float));  // at level 1 there may be no table
       engine_.embedding().row(tokens[r], x + size + before);
       std::memcpy(next + std::size_t(r) * after, x + size, after * sizeof(float));
       std::memcpy(hidden + std::size_t(r) * size, start, size * sizeof(float));
@@ -259,6 +259,11 @@ void Heads::level(int level, const float* base, const float* nodes, int above, c
       float total;
       float* row_log_p = log_p + std::size_t(r) * count;
       std::int32_t* row_ids = ids + std::size_t(r) * count;
+      if (tilt && tilt[r / per_text].noise) {
+        const auto [factor, noise] = tilt[r / per_text];
+        float* row = logits + r * stride;
+        for (int i = 0; i < rows_; i++) row[i] = row[i] * factor + noise[i];
+      }
       kernels.top_k(logits + r * stride, rows_, count, row_log_p, row_ids, &total);
       for (int i = 0; i < count; i++) {
         row_log_p[i] -= total;

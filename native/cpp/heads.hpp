@@ -41,6 +41,7 @@ class Heads {
   int hidden_size() const { return engine_.config().hidden_size; }
   int feature_size() const { return hidden_size() * config_.features; }
   int rows() const { return rows_; }
+  const std::vector<std::int32_t>& ids() const { return ids_; }  // [rows] the token of each row
   HeadsKind kind() const { return config_.kind; }
   int levels() const { return config_.levels; }
   // Floats that a node of `level` carries for its children.
@@ -56,8 +57,14 @@ class Heads {
   //   base [batch, H]; nodes [batch, above, node_size(level - 1)] of the level above, at level 1 the base itself
   //   parents [batch, width] among the level above; tokens [batch, width]
   //   -> log_p, ids [batch, width (residual: 1), count] and next [batch, width, node_size(level)]
+  // With `tilt`, text b's logits are multiplied by tilt[b].factor and tilt[b].noise [rows] is added, if it is not null.
+  struct Tilt {
+    float factor = 1;
+    const float* noise = nullptr;
+  };
   void level(int level, const float* base, const float* nodes, int above, const std::int32_t* parents,
-             const std::int32_t* tokens, int batch, int width, int count, float* log_p, std::int32_t* ids, float* next);
+             const std::int32_t* tokens, int batch, int width, int count, float* log_p, std::int32_t* ids, float* next,
+             const Tilt* tilt = nullptr);
 
  private:
   struct Block {

@@ -6,36 +6,11 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "floats.hpp"
+#include "gguf_blocks.hpp"
+
 namespace medusa {
 namespace {
-
-float from_bfloat16(std::uint16_t bits) {
-  std::uint32_t wide = std::uint32_t(bits) << 16;
-  float v;
-  std::memcpy(&v, &wide, 4);
-  return v;
-}
-
-std::uint16_t to_bfloat16(float v) {
-  std::uint32_t u;
-  std::memcpy(&u, &v, 4);
-  return std::uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
-float from_float16(std::uint16_t bits) {
-  const std::uint32_t sign = std::uint32_t(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
-  if (exponent == 0) {
-    float v = std::ldexp(float(fraction), -24);
-    return sign ? -v : v;
-  }
-  std::uint32_t u = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
-  float v;
-  std::memcpy(&v, &u, 4);
-  return v;
-}
-
-// Half to even, for numbers far below 2^22. Unlike std::nearbyint it needs no call, so loops over it become vectors.
-float round_even(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
 constexpr int group_of(Format format) {
   switch (format) {
@@ -54,6 +29,23 @@ std::size_t bytes_of_block(Format format, int inputs) {
     case Format::int8: return weights + std::size_t(inputs / kInt8Group) * kLanes * 2;
     default: return weights / 2 + std::size_t(inputs / kInt4Group) * kLanes * 4;
   }
+}
+
+// The bits of floats as integers in the same order, and back: sums and comparisons of integers may become vectors.
+std::int32_t ordered(float v) {
+  const auto u = std::int32_t(bits_of(v));
+  return u ^ (u >> 31 & 0x7fffffff);
+}
+float unordered(std::int32_t u) { return float_of(std::uint32_t(u ^ (u >> 31 & 0x7fffffff))); }
+
+// With `rounded`, also after rounding to bfloat16, which makes the largest of float32 infinite.
+bool all_finite(const float* w, std::size_t n, bool rounded) {
+  const std::uint32_t more = rounded ? 0x8000u : 0;
+  std::uint32_t infinite = 0;  // the exponent is all ones just where adding one to it carries over
+  for (std::size_t i = 0; i < n; i++) {
+    infinite |= ((bits_of(w[i]) & 0x7fffffffu) + more) + 0x00800000u;
+  }
+  return (infinite & 0x80000000u) == 0;
 }
 
 void pack_float32(const float* w, int inputs, std::byte* out) {
@@ -93,8 +85,9 @@ void pack_int8(const float* w, int inputs, std::byte* out) {
   for (int g = 0; g < inputs / kInt8Group; g++)
     for (int o = 0; o < kLanes; o++) {
       const float* x = w + std::size_t(o) * inputs + g * kInt8Group;
-      float top = 0;
-      for (int i = 0; i < kInt8Group; i++) top = std::max(top, std::fabs(x[i]));
+      std::int32_t most = 0;  // of floats without their signs, which are in the order of their bits
+      for (int i = 0; i < kInt8Group; i++) most = std::max(most, std::int32_t(bits_of(x[i]) & 0x7fffffffu));
+      const float top = float_of(std::uint32_t(most));
       const std::uint16_t bits = to_bfloat16(top / 127);
       const float scale = from_bfloat16(bits);
       scales[g * kLanes + o] = bits;
@@ -107,11 +100,27 @@ void pack_int8(const float* w, int inputs, std::byte* out) {
     }
 }
 
-// Scale and minimum of 32 weights, so that scale * q + minimum, q = 0..15, comes near: from the extremes, then least
-// squares for the rounded q, in turn.
+// Scale and minimum of 32 weights, so that scale * q + minimum, q = 0..15, comes near.
 struct Fit {
   float scale, minimum;
 };
+
+// Sums over 32 weights in eight lanes, in an order of their own, so that a compiler can make vectors of them.
+struct Lanes {
+  float lane[8] = {};
+
+  float sum() const {
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  }
+};
+
+template <typename Term>
+float sum_of(Term term) {
+  Lanes lanes;
+  for (int i = 0; i < kInt4Group; i += 8)
+    for (int j = 0; j < 8; j++) lanes.lane[j] += term(i + j);
+  return lanes.sum();
+}
 
 // The nearest of 0..15 for each of 32 weights.
 void nearest(const float* x, const Fit& fit, float* q) {
@@ -120,54 +129,88 @@ void nearest(const float* x, const Fit& fit, float* q) {
     q[i] = std::min(15.0f, std::max(0.0f, round_even((x[i] - fit.minimum) * inverse)));
 }
 
-Fit fit_int4(const float* x) {
-  float low = x[0], high = x[0];
+// The least squares for the q that are nearest to `fit`; where there are none, as it was.
+Fit refined(const float* x, float x_sum, const Fit& fit) {
+  float q[kInt4Group];
+  nearest(x, fit, q);
+  const float q_sum = sum_of([&](int i) { return q[i]; }), qq = sum_of([&](int i) { return q[i] * q[i]; });
+  const float qx = sum_of([&](int i) { return q[i] * x[i]; });
+  const float variance = qq - q_sum * q_sum / kInt4Group;
+  if (!(variance > 0)) return fit;
+  const float scale = (qx - q_sum * x_sum / kInt4Group) / variance;
+  if (!(scale > 1e-20f)) return fit;
+  return {scale, (x_sum - scale * q_sum) / kInt4Group};
+}
+
+// From the extremes, then least squares for the rounded q, in turn. The minimum makes up for the rounding of the scale to
+// bfloat16. Writes the q.
+Fit fit_int4(const float* x, float* q) {
+  std::int32_t least = ordered(x[0]), most = least;
   for (int i = 1; i < kInt4Group; i++) {
-    low = std::min(low, x[i]);
-    high = std::max(high, x[i]);
+    least = std::min(least, ordered(x[i]));
+    most = std::max(most, ordered(x[i]));
   }
-  Fit fit{(high - low) / 15, low};
-  for (int round = 0; round < 5; round++) {
-    if (!(fit.scale > 1e-20f)) break;
-    float q_sum = 0, x_sum = 0, qq = 0, qx = 0;
-    float rounded[kInt4Group];
-    nearest(x, fit, rounded);
-    for (int i = 0; i < kInt4Group; i++) {
-      const float q = rounded[i];
-      q_sum += q;
-      x_sum += x[i];
-      qq += q * q;
-      qx += q * x[i];
-    }
-    const float variance = qq - q_sum * q_sum / kInt4Group;
-    if (!(variance > 0)) break;
-    const float scale = (qx - q_sum * x_sum / kInt4Group) / variance;
-    if (!(scale > 1e-20f)) break;
-    fit = {scale, (x_sum - scale * q_sum) / kInt4Group};
-  }
-  return {from_bfloat16(to_bfloat16(fit.scale)), from_bfloat16(to_bfloat16(fit.minimum))};
+  const float low = unordered(least), x_sum = sum_of([&](int i) { return x[i]; });
+  Fit fit{(unordered(most) - low) / 15, low};
+  for (int round = 0; round < 5 && fit.scale > 1e-20f; round++) fit = refined(x, x_sum, fit);
+  fit.scale = as_bfloat16(fit.scale);
+  nearest(x, fit, q);
+  fit.minimum = as_bfloat16((x_sum - fit.scale * sum_of([&](int i) { return q[i]; })) / kInt4Group);
+  return fit;
+}
+
+// Of a group that has scale, minimum and q = 0..15 already: the same q.
+Fit taken_int4(const FourBits& group, float* q) {
+  for (int i = 0; i < kInt4Group; i++) q[i] = group.q[i];
+  const float q_sum = sum_of([&](int i) { return q[i]; });
+  const float scale = as_bfloat16(group.scale);
+  return {scale, as_bfloat16(group.minimum + (group.scale - scale) * q_sum / kInt4Group)};
+}
+
+// Line `o` of a block of int4: group g.
+void put_int4(const Fit& fit, const float* q, int inputs, int g, int o, std::byte* out) {
+  std::uint8_t* y = reinterpret_cast<std::uint8_t*>(out) + (std::size_t(g) * kInt4Group / 8 * kLanes + o) * 4;
+  auto* scales = reinterpret_cast<std::uint16_t*>(out + std::size_t(inputs) * kLanes / 2) + g * 2 * kLanes + o;
+  scales[0] = to_bfloat16(fit.scale);
+  scales[kLanes] = to_bfloat16(fit.minimum);
+  for (int i = 0; i < kInt4Group; i += 8, y += 4 * kLanes)  // inputs i and i + 4 share a byte
+    for (int j = 0; j < 4; j++) y[j] = std::uint8_t(int(q[i + j]) | int(q[i + j + 4]) << 4);
 }
 
 void pack_int4(const float* w, int inputs, std::byte* out) {
-  std::uint8_t* y = reinterpret_cast<std::uint8_t*>(out);
-  std::uint16_t* scales = reinterpret_cast<std::uint16_t*>(out + std::size_t(inputs) * kLanes / 2);
+  float q[kInt4Group];
   for (int g = 0; g < inputs / kInt4Group; g++)
     for (int o = 0; o < kLanes; o++) {
-      const float* x = w + std::size_t(o) * inputs + g * kInt4Group;
-      const Fit fit = fit_int4(x);
-      scales[g * 2 * kLanes + o] = to_bfloat16(fit.scale);
-      scales[(g * 2 + 1) * kLanes + o] = to_bfloat16(fit.minimum);
-      float q[kInt4Group];
-      nearest(x, fit, q);
-      for (int i = 0; i < kInt4Group; i += 8)  // inputs i and i + 4 share a byte
-        for (int j = 0; j < 4; j++)
-          y[((g * kInt4Group + i) / 8 * kLanes + o) * 4 + j] = std::uint8_t(int(q[i + j]) | int(q[i + j + 4]) << 4);
+      const Fit fit = fit_int4(w + std::size_t(o) * inputs + g * kInt4Group, q);
+      put_int4(fit, q, inputs, g, o, out);
     }
+}
+
+// 16 rows whose groups have scale, minimum and q already, or zeros. False where one is not a finite number.
+bool take_int4(const OutputRow* rows, int inputs, std::byte* out) {
+  bool finite = true;
+  for (int o = 0; o < kLanes; o++) {
+    const Source* source = rows[o].source;
+    const std::byte* row = source ? source->data + gguf_row_bytes(source->dtype, inputs) * rows[o].row : nullptr;
+    for (int g = 0; g < inputs / kInt4Group; g++) {
+      FourBits group{};
+      if (row) gguf_group(source->dtype, row, g, group);
+      finite = finite && std::isfinite(group.scale) && std::isfinite(group.minimum);
+      float q[kInt4Group];
+      const Fit fit = taken_int4(group, q);
+      put_int4(fit, q, inputs, g, o, out);
+    }
+  }
+  return finite;
 }
 
 }  // namespace
 
 void Source::row(int index, float* out) const {
+  if (is_packed(dtype)) {
+    gguf_unpack(dtype, data + gguf_row_bytes(dtype, columns) * index, columns, out);
+    return;
+  }
   if (dtype == Dtype::float32) {
     std::memcpy(out, data + std::size_t(index) * columns * 4, std::size_t(columns) * 4);
     return;
@@ -190,6 +233,22 @@ std::vector<float> read(const Source& source, const std::string& name) {
   for (float v : values)
     if (!std::isfinite(v)) throw std::invalid_argument(name + " has a weight that is not a finite number");
   return values;
+}
+
+bool all_finite(Pool& pool, const Source& source) {
+  std::atomic<bool> finite{true};
+  Phase phase;
+  phase.shape(pool.threads());
+  pool.run([&](int thread) {
+    std::vector<float> row(source.columns);
+    phase.run(thread, source.rows, 1, 64, [&](int first, int count) {
+      for (int i = first; i < first + count; i++) {
+        source.row(i, row.data());
+        if (!all_finite(row.data(), row.size(), false)) finite = false;
+      }
+    });
+  });
+  return finite;
 }
 
 int padded_inputs(Format format, int inputs) {
@@ -228,6 +287,10 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
   bool as_is = format == Format::bfloat16 && columns.empty() && linear.inputs == width;
   for (const OutputRow& row : rows)
     if (row.source) as_is = as_is && row.source->dtype == Dtype::bfloat16 && row.source->columns == width;
+  const bool four_bits = format == Format::int4 && columns.empty() && linear.inputs == width;
+  const auto is_taken = [&](const OutputRow& row) {
+    return !row.source || (gguf_has_four_bits(row.source->dtype) && row.source->columns == width);
+  };
   const std::size_t plain = std::size_t(kLanes) * linear.inputs;
   const std::size_t scratch = plain + widest;
   Buffer room(scratch * sizeof(float) * pool.threads());
@@ -246,6 +309,11 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
             finite = false;
           continue;
         }
+        const OutputRow* first_row = &rows[std::size_t(block) * kLanes];
+        if (four_bits && std::all_of(first_row, first_row + kLanes, is_taken)) {
+          if (!take_int4(first_row, width, linear.weights + block * linear.block_bytes)) finite = false;
+          continue;
+        }
         std::fill(w, w + plain, 0.0f);
         for (int o = 0; o < kLanes; o++) {
           const OutputRow& row = rows[std::size_t(block) * kLanes + o];
@@ -254,11 +322,7 @@ Linear pack(Pool& pool, Arena& arena, Format format, const std::vector<OutputRow
           row.source->row(row.row, columns.empty() ? to : line);
           for (std::size_t i = 0; i < columns.size(); i++) to[i] = columns[i] < 0 ? 0.0f : line[columns[i]];
         }
-        float sum = 0;  // times zero: 0, or not a number where a weight is not finite
-        for (std::size_t i = 0; i < plain; i++) sum += w[i] * 0.0f;
-        if (format == Format::bfloat16)  // which rounds the largest of float32 to infinity
-          for (std::size_t i = 0; i < plain; i++) sum += from_bfloat16(to_bfloat16(w[i])) * 0.0f;
-        if (sum != 0.0f) finite = false;
+        if (!all_finite(w, plain, format == Format::bfloat16)) finite = false;
         std::byte* out = linear.weights + block * linear.block_bytes;
         switch (format) {
           case Format::float32: pack_float32(w, linear.inputs, out); break;

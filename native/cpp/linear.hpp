@@ -15,7 +15,11 @@ namespace medusa {
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-enum class Dtype : std::uint8_t { float32, bfloat16, float16 };
+enum class Dtype : std::uint8_t {
+  float32, bfloat16, float16,
+  q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k, q4_k, q5_k, q6_k  // packed, of GGUF files; see gguf_blocks.hpp
+};
+inline bool is_packed(Dtype dtype) { return dtype >= Dtype::q4_0; }
 
 // A matrix [rows, columns] or a vector [1, columns] as it lies in a checkpoint; not owned. Empty: data is null.
 struct Source {
@@ -29,6 +33,9 @@ struct Source {
 
 // All values; throws std::invalid_argument naming `name` where one is not a finite number.
 std::vector<float> read(const Source& source, const std::string& name);
+
+// Whether each value is a finite number.
+bool all_finite(Pool& pool, const Source& source);
 
 int padded_inputs(Format format, int inputs);
 

@@ -4,10 +4,12 @@ from medusa_native._engine import (
     CHUNK,
     KEPT,
     MAX_NODES,
+    PACKED_KINDS,
     SPAN,
     Drafting,
     Engine,
     Heads,
+    Packed,
     Rule,
     Text,
     Times,
@@ -18,6 +20,20 @@ from medusa_native._engine import (
 )
 
 __all__ = [
-    "CHUNK", "KEPT", "MAX_NODES", "SPAN", "Drafting", "Engine", "Heads", "Rule", "Text", "Times", "choose",
-    "read_bandwidth", "sample", "usable_isas",
-]  # fmt: skip
+    "CHUNK",
+    "KEPT",
+    "MAX_NODES",
+    "PACKED_KINDS",
+    "SPAN",
+    "Drafting",
+    "Engine",
+    "Heads",
+    "Packed",
+    "Rule",
+    "Text",
+    "Times",
+    "choose",
+    "read_bandwidth",
+    "sample",
+    "usable_isas",
+]

@@ -32,6 +32,7 @@
 
 #include "cpu.hpp"
 #include "engine.hpp"
+#include "gguf_blocks.hpp"
 #include "heads.hpp"
 #include "random_model.hpp"
 
@@ -895,6 +896,42 @@ class Case {
   std::vector<Drafter> drafters_;
 };
 
+// Packed rows of GGUF files, of random bytes: nothing past them is read, each value is a number of bfloat16 or none, and
+// what is packed of them is what is packed of their values.
+void packed_rows(Random& random, Pool& pool) {
+  const std::vector<std::string> names = gguf_names();
+  const Dtype dtype = gguf_dtype(names[random.between(0, int(names.size()) - 1)]);
+  const int rows = random.between(1, 40), columns = gguf_block(dtype) * random.between(1, gguf_block(dtype) > 32 ? 2 : 5);
+  std::vector<std::byte> bytes(gguf_row_bytes(dtype, columns) * rows);
+  const bool wild = random.chance(30);
+  for (std::byte& byte : bytes) byte = std::byte(random.next() & (wild ? 0xff : 0x3b));  // no scale of all ones
+  const Source source{bytes.data(), dtype, rows, columns};
+  std::vector<float> values(std::size_t(rows) * columns);
+  bool finite = true;
+  for (int row = 0; row < rows; row++) source.row(row, values.data() + std::size_t(row) * columns);
+  for (float v : values) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    finite = finite && std::isfinite(v);
+    check(!std::isfinite(v) || (bits & 0xffff) == 0, "an unpacked weight is no number of bfloat16");
+  }
+  check(wild || finite, "an unpacked weight is not finite");
+  check(all_finite(pool, source) == finite, "all_finite is wrong");
+  const Source plain{reinterpret_cast<const std::byte*>(values.data()), Dtype::float32, rows, columns};
+  for (Format format : {Format::float32, Format::bfloat16, Format::int8, Format::int4}) {
+    Arena arena;
+    try {
+      const Linear one = pack(pool, arena, format, rows_of(source), {}, "packed");
+      check(finite, "a weight that is not finite is packed");
+      const Linear other = pack(pool, arena, format, rows_of(plain), {}, "plain");
+      check(format == Format::int4 || std::memcmp(one.weights, other.weights, one.bytes()) == 0,
+            "packed rows and their values are packed differently");
+    } catch (const std::invalid_argument&) {
+      check(!finite, "finite packed rows are refused");
+    }
+  }
+}
+
 void run(int sequences, unsigned long long seed, int first_case, const std::string& isa) {
   const std::vector<std::string> isas = isa.empty() ? usable_isas() : std::vector<std::string>{isa};
   constexpr int threads[][2] = {{1, 1}, {1, 2}, {2, 1}, {1, 3}, {3, 1}, {3, 2}};  // of the engine and of its twin
@@ -907,6 +944,8 @@ void run(int sequences, unsigned long long seed, int first_case, const std::stri
     Random random(seed * 0x10001 + std::uint64_t(number) * 0x9e3779b9);
     const auto& [own, others] = threads[random.between(0, 5)];
     Case one(Random(random.next()), Format(number % kFormats), isas[number / kFormats % isas.size()], own, others);
+    Pool pool(own);
+    for (int i = 0; i < 4; i++) packed_rows(random, pool);
     for (; where.sequence < kCaseSequences && counts.sequences < sequences; where.sequence++, counts.sequences++)
       one.sequence();
   }

@@ -63,6 +63,7 @@ class Case {
     config.heads = heads_ != nullptr;
     config.heads_weight = 4;
     config.heads_fade = 0.95;
+    config.sureness = 0.8f;
     config.chain = !heads_ || random_.chance(60) ? random_.between(1, 8) : 0;
     config.ngram = config.chain > 0;
     config.prior = {{0.2, 0.5}, {0.5, 0.6, 0.7}, {0.7}};
@@ -156,7 +157,7 @@ class Case {
 
   void step(const std::vector<Row*>& running) {
     std::vector<Drafting::Row> asked;
-    for (Row* row : running) asked.push_back({&row->text, row->most - int(row->tokens.size()) - 1});
+    for (Row* row : running) asked.push_back({&row->text, &row->rule, row->most - int(row->tokens.size()) - 1});
     const int nodes = random_.pick({1, 2, 5, 16, 40});
     const bool budgeted = random_.chance(50);
     const Drafting::Proposed found = drafting_->propose(asked, nodes, budgeted ? &times_ : nullptr);

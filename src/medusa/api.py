@@ -393,7 +393,7 @@ def load(settings: EngineSettings) -> LanguageModel:
     from medusa.heads.file import read_config
 
     model, progress = settings.model, settings.progress
-    source = zoo.resolve(model, progress=progress)
+    source = zoo.resolve(model, progress=progress, in_place=loading.native_refusal(settings) is None)
     heads_path = zoo.find_heads(settings.heads, source)
     if settings.drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")

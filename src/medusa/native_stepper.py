@@ -53,6 +53,7 @@ class NativeStepper(ReferenceStepper):
             heads=heads.heads.engine_heads if heads is not None and isinstance(heads.heads, NativeHeads) else None,
             heads_weight=HeadsDrafter.weight,
             heads_fade=HeadsDrafter.fade,
+            sureness=HeadsDrafter.sureness,
             chain=0 if ngram is None else ngram.length,
             prior=[NGRAM_PRIOR[n] for n in sorted(NGRAM_PRIOR)],
             ngram_weight=NgramDrafter.weight,
@@ -65,7 +66,9 @@ class NativeStepper(ReferenceStepper):
     def _enter(self, row: Row) -> None:
         text = self._module.Text()
         text.see(row.features)
-        row.notes[self] = text, self._rule(row)
+        # What the engine knows: a text, its rule, and whether it chooses by that or leaves the choice to the reference.
+        there = not row.sampling.adjusts_output and row.constraint is None
+        row.notes[self] = text, self._rule(row.sampling), there
 
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         nodes, times = 1, None
@@ -73,13 +76,11 @@ class NativeStepper(ReferenceStepper):
             times = self._engine_times(self.nodes.times_for(rows), self.nodes.most)
         else:
             nodes = self.nodes
-        texts = []
-        for row in rows:
-            text, _ = row.notes[self]
+        texts, rules, _ = self._known(rows)
+        for text, row in zip(texts, rows, strict=True):
             text.extend(row.tokens[len(text) :])
-            texts.append(text)
         with explained():
-            drafts, asked = self._drafting.propose(texts, [row.room for row in rows], nodes, times, NAMES)
+            drafts, asked = self._drafting.propose(texts, rules, [row.room for row in rows], nodes, times, NAMES)
         if isinstance(self.nodes, NodeBudget):
             self.nodes.drafted_for([len(row.tokens) - 1 for row in rows], asked)
         return [self._constrained(Draft(*draft), row) for draft, row in zip(drafts, rows, strict=True)]
@@ -92,15 +93,13 @@ class NativeStepper(ReferenceStepper):
         most = self.nodes.most if isinstance(self.nodes, NodeBudget) else self.nodes
         return constrained(draft, walk, most, row.eos_token_ids).pruned(nodes=most, depth=row.room)
 
-    def _accept(
-        self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]
-    ) -> list[Accepted]:
-        texts, rules = zip(*(row.notes[self] for row in rows), strict=True)
+    def _accept(self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
+        texts, rules, chosen_there = self._known(rows)
         with explained():
             found = self._module.choose(
                 self.backend.engine,
-                list(texts),
-                list(rules),
+                texts,
+                [rule if there else None for rule, there in zip(rules, chosen_there, strict=True)],
                 [draft.tokens for draft in drafts],
                 [draft.parents for draft in drafts],
             )
@@ -113,11 +112,11 @@ class NativeStepper(ReferenceStepper):
                 accepted.append(Accepted(*choice))
         return accepted
 
-    def _rule(self, row: Row) -> Any:
-        """By which the engine chooses for a row; None where it does not know all that is asked for."""
-        sampling: Sampling = row.sampling
-        if sampling.adjusts_output or row.constraint is not None:
-            return None
+    def _known(self, rows: Sequence[Row]) -> tuple[list[Any], list[Any], list[bool]]:
+        texts, rules, there = zip(*(row.notes[self] for row in rows), strict=True)
+        return list(texts), list(rules), list(there)
+
+    def _rule(self, sampling: Sampling) -> Any:
         return self._module.Rule(
             typical=sampling.acceptance == "typical",
             temperature=sampling.temperature,

@@ -81,7 +81,7 @@ def distill(
             )
         else:
             reporter.stage(f"Loading {engine.model}")
-            shape = zoo.load_config(zoo.resolve(engine.model)).get_text_config()
+            shape = zoo.load_config(zoo.resolve(engine.model, in_place=True)).get_text_config()
             # What turns of the longest kind take, and as much again for a system prompt and long questions.
             length = 2 * text.turns * (text.max_user_tokens + text.max_answer_tokens)
             slots, length = slots_that_fit(shape, slots, length, engine.device)

@@ -1,5 +1,9 @@
 """Drafting with Medusa heads: a fixed tree of ranks, or a tree grown anew at each step by the heads' probabilities.
 
+Exact sampling draws argmax(log p / T + g), and its noise g is known before p is. A tree that grows guesses by the same
+noise: argmax(log q / T + g) is far likelier to be what will be drawn than argmax q is, and the nearer q is to p, the
+likelier. (Known from drafter-invariant speculative decoding, https://arxiv.org/abs/2408.07978, there for chains.)
+
 Both go level by level: the nodes of one level ask the next head for their children in one product. The heads run at
 the last accepted node only, never on the prompt and never on rejected nodes.
 """
@@ -9,17 +13,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medusa.decoding.draft import MODEL, Draft
+from medusa.decoding.sampling import rough_noise
 from medusa.decoding.stepper import Row
 from medusa.decoding.tree import Tree
 from medusa.errors import UsageError
-from medusa.heads.module import HeadsRunner
+from medusa.heads.module import HeadsRunner, Tilt
 
 
 @dataclass(slots=True)
@@ -31,6 +37,7 @@ class HeadsMemory:
     ratio: float = 1.0  # as it was then
     right: float = 0.0  # decayed count of guesses that came true
     expected: float = 0.0  # and of those that the heads themselves expected to
+    noise: dict[int, Tensor] = field(default_factory=dict)  # of positions to come, for the tokens that heads propose
 
 
 class HeadsDrafter:
@@ -47,6 +54,9 @@ class HeadsDrafter:
     name = "heads"
     weight = 4.0  # the prior, that the heads are right about themselves, counts like this many expected guesses
     fade = 0.95  # of what was observed, with each observation
+    # With noise, guess i is taken to be right with the share of exp(sureness * (log q / T + g)): measured, see
+    # docs/decisions.md. It moves nodes between the branches of a tree; which child is the best does not depend on it.
+    sureness = 0.8
 
     def __init__(self, heads: HeadsRunner, tree: Tree | None = None) -> None:
         if tree is not None and tree.depth > heads.config.num_heads:
@@ -77,7 +87,7 @@ class HeadsDrafter:
         if self.tree is None:
             # Of the tokens after a node the next level guesses half or so; it must be worth its share of the draft.
             floors = [2 * row.price / self.heads.config.num_heads for row in rows]
-            drafts = self._dynamic(features, roots, nodes, ratios, floors)
+            drafts = self._dynamic(rows, features, roots, nodes, floors)
         else:
             drafts = self._static(features, roots, _cut(self.tree, nodes), ratios)
         for memory, draft in zip(memories, drafts, strict=True):
@@ -102,7 +112,7 @@ class HeadsDrafter:
         memory.draft, memory.start = None, len(tokens)
         memory.ratio = (memory.right + self.weight) / (memory.expected + self.weight)
 
-    def _static(self, features: torch.Tensor, roots: torch.Tensor, tree: Tree, ratios: Sequence[float]) -> list[Draft]:
+    def _static(self, features: Tensor, roots: Tensor, tree: Tree, ratios: Sequence[float]) -> list[Draft]:
         levels = tree.levels
         drafted = [roots]  # per level, [B, nodes of the level]
         tokens, parents = roots, torch.zeros_like(roots)
@@ -125,29 +135,48 @@ class HeadsDrafter:
         ]
 
     def _dynamic(
-        self,
-        features: torch.Tensor,
-        roots: torch.Tensor,
-        nodes: int,
-        ratios: Sequence[float],
-        floors: Sequence[float],
+        self, rows: Sequence[Row], features: Tensor, roots: Tensor, nodes: int, floors: Sequence[float]
     ) -> list[Draft]:
         # The trees grow in plain lists: for the few dozen candidates of a level, a tensor operation costs more.
         branch = min(nodes - 1, 10, self.heads.lm_head_rows)
         beam = max(2, min(16, (nodes + 2) // 4))
         state = self.heads.begin(features)
         trees = [
-            _Growing(root, ratio, floor) for (root,), ratio, floor in zip(roots.tolist(), ratios, floors, strict=True)
+            _Growing(row.tokens[-1], row.notes[self].ratio, floor) for row, floor in zip(rows, floors, strict=True)
         ]
         for k in range(1, self.heads.config.num_heads + 1):
             tokens = torch.tensor([[tree.tokens[node] for node in tree.tips] for tree in trees], device=roots.device)
             parents = torch.tensor([tree.places for tree in trees], device=roots.device)
-            log_p, ids, state = self.heads.guess(k, state, parents, tokens, branch)  # [B, M or 1, branch]
+            log_p, ids, state = self.heads.guess(k, state, parents, tokens, branch, self._tilt(rows, k))
             for tree, row_log_p, row_ids in zip(trees, log_p.tolist(), ids.tolist(), strict=True):
                 tree.grow(row_log_p, row_ids, beam)
             if all(tree.settled(nodes) for tree in trees):
                 break
         return [tree.draft(self.name, nodes) for tree in trees]
+
+    def _tilt(self, rows: Sequence[Row], level: int) -> Tilt | None:
+        """The noise of the position that a level is for, where texts are sampled by it."""
+        drawn = [not row.sampling.greedy and not row.sampling.lossy for row in rows]
+        if not any(drawn):
+            return None
+        factors = torch.ones(len(rows))
+        noise = torch.zeros(len(rows), self.heads.lm_head_rows)
+        for b, row in enumerate(rows):
+            if drawn[b]:
+                factors[b] = float(np.float32(self.sureness) / np.float32(row.sampling.temperature))
+                noise[b] = self._noise(row, len(row.tokens) + level - 1)
+        return Tilt(factors.to(self.heads.device), noise.to(self.heads.device))
+
+    def _noise(self, row: Row, position: int) -> Tensor:
+        known: dict[int, Tensor] = row.notes[self].noise
+        if position not in known:
+            for passed in [p for p in known if p < len(row.tokens)]:
+                del known[passed]
+            assert row.sampling.seed is not None
+            ids = None if self.heads.draft_ids is None else self.heads.draft_ids.cpu().numpy()
+            drawn = rough_noise(row.sampling.seed, position, self.heads.config.vocab_size, ids)
+            known[position] = torch.from_numpy(np.float32(self.sureness) * drawn)
+        return known[position]
 
 
 class _Growing:

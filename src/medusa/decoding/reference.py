@@ -108,9 +108,7 @@ class ReferenceStepper:
         drafts = drafter.propose(rows, self.nodes)
         return [draft.pruned(nodes=self.nodes, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 
-    def _accept(
-        self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]
-    ) -> list[Accepted]:
+    def _accept(self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:
         """What is kept of each draft, by logits [B, N, V]; the features [B, N, F*H] of the last node that is kept are
         those by which the row is drafted for next."""
         accepted = []

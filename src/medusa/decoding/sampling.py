@@ -62,6 +62,27 @@ def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
     return _gumbel(_random_words(seed, position, size))
 
 
+def rough_noise(seed: int, position: int, size: int, ids: np.ndarray | None = None) -> np.ndarray:
+    """The same to a few thousandths, or that of `ids` [C] among it: for guesses, which are made for whole
+    vocabularies. float32 and nothing but its basic operations, so that the native engine has the same bits."""
+    words = _random_words(seed, position, size)
+    words = words if ids is None else words[ids]
+    away = ((~words >> np.uint64(40)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)  # 1 - u
+    surprise = np.where(away < 2.0**-6, away + away * away * np.float32(0.5), -_rough_log(np.float32(1) - away))
+    return -_rough_log(surprise)
+
+
+def _rough_log(x: np.ndarray) -> np.ndarray:
+    """From the exponent, and log(m) = 2 artanh((m - 1) / (m + 1)) of the fraction."""
+    bits = x.view(np.int32)
+    fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(np.float32)
+    t = (fraction - np.float32(1)) / (fraction + np.float32(1))
+    s = t * t
+    series = np.float32(1) + s * (np.float32(1 / 3) + s * (np.float32(0.2) + s * np.float32(1 / 7)))
+    log: np.ndarray = ((bits >> 23) - 127).astype(np.float32) * np.float32(math.log(2)) + (t + t) * series
+    return log
+
+
 def sample(logits: Tensor, sampling: Sampling, position: int) -> int:
     """One token from a row of logits [V]: argmax(log p + Gumbel noise), which is distributed as p (the Gumbel-max
     trick). `sampling.seed` must be set.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 ISA_VARIABLE = "MEDUSA_NATIVE_ISA"
 ADAPTER = "adapter_config.json"
+_UNPACKED_ROWS = 4096  # at a time
 # Bytes for each weight, roughly: to tell before loading whether there is room.
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.05, "int4": 0.7}
 
@@ -48,8 +50,8 @@ class NativeBackend:
 
     Args:
         config: of the model.
-        tensors: name -> weight, float32, bfloat16 or float16, as in the checkpoint. Each is read once, but for the
-            embeddings, which stay where they are.
+        tensors: name -> weight, float32, bfloat16 or float16, as in the checkpoint, or `medusa_native.Packed`. Each is
+            read once, but for the embeddings and the LM head, which stay where they are.
         dtype: float32, bfloat16, int8 (groups of 64 weights) or int4 (groups of 32); see docs/native.md.
         max_length: positions per slot; None takes the model's context (at most 32,768).
         feature_layers: hidden states that the heads read beside the final one (see HeadsConfig).
@@ -68,7 +70,7 @@ class NativeBackend:
     def __init__(
         self,
         config: NativeConfig,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Any],
         *,
         dtype: str = "bfloat16",
         num_slots: int = 1,
@@ -124,6 +126,7 @@ class NativeBackend:
             self._embedding, self._lm_head = names.embedding, names.lm_head
             self.engine.load_ends(self._embedding, names.final_norm, self._lm_head)
             on_progress(self.num_layers + 1, self.num_layers + 1)
+        self._plain: BaseWeights | None = None  # until somebody asks
         self.parameters = names.parameters
 
     # --- the protocol -------------------------------------------------------------------------------------------
@@ -176,7 +179,18 @@ class NativeBackend:
             return int(self.engine.length(slot))
 
     def base_weights(self) -> BaseWeights:
-        return BaseWeights(self._embedding, self._lm_head)
+        if self._plain is None:
+            embedding = _unpacked(self._embedding)
+            self._plain = BaseWeights(
+                embedding, embedding if self._lm_head is self._embedding else _unpacked(self._lm_head)
+            )
+        return self._plain
+
+    def hollow_weights(self) -> BaseWeights:
+        """The shapes of `base_weights`, all zeros, which take no memory: for heads that the engine packs, with rows of
+        its own weights."""
+        zeros = torch.zeros((), dtype=torch.bfloat16).expand(self.vocab_size, self.hidden_size)
+        return BaseWeights(zeros, zeros)
 
 
 @contextmanager
@@ -196,7 +210,7 @@ def explained() -> Iterator[None]:
 class _Names:
     """The tensors of a checkpoint under the names that the engine gives them."""
 
-    def __init__(self, config: NativeConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: NativeConfig, tensors: Mapping[str, Any]) -> None:
         self._tensors = tensors
         self._config = config
         self._sizes: dict[str, int] = {}
@@ -207,8 +221,7 @@ class _Names:
             raise UnsupportedError("tie_word_embeddings is set, but the LM head differs from the embeddings")
         self.final_norm = self._get("model.norm.weight")
         self._parts = _parts(config)
-        known = {f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in self._parts.values()}
-        known |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        known = {*tensor_names(config), "lm_head.weight"}
         # Old checkpoints hold the frequencies of the rotary embedding.
         unknown = [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]
         if unknown:
@@ -225,16 +238,23 @@ class _Names:
         """How many weights have been asked for, each counted once."""
         return sum(self._sizes.values())
 
-    def layer(self, index: int) -> dict[str, Tensor]:
+    def layer(self, index: int) -> dict[str, Any]:
         return {name: self._get(f"model.layers.{index}.{part}") for name, part in self._parts.items()}
 
-    def _get(self, name: str) -> Tensor:
+    def _get(self, name: str) -> Any:
         try:
             tensor = self._tensors[name]
         except KeyError:
             raise UnsupportedError(f"the weights are incomplete: {name} is missing") from None
-        self._sizes[name] = tensor.numel()
+        self._sizes[name] = math.prod(tensor.shape)
         return tensor
+
+
+def tensor_names(config: NativeConfig) -> list[str]:
+    """The tensors of a checkpoint that the engine reads."""
+    layers = [f"model.layers.{i}.{part}" for i in range(len(config.layers)) for part in _parts(config).values()]
+    ends = ["model.embed_tokens.weight", "model.norm.weight", *([] if config.tied else ["lm_head.weight"])]
+    return [*layers, *ends]
 
 
 def _parts(c: NativeConfig) -> dict[str, str]:
@@ -246,6 +266,18 @@ def _parts(c: NativeConfig) -> dict[str, str]:
     parts |= {f"{name}_bias": f"{modules[name]}.bias" for name in biased}
     parts |= {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in ("qk" if c.qk_norm else "")}
     return parts | {"input_norm": "input_layernorm.weight", "post_norm": "post_attention_layernorm.weight"}
+
+
+def _unpacked(matrix: Any) -> Tensor:
+    """A matrix as a tensor, unpacked where it lies packed in a file."""
+    if isinstance(matrix, Tensor):
+        return matrix
+    rows, columns = matrix.shape
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    for first in range(0, rows, _UNPACKED_ROWS):
+        count = min(_UNPACKED_ROWS, rows - first)
+        out[first : first + count] = torch.from_numpy(matrix.unpack(first, count))
+    return out
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

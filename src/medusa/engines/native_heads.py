@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medusa.engines.native import NativeBackend, native_module
 from medusa.heads.config import HeadsConfig
-from medusa.heads.module import Block, Heads, HeadsState
+from medusa.heads.module import Block, Heads, HeadsState, Tilt
 
 
 class NativeHeads:
@@ -41,6 +41,7 @@ class NativeHeads:
         blocks: Any = [[heads.block]] if config.kind == "recurrent" else heads.blocks
         for k, layers in enumerate(blocks, start=1):
             self.engine_heads.load_level(k, [_weights(block) for block in layers])
+        self.draft_ids = heads.draft_ids
         ids = [] if heads.draft_ids is None else heads.draft_ids.tolist()
         if config.tie_lm_head:
             self.engine_heads.load_tied(ids)
@@ -55,7 +56,7 @@ class NativeHeads:
         return HeadsState(base, base if self.config.kind == "recurrent" else base[..., :0])
 
     def guess(
-        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int, tilt: Tilt | None = None
     ) -> tuple[Tensor, Tensor, HeadsState]:
         log_p, ids, nodes = self.engine_heads.level(
             k,
@@ -64,6 +65,8 @@ class NativeHeads:
             np.ascontiguousarray(parents.numpy(), dtype=np.int32),
             np.ascontiguousarray(tokens.numpy(), dtype=np.int32),
             count,
+            None if tilt is None else tilt.factors.numpy(),
+            None if tilt is None else tilt.noise.numpy(),
         )
         return torch.from_numpy(log_p), torch.from_numpy(ids).long(), HeadsState(state.base, torch.from_numpy(nodes))
 

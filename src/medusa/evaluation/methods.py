@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from medusa.decoding.sampling import Sampling
     from medusa.decoding.stepper import Step, Stepper
     from medusa.evaluation.questions import Question
-    from medusa.heads.module import HeadsRunner, HeadsState
+    from medusa.heads.module import HeadsRunner, HeadsState, Tilt
     from medusa.steppers import Nodes
 
 PLAIN = "plain"
@@ -167,9 +167,9 @@ class MisledHeads:
         return getattr(self.heads, name)
 
     def guess(
-        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int, tilt: Tilt | None = None
     ) -> tuple[Tensor, Tensor, HeadsState]:
-        log_p, ids, state = self.heads.guess(k, state, parents, tokens, count)
+        log_p, ids, state = self.heads.guess(k, state, parents, tokens, count, tilt)
         # Off by more than a few: neighbours of a token in the vocabulary are often tokens of the same kind.
         return log_p, (ids + 1009) % self.heads.config.vocab_size, state
 

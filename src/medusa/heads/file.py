@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa.errors import MedusaError, UsageError
 from medusa.files import replacing, swapped_in
+from medusa.heads import int8
 from medusa.heads.config import HeadsConfig, check_shape, check_vocabulary
 from medusa.heads.module import BaseWeights, Heads
 
@@ -37,13 +38,19 @@ def save_heads(heads: Heads, directory: str | Path, dtype: torch.dtype = torch.b
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else torch.int32).contiguous()
             for name, tensor in heads.state_dict().items()
         }
+        if heads.config.weights == "int8":
+            whole = {name: tensor.detach().cpu() for name, tensor in heads.state_dict().items()}
+            tensors |= int8.packed({name: whole[name] for name, tensor in tensors.items() if tensor.ndim == 2})
         save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
         write_config(heads.config, new)
 
 
 def write_config(config: HeadsConfig, directory: Path) -> None:
     """Writes `config.json`, whole or not at all."""
-    text = json.dumps({"format": FORMAT, **asdict(config)}, indent=1)
+    data = {"format": FORMAT, **asdict(config)}
+    if data["weights"] == "bfloat16":  # the only ones that earlier versions know
+        del data["weights"]
+    text = json.dumps(data, indent=1)
     # A list of numbers, and a path of the tree with its probability, on one line each. (No string holds a line's end.)
     text = re.sub(r"\[\n[\d.e,\s-]+\]", lambda numbers: "".join(numbers.group().split()).replace(",", ", "), text)
     text = re.sub(r"\[\n\s+(\[[\d, ]+\]),\n\s+([\d.e-]+)\n\s+\]", r"[\1, \2]", text)
@@ -100,6 +107,10 @@ def load_heads(
             raise MedusaError(f"{path} lacks the draft vocabulary of {config.draft_vocab} tokens that its config names")
         if draft_ids.min() < 0 or draft_ids.max() >= config.vocab_size:
             raise MedusaError(f"{path} has draft tokens outside the vocabulary of {config.vocab_size}")
+    if config.weights == "int8":
+        if (name := int8.other_matrix(tensors)) is not None:
+            raise MedusaError(f"{path} does not match its config: {name} is not in 8 bits with a scale")
+        tensors = int8.unpacked(tensors)
     heads = Heads(config, base, draft_ids)
     expected = {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
     stored = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

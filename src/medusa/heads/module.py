@@ -17,7 +17,7 @@ a tree; see `decoding/`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,13 @@ class HeadsState:
     nodes: Tensor
 
 
+class Tilt(NamedTuple):
+    """What turns the logits of text b into others: `factors[b]` * logits + `noise[b]`. float32, [B] and [B, V']."""
+
+    factors: Tensor
+    noise: Tensor
+
+
 class HeadsRunner(Protocol):
     """What drafting asks of heads, wherever they run."""
 
@@ -85,6 +92,11 @@ class HeadsRunner(Protocol):
         """V': how many tokens a head can propose."""
         ...
 
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The tokens [V'] that a head can propose; None: all, in order."""
+        ...
+
     def num_parameters(self) -> int: ...
 
     def begin(self, features: Tensor) -> HeadsState:
@@ -92,9 +104,10 @@ class HeadsRunner(Protocol):
         ...
 
     def guess(
-        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int, tilt: Tilt | None = None
     ) -> tuple[Tensor, Tensor, HeadsState]:
-        """The `count` likeliest tokens after each node; arguments as in `Heads.level`.
+        """The `count` likeliest tokens after each node, by logits that are tilted where that is asked for; other
+        arguments as in `Heads.level`.
 
         Returns:
             log-probabilities and token ids [B, M, count], best first, M = 1 where they are the same for every node.
@@ -178,11 +191,14 @@ class Heads(nn.Module):
         return self._logits(k, hidden), HeadsState(state.base, nodes)
 
     def guess(
-        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int
+        self, k: int, state: HeadsState, parents: Tensor, tokens: Tensor, count: int, tilt: Tilt | None = None
     ) -> tuple[Tensor, Tensor, HeadsState]:
         """See `HeadsRunner`."""
         logits, state = self.level(k, state, parents, tokens)
-        log_p, ids = torch.log_softmax(logits.float(), dim=-1).topk(count, dim=-1)
+        logits = logits.float()
+        if tilt is not None:
+            logits = logits * tilt.factors[:, None, None] + tilt.noise[:, None]
+        log_p, ids = torch.log_softmax(logits, dim=-1).topk(count, dim=-1)
         return log_p, self.to_token_ids(ids), state
 
     @property

@@ -1,13 +1,16 @@
-"""A GGUF file -> a directory of bf16 safetensors with its tokenizer, or the reason why it is refused.
+"""A GGUF file -> its tokenizer and configuration (`describe`), and a directory of bf16 safetensors beside them
+(`convert`), or the reason why it is refused.
 
-transformers unpacks the file, and leaves out what it does not know. So the file is read first: each tensor, and each
-key of its metadata that changes the computation, is taken over, or the file is refused and the message names it.
+To convert it, transformers unpacks the file, and leaves out what it does not know. So the file is read first: each
+tensor, and each key of its metadata that changes the computation, is taken over, or the file is refused and the message
+names it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -53,12 +56,12 @@ _DIGITS_SPLIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exa
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says of itself. `metadata` holds numbers, texts and lists of these; `frequencies` the divisors of
-    the rotary embedding's frequencies [head size / 2], where it has such a tensor."""
+    """What a file says of itself. `metadata` holds numbers, texts and lists of these; `tensors` name -> shape;
+    `frequencies` the divisors of the rotary embedding's frequencies [head size / 2], where it has such a tensor."""
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: tuple[str, ...]
+    tensors: Mapping[str, tuple[int, ...]]
     frequencies: np.ndarray | None
 
     @property
@@ -76,16 +79,13 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks all but the weights. Raises MedusaError: the file is damaged, one of several, no language model,
     or holds what would be left out."""
-    from gguf import GGUFReader
+    from medusa.models.gguf_reader import open_reader
 
-    try:
-        reader = GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        frequencies = np.array(tensors[ROPE_FREQUENCIES].data) if ROPE_FREQUENCIES in tensors else None
-    except Exception as error:  # the reader trusts the file, and fails in as many ways as a file can be damaged
-        raise MedusaError(f"{path} is damaged or cut short ({error}): get the file again") from error
-    header = Header(path, metadata, tuple(tensors), frequencies)
+    reader = open_reader(path)
+    metadata, tensors = reader.metadata, {tensor.name: tensor for tensor in reader.tensors}
+    frequencies = np.array(tensors[ROPE_FREQUENCIES].data) if ROPE_FREQUENCIES in tensors else None
+    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    header = Header(path, metadata, shapes, frequencies)
     if not isinstance(metadata.get("general.architecture"), str):
         raise MedusaError(f"{path} is damaged or cut short (it does not say its architecture): get the file again")
     kind = metadata.get("general.type", "model")
@@ -162,6 +162,91 @@ def _check_tokenizer(header: Header) -> None:
         raise header.refuse(f"it {what} (tokenizer.ggml.pre), which nothing here knows")
 
 
+class NotInPlaceError(MedusaError):
+    """The file can only be converted; the message is the reason."""
+
+
+def describe(path: Path, target: Path, name: str, on_step: Callable[[str], None]) -> None:
+    """Writes into `target` what `convert` does, but for the weights: tokenizer, configuration, ends of texts.
+
+    Raises:
+        NotInPlaceError: the native engine does not run this kind of model, or not out of such a file.
+        MedusaError: the file is refused (see `read_header`), or a tensor is missing or would be left out.
+    """
+    import torch
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    from medusa.engines.native_config import UnsupportedError, native_config
+    from medusa.models.gguf_weights import PAIRED, incomplete, shapes_in_file
+
+    on_step("reading the tokenizer")
+    header = read_header(path)
+    if header.architecture not in PAIRED:
+        raise NotInPlaceError(f"files of {header.architecture} are not read in place")
+    config: Any = _config(header)
+    _complete(config, header)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = torch.bfloat16
+    config.name_or_path = name
+    try:
+        native = native_config(config)
+    except UnsupportedError as error:
+        raise NotInPlaceError(str(error)) from None
+    shapes = shapes_in_file(header.architecture, native)
+    if missing := sorted(shapes.keys() - header.tensors.keys()):
+        raise incomplete(path, missing)
+    if others := sorted(header.tensors.keys() - shapes.keys() - {ROPE_FREQUENCIES}):
+        raise header.refuse(f"it holds the tensor {others[0]}, which would be left out")
+    for tensor, shape in shapes.items():
+        if (held := header.tensors[tensor]) != shape:
+            raise header.refuse(f"{tensor} is {list(held)}, but by its metadata {list(shape)}")
+    loader: Any = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    tokenizer = loader.from_pretrained(path.parent, gguf_file=path.name)
+    _split_digits(header, tokenizer)
+    generation: Any = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = _ends(header)
+    on_step("writing")
+    target.mkdir(parents=True, exist_ok=True)
+    for part in (config, generation, tokenizer):
+        part.save_pretrained(target)
+    _generalise_tokenizer(target)
+
+
+def _generalise_tokenizer(directory: Path) -> None:
+    """Saves a tokenizer anew as one of the general class, which loads without a search for its class. Some classes add
+    parts of their own when they are loaded, and these are in it then."""
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(directory).save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "TokenizersBackend"}
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _config(header: Header) -> PreTrainedConfig:
+    """As transformers reads it, which takes many seconds where the vocabulary is large."""
+    from transformers import AutoConfig
+    from transformers.modeling_gguf_pytorch_utils import GGUF_TO_TRANSFORMERS_MAPPING
+
+    mapping: Any = GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in header.tensors}
+    for name, value in header.metadata.items():
+        space, _, key = name.partition(".")
+        if (field := mapping.get(space, {}).get(key, -1)) not in (None, -1):
+            values[field] = value
+    values.setdefault("vocab_size", len(header.metadata["tokenizer.ggml.tokens"]))
+    config: PreTrainedConfig = AutoConfig.for_model(**values)
+    return config
+
+
+def _ends(header: Header) -> list[int] | None:
+    """The tokens that end a text."""
+    ends = [header.metadata.get(f"tokenizer.ggml.{key}") for key in _END_TOKENS]
+    return list(dict.fromkeys(end for end in ends if end is not None)) or None
+
+
 def convert(path: Path, target: Path, name: str, on_step: Callable[[str], None]) -> None:
     """De-quantises `path` into `target`: tokenizer, configuration and bf16 safetensors.
 
@@ -202,8 +287,7 @@ def convert(path: Path, target: Path, name: str, on_step: Callable[[str], None])
             del model.config.quantization_config
         model.hf_quantizer = None
         model.config.name_or_path = name
-        ends = [header.metadata.get(f"tokenizer.ggml.{key}") for key in _END_TOKENS]
-        model.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+        model.generation_config.eos_token_id = _ends(header)
         on_step("writing")
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
@@ -288,10 +372,11 @@ def _check_tensors(header: Header, model: Any, report: Mapping[str, Any]) -> Non
     """Raises MedusaError for a tensor that is not there, and for one that transformers has left out."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+    from medusa.models.gguf_weights import incomplete
+
     missing = sorted({*report["missing_keys"], *(str(key) for key in report.get("mismatched_keys", ()))})
     if missing:
-        others = f" and {len(missing) - 1} more are missing" if len(missing) > 1 else " is missing"
-        raise MedusaError(f"{header.path} is incomplete: {missing[0]}{others}; get the file again")
+        raise incomplete(header.path, missing)
     processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
     taken = get_gguf_hf_weights_map(model, processor(config=model.config.to_dict()))
     for name in header.tensors:

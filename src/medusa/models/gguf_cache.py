@@ -1,7 +1,8 @@
-"""GGUF files, unpacked once into a cache.
+"""GGUF files in a cache: what is read of them once, and those that have to be unpacked.
 
 The cache, where processes may come, go and be killed at any time:
 
+    described/<stem>-<digest>/  tokenizer and configuration of a file whose weights are read in place
     models/<stem>-<digest>/     a finished conversion; medusa.json, written last, lists its file sizes
     models/.<stem>-<digest>-*/  the one under way, which becomes the above in one stroke; one that was killed is swept
     models.lock                 held by the process that converts; the others wait, and find its result
@@ -27,7 +28,9 @@ from medusa.errors import MedusaError, first_sentence
 from medusa.files import cache_dir, replacing, swapped_in
 from medusa.models.quiet import quiet
 
-CACHE_FORMAT = 2  # raise it when what a conversion writes changes: older ones are then made anew
+# Raise one when what is written changes: older ones are then made anew.
+CACHE_FORMAT = 2
+DESCRIPTION_FORMAT = 1
 MANIFEST = "medusa.json"
 REMINDER_SECONDS = 20.0
 WAITING = "waiting for another conversion"  # until the first step
@@ -49,35 +52,65 @@ def converted(gguf: Path, names: Mapping[str, str], progress: bool) -> Path:
 
     `names` are those of known files, by their sha256; another is called as its file is.
     """
+    return _made("models", gguf, names, CACHE_FORMAT, _reporting(gguf, progress))
+
+
+def described(gguf: Path, names: Mapping[str, str], progress: bool) -> Path | None:
+    """The directory of the tokenizer and configuration of `gguf`, for the native engine, which reads the weights in the
+    file; made if it is not there yet. None: such a file has to be converted."""
+    reading = _pulsing(gguf, "Reading") if progress and sys.stderr.isatty() else contextlib.nullcontext(_silently)
+    try:
+        return _made("described", gguf, names, DESCRIPTION_FORMAT, reading)
+    except MedusaError as error:
+        from medusa.models.gguf import NotInPlaceError
+
+        if isinstance(error, NotInPlaceError):
+            return None
+        raise
+
+
+def _silently(step: str) -> None:
+    """Says nothing: it takes but seconds."""
+
+
+def _made(
+    folder: str,
+    gguf: Path,
+    names: Mapping[str, str],
+    version: int,
+    reporting: contextlib.AbstractContextManager[Callable[[str], None]],
+) -> Path:
+    """What is kept of `gguf` in `folder` of the cache; made if it is not there yet."""
     sha256 = digest(gguf)
     stem = re.sub(r"[^\w.-]", "_", gguf.stem)[:80]
-    final = cache_dir() / "models" / f"{stem}-{sha256[:12]}"
-    if _is_complete(final):
+    final = cache_dir() / folder / f"{stem}-{sha256[:12]}"
+    if _is_complete(final, version):
         return final
     if importlib.util.find_spec("gguf") is None:
         raise MedusaError("reading GGUF files needs the gguf package; run: pip install 'medusa-decode[demo]'")
 
     from filelock import FileLock
 
-    from medusa.models.gguf import convert
+    from medusa.models.gguf import convert, describe
 
+    make = convert if folder == "models" else describe
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with _reporting(gguf, progress) as on_step, FileLock(cache_dir() / "models.lock"):
-            if _is_complete(final):
+        with reporting as on_step, FileLock(cache_dir() / f"{folder}.lock"):
+            if _is_complete(final, version):
                 return final
             for leftover in final.parent.glob(".*"):  # of a process that was killed: this one has the lock
                 shutil.rmtree(leftover, ignore_errors=True)
             with swapped_in(final) as work:
                 with quiet():
-                    convert(gguf, work, names.get(sha256, gguf.stem), on_step)
-                _write_manifest(work)
+                    make(gguf, work, names.get(sha256, gguf.stem), on_step)
+                _write_manifest(work, version)
     except MedusaError:
         raise
     except ImportError as error:
-        version = importlib.metadata.version("transformers")
+        installed = importlib.metadata.version("transformers")
         raise MedusaError(
-            f"transformers {version} is too old to read GGUF files ({error.name} lacks what is needed): "
+            f"transformers {installed} is too old to read GGUF files ({error.name} lacks what is needed): "
             "pip install 'transformers>=5.20'"
         ) from error
     except OSError as error:
@@ -106,10 +139,17 @@ def _reporting(gguf: Path, progress: bool) -> Iterator[Callable[[str], None]]:
             yield on_step
         return
 
+    with _pulsing(gguf, "Converting") as on_step:
+        yield on_step
+
+
+@contextlib.contextmanager
+def _pulsing(gguf: Path, verb: str) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal. Yields on_step(step)."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("Converting {task.fields[file]}, once:"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn(verb + " {task.fields[file]}, once:"), BarColumn(), TimeElapsedColumn())
     # file=: the console must keep to the real stderr while the conversion redirects it.
     console = Console(file=sys.stderr)
     step_column = TextColumn("{task.description}")
@@ -160,17 +200,17 @@ def digest(gguf: Path) -> str:
     return hasher.hexdigest()
 
 
-def _write_manifest(directory: Path) -> None:
+def _write_manifest(directory: Path, version: int) -> None:
     sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-    manifest = json.dumps({"format": CACHE_FORMAT, "sizes": sizes}, indent=2)
+    manifest = json.dumps({"format": version, "sizes": sizes}, indent=2)
     (directory / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
 
 
-def _is_complete(directory: Path) -> bool:
+def _is_complete(directory: Path, version: int = CACHE_FORMAT) -> bool:
     """Whether each file that the manifest lists is there in full."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["format"] == CACHE_FORMAT and all(
+        return manifest["format"] == version and all(
             (directory / name).stat().st_size == size for name, size in manifest["sizes"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

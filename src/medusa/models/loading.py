@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from medusa.models import zoo
 from medusa.settings import EngineSettings
 
 if TYPE_CHECKING:
+    from medusa.engines.native_config import NativeConfig
     from medusa.engines.protocol import Backend
     from medusa.heads.config import HeadsConfig
     from medusa.heads.module import HeadsRunner
@@ -45,7 +46,7 @@ def load_backend(
         UsageError: a bad argument, or one that the backend does not take.
         MedusaError: the model cannot be found, read or run.
     """
-    refusal = None if settings.backend == "transformers" else _native_refusal(settings)
+    refusal = native_refusal(settings)
     if settings.backend != "transformers" and refusal is None:
         try:
             return _load_native(source, settings, meanwhile)
@@ -56,11 +57,11 @@ def load_backend(
                 print(note, file=sys.stderr, flush=True)
     if settings.backend == "native":
         raise MedusaError(f"the native backend cannot run {source.name}: {refusal}")
-    reason = "asked for" if refusal is None else f"not native: {refusal}"
+    reason = "asked for" if settings.backend == "transformers" else f"not native: {refusal}"
     if settings.dtype == "int4" and not settings.device.startswith("cuda"):
         raise UsageError(f"int4 needs the native backend ({reason}) or a CUDA device: take --dtype int8")
     meanwhile()
-    return _load_transformers(source, settings, reason)
+    return _load_transformers(zoo.unpacked(source, progress=settings.progress), settings, reason)
 
 
 def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
@@ -83,20 +84,26 @@ def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> Hea
     from medusa.engines.native import NativeBackend
     from medusa.heads import file
 
-    base, num_layers = loaded.backend.base_weights(), loaded.backend.num_layers
+    num_layers = loaded.backend.num_layers
     if isinstance(loaded.backend, NativeBackend):
         from medusa.engines.native_heads import NativeHeads
 
-        heads = file.load_heads(path, base, num_layers=num_layers, dtype=torch.bfloat16)
+        base = loaded.backend.hollow_weights()
+        # In float32 each weight of 8 bits is what it is in the file, and is packed into the same 8 bits again.
+        exact = torch.float32 if file.read_config(path).weights == "int8" else torch.bfloat16
+        heads = file.load_heads(path, base, num_layers=num_layers, dtype=exact)
         return NativeHeads(loaded.backend, heads)
+    base = loaded.backend.base_weights()
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     # Heads only guess, so they may compute in bfloat16 beside a float32 model wherever that is the faster one.
     fast = settings.device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return file.load_heads(path, base, num_layers=num_layers, dtype=torch.bfloat16 if fast else dtype)
 
 
-def _native_refusal(settings: EngineSettings) -> str | None:
-    """Why the native engine cannot be taken, whatever the model."""
+def native_refusal(settings: EngineSettings) -> str | None:
+    """Why the native engine is not taken, whatever the model."""
+    if settings.backend == "transformers":
+        return "asked for"
     from medusa.engines.native import native_module
 
     if settings.device != "cpu":
@@ -109,16 +116,20 @@ def _native_refusal(settings: EngineSettings) -> str | None:
 
 
 def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: Callable[[], object]) -> LoadedModel:
-    from medusa.engines.native import Checkpoint, NativeBackend
+    from medusa.engines.native import NativeBackend
 
     config = _config(source)
     native = native_config(config)
     directory = zoo.local_directory(source)
-    with _bar(f"Packing {source.name}", settings.progress) as on_progress, ThreadPoolExecutor(1) as background:
+    with (
+        _weights(source, native, directory) as weights,
+        _bar(f"Packing {source.name}", settings.progress) as on_progress,
+        ThreadPoolExecutor(1) as background,
+    ):
         packing = background.submit(
             NativeBackend,
             native,
-            Checkpoint(directory),
+            weights,
             dtype=settings.dtype,
             num_slots=settings.num_slots,
             max_length=settings.max_length,
@@ -130,7 +141,7 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
         backend = packing.result()
     facts: dict[str, object] = {
         "architecture": (config.architectures or [config.model_type])[0],
-        "location": source.location,
+        "location": str(source.gguf or source.location),
         "parameters": backend.parameters,
         "dtype": settings.dtype,
         "device": "cpu",
@@ -140,6 +151,21 @@ def _load_native(source: zoo.ModelSource, settings: EngineSettings, meanwhile: C
         "threads": backend.engine.threads,
     }
     return LoadedModel(backend, _eos(directory, config.eos_token_id), facts)
+
+
+@contextlib.contextmanager
+def _weights(source: zoo.ModelSource, config: NativeConfig, directory: Path) -> Iterator[Mapping[str, Any]]:
+    """The tensors of a model, while they are packed."""
+    if source.gguf is None:
+        from medusa.engines.native import Checkpoint
+
+        yield Checkpoint(directory)
+        return
+    from medusa.models.gguf_weights import GgufWeights
+
+    weights = GgufWeights(source.gguf, config)
+    with weights.passing():
+        yield weights
 
 
 def _config(source: zoo.ModelSource) -> Any:

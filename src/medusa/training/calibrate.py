@@ -102,7 +102,7 @@ def calibrate_heads(
     Raises:
         UsageError: there are no such heads. MedusaError: nothing to measure on, or the heads cannot be written.
     """
-    source = zoo.resolve(engine.model)
+    source = zoo.resolve(engine.model, in_place=True)
     directory = zoo.find_heads(engine.heads, source)
     if directory is None:
         raise UsageError(f"there are no heads for {engine.model}: give --heads PATH")

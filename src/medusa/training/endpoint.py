@@ -53,7 +53,7 @@ def distill_remotely(
         MedusaError: the endpoint cannot be reached, or refuses; or nearly all conversations are dropped. What was
             written stays, and the next run continues it.
     """
-    tokenizer = zoo.load_tokenizer(zoo.resolve(model))
+    tokenizer = zoo.load_tokenizer(zoo.resolve(model, in_place=True))
     turns = Turns.of(tokenizer)
     speaker = Speaker(tokenizer, frozenset(), settings, slot_length=0)
 

@@ -260,7 +260,7 @@ def check_held_out(examples: Sequence[Example], num_heads: int, max_length: int)
 def load_model(config: TrainConfig) -> LanguageModel:
     """The frozen model, with a slot for each conversation that is written side by side."""
     engine = config.engine
-    shape = zoo.load_config(zoo.resolve(config.model)).get_text_config()
+    shape = zoo.load_config(zoo.resolve(config.model, in_place=True)).get_text_config()
     slots = engine.slots if not config.text.data else 1
     slots, length = slots_that_fit(shape, slots, config.text.max_length, engine.device)
     return medusa.load(
@@ -284,7 +284,7 @@ def feature_layers(options: HeadsSettings, num_layers: int) -> tuple[int, ...]:
 
 def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
     """Of the heads that the settings ask for. Raises UsageError where there are no such heads."""
-    options, source = config.heads, zoo.resolve(config.model)
+    options, source = config.heads, zoo.resolve(config.model, in_place=True)
     vocab, size = lm.backend.base_weights().embedding.shape
     draft_vocab = min(DEFAULT_DRAFT_VOCAB, vocab) if options.draft_vocab is None else options.draft_vocab
     return HeadsConfig(
@@ -317,7 +317,8 @@ class Run:
         config, lm = self.config, self.lm
         facts = {
             "model": config.model,
-            "weights": zoo.weights_version(zoo.resolve(config.model)),  # others by now, maybe, under the same name
+            # others by now, maybe, under the same name
+            "weights": zoo.weights_version(zoo.resolve(config.model, in_place=True)),
             "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
             **lm.runs_on(),
         }

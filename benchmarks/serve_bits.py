@@ -118,7 +118,7 @@ def differing(name: str, bodies: list[dict[str, Any]], expected: list[Any], foun
 
 def hits(server: Running) -> float:
     lines = server.get("/metrics").splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith("medusa_prefix_cache_hits"))
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("medusa_prefix_cache_hits_total"))
 
 
 def main() -> None:

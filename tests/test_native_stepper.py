@@ -250,6 +250,15 @@ def test_texts_are_those_of_the_reference(acceptance: str) -> None:
         assert told[0] == told[1]
 
 
+def test_a_top_k_of_any_size_is_all_of_the_vocabulary() -> None:
+    told = []
+    for top_k in (VOCAB, 10**400):
+        stepper = NativeStepper(engine(), NgramDrafter(), 4)
+        request = Request([3, 4, 5], Sampling(temperature=1.0, seed=1, top_k=top_k), 12, frozenset({5}))
+        told.append([step.tokens for _, step in Scheduler(stepper).run([request])])
+    assert told[0] == told[1]
+
+
 class Nothing:
     """A constraint that allows two tokens."""
 

@@ -241,6 +241,20 @@ def test_a_job_that_is_cancelled_is_in_no_further_pass(make_bench: Any, monkeypa
     assert after.wait() == alone([5, 6], Sampling(seed=0), 3)
 
 
+def test_an_engine_whose_last_job_was_cancelled_shows_none(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(slots=1)
+    held = Held(bench, monkeypatch)
+    job, _ = bench.ask([5, 6], tokens=100)
+    held.let(1)
+    wait_for(lambda: held.begun == 2)
+    assert b"medusa_requests_running 1.0" in bench.metrics.text()
+    held.let(1)
+    bench.engine.cancel(job)
+    held.let()
+    wait_for(lambda: job.ended)
+    wait_for(lambda: b"medusa_requests_running 0.0" in bench.metrics.text())
+
+
 def test_as_many_wait_as_may(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench(slots=2, max_queue=3)
     held = Held(bench, monkeypatch)

@@ -313,11 +313,8 @@ PROGRAM = """
 """
 
 
-@pytest.fixture
-def process() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@contextmanager
+def _running(port: int) -> Iterator[subprocess.Popen[str]]:
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port)]
     running = subprocess.Popen(
@@ -325,10 +322,19 @@ def process() -> Iterator[tuple[subprocess.Popen[str], int]]:
     )
     try:
         wait_for(lambda: running.poll() is not None or _listens(port), 60)
-        yield running, port
+        yield running
     finally:
         running.kill()
         running.communicate()
+
+
+@pytest.fixture
+def process() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with _running(port) as running:
+        yield running, port
 
 
 def _listens(port: int) -> bool:
@@ -375,3 +381,14 @@ def test_a_second_signal_ends_at_once(process: tuple[subprocess.Popen[str], int]
         _, err = running.communicate(timeout=10)
     assert running.returncode == 0
     assert "Traceback" not in err
+
+
+def test_a_server_that_was_killed_is_followed_by_one_on_its_port(process: tuple[subprocess.Popen[str], int]) -> None:
+    running, port = process
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 4, "stream": True})
+    with _asking(port, body) as answer:
+        answer.readline()
+        running.kill()
+        running.wait()
+        with _running(port), _asking(port, body) as again:  # while the old connection is not yet closed
+            assert again.read().decode().rstrip().endswith("data: [DONE]")

@@ -120,7 +120,7 @@ class NativeStepper(ReferenceStepper):
         return self._module.Rule(
             typical=sampling.acceptance == "typical",
             temperature=sampling.temperature,
-            top_k=sampling.top_k,
+            top_k=min(sampling.top_k, 2**31 - 1),  # the engine counts in 32 bits
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=sampling.seed or 0,

@@ -153,7 +153,7 @@ class Engine:
                 self._give_up_late_ones()
                 self._start_waiting_ones()
                 self._step()
-                self._metrics.look(self.slots, self._unfinished - len(self._running), len(self._running))
+                self._look()
         except BaseException as error:
             log.critical("the engine has died", exc_info=error)
             self.refuse()
@@ -178,6 +178,8 @@ class Engine:
             idle = not self._unfinished
             if self._aborted or (idle and self._closing):
                 return False
+            if idle:  # what was cancelled last is not to be shown until another comes
+                self._look()
             try:
                 what, job = self._inbox.get(block=idle)
             except Empty:
@@ -190,6 +192,9 @@ class Engine:
                 self._waiting.push(job)
             else:
                 job.leader.followers.append(job)
+
+    def _look(self) -> None:
+        self._metrics.look(self.slots, self._unfinished - len(self._running), len(self._running))
 
     def _give_up_late_ones(self) -> None:
         latest = time.monotonic() - self._settings.deadline

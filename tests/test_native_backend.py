@@ -304,6 +304,15 @@ def test_weights_need_not_be_contiguous_and_may_ask_for_gradients() -> None:
     assert_near(fill(backend, 0, text)[0], plain_logits(model, text)[-1])
 
 
+def test_the_engine_reads_embeddings_where_they_lie_and_takes_no_copy() -> None:
+    backend = native(shared_model("llama"))
+    embedding, norm = backend.base_weights().embedding, torch.ones(backend.hidden_size)
+    with_gaps = embedding.t().contiguous().t()
+    for ends in ((with_gaps, norm, embedding), (embedding, norm, with_gaps)):
+        with pytest.raises(ValueError, match="without gaps"):
+            backend.engine.load_ends(*ends)
+
+
 def test_base_weights_are_the_tensors_of_the_checkpoint() -> None:
     for family in ("llama", "qwen2"):
         tensors = shared_model(family).state_dict()

@@ -74,6 +74,14 @@ struct Sources {
     kept.push_back(nb::cast<Tensor>(value));
     return source_of(kept.back());
   }
+
+  // Of what is read as long as the engine lives: not of a copy, which a tensor with gaps would be brought into.
+  Source lasting(const nb::handle& value) {
+    Tensor tensor;
+    if (!nb::isinstance<Packed>(value) && !nb::try_cast(value, tensor, false))
+      throw std::invalid_argument("embeddings and LM head must lie in memory row by row, without gaps");
+    return of(value);
+  }
 };
 
 template <typename Choice>
@@ -227,7 +235,7 @@ NB_MODULE(_engine, m) {
           "load_ends",
           [](medusa::Engine& engine, const nb::object& embedding, const nb::object& final_norm, const nb::object& lm_head) {
             Sources sources;
-            const Source e = sources.of(embedding), n = sources.of(final_norm), l = sources.of(lm_head);
+            const Source e = sources.lasting(embedding), n = sources.of(final_norm), l = sources.lasting(lm_head);
             nb::gil_scoped_release release;
             engine.load_ends(e, n, l);
           },
@@ -327,6 +335,6 @@ NB_MODULE(_engine, m) {
           },
           "features"_a)
       .def("level", &level, "level"_a, "base"_a, "nodes"_a, "parents"_a, "tokens"_a, "count"_a,
-           "factors"_a.none(), "noise"_a.none());
+           "factors"_a = nb::none(), "noise"_a = nb::none());
   bind_step(m);
 }

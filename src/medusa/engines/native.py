@@ -123,7 +123,8 @@ class NativeBackend:
             for i in range(self.num_layers):
                 self.engine.load_layer(i, names.layer(i))
                 on_progress(i + 1, self.num_layers + 1)
-            self._embedding, self._lm_head = names.embedding, names.lm_head
+            self._embedding = _without_gaps(names.embedding)  # read at each step, where they lie
+            self._lm_head = self._embedding if names.lm_head is names.embedding else _without_gaps(names.lm_head)
             self.engine.load_ends(self._embedding, names.final_norm, self._lm_head)
             on_progress(self.num_layers + 1, self.num_layers + 1)
         self._plain: BaseWeights | None = None  # until somebody asks
@@ -191,6 +192,10 @@ class NativeBackend:
         its own weights."""
         zeros = torch.zeros((), dtype=torch.bfloat16).expand(self.vocab_size, self.hidden_size)
         return BaseWeights(zeros, zeros)
+
+
+def _without_gaps(weight: Any) -> Any:
+    return weight.detach().contiguous() if isinstance(weight, Tensor) else weight
 
 
 @contextmanager

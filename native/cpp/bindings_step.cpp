@@ -124,8 +124,6 @@ void bind_step(nb::module_& m) {
              std::vector<std::vector<double>> prior, double ngram_weight, double ngram_fade, double highest_bar,
              double usual_tokens) {
             medusa::DraftingConfig config;
-            config.heads = heads != nullptr;
-            config.ngram = chain > 0;
             config.heads_weight = heads_weight;
             config.heads_fade = heads_fade;
             config.sureness = float(sureness);

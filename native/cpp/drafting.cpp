@@ -186,8 +186,7 @@ void Text::Asking::learn(double gained) {
 }
 
 Drafting::Drafting(Heads* heads, DraftingConfig config) : heads_(heads), config_(std::move(config)) {
-  const bool sound = config_.heads == (heads != nullptr) && (config_.heads || config_.ngram || config_.chain == 0) &&
-                     (!config_.ngram || (config_.chain > 0 && config_.prior.size() == Text::kOrders));
+  const bool sound = config_.chain == 0 || (config_.chain > 0 && config_.prior.size() == Text::kOrders);
   if (!sound) throw std::invalid_argument("drafting: the configuration does not fit");
   for (const auto& places : config_.prior)
     if (places.empty()) throw std::invalid_argument("drafting: a prior is empty");
@@ -289,24 +288,24 @@ const float* Drafting::noise(Text& text, const Rule& rule, int position) const {
   return kept.back().values.data();
 }
 
-std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const std::vector<double>& floors) {
+std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, double floor) {
   const int batch = int(rows.size()), size = heads_->hidden_size(), wide = heads_->feature_size();
   const int branch = std::min({nodes - 1, 10, heads_->rows()});
   const std::size_t beam = std::max(2, std::min(16, (nodes + 2) / 4));
   const bool recurrent = heads_->kind() == HeadsKind::recurrent, residual = heads_->kind() == HeadsKind::residual;
   struct Growing {
-    double shift, floor;
+    double shift;
     std::vector<std::int32_t> tokens;
     std::vector<int> parents, tips, places;
     std::vector<double> scores;
   };
   std::vector<Growing> trees;
+  const double lowest = floor > 0 ? std::log(floor) : -std::numeric_limits<double>::infinity();
   features_.resize(std::size_t(batch) * wide);
   for (int b = 0; b < batch; b++) {
     Text& text = *rows[b].text;
     learn(text);
-    const double floor = floors[b] > 0 ? std::log(floors[b]) : -std::numeric_limits<double>::infinity();
-    trees.push_back({std::log(text.ratio_), floor, {text.tokens_.back()}, {-1}, {0}, {0}, {0.0}});
+    trees.push_back({std::log(text.ratio_), {text.tokens_.back()}, {-1}, {0}, {0}, {0.0}});
     std::memcpy(features_.data() + std::size_t(b) * wide, text.features_.data(), sizeof(float) * wide);
   }
   base_.resize(std::size_t(batch) * size);
@@ -359,7 +358,7 @@ std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const
       for (int tip : tree.tips) tree.places.push_back((tip - first) / branch);
       // No deeper node is worth a level: none can be among the best, or every tip is too unlikely.
       const double best = tree.scores[tree.tips[0]];
-      if (best < tree.floor) continue;
+      if (best < lowest) continue;
       bool full = int(tree.scores.size()) >= nodes;
       if (full) {
         ranked = tree.scores;
@@ -388,7 +387,7 @@ std::vector<Draft> Drafting::grow(const std::vector<Row>& rows, int nodes, const
 // --- both -------------------------------------------------------------------------------------------------------------
 
 Draft Drafting::joined(const Row& row, Draft of_heads, const Draft& of_ngrams, int nodes) const {
-  if (config_.ngram) of_heads = config_.heads ? pruned(merge(of_heads, of_ngrams), nodes, nodes) : of_ngrams;
+  if (config_.chain) of_heads = heads_ ? pruned(merge(of_heads, of_ngrams), nodes, nodes) : of_ngrams;
   return pruned(std::move(of_heads), nodes, row.room);
 }
 
@@ -398,7 +397,7 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
   for (const Row& row : rows) {
     if (!row.text || !row.rule || row.text->tokens_.empty() || row.room < 0)
       throw std::invalid_argument("drafting: a row has no text, no rule or no room");
-    if (config_.heads && row.text->features_.size() != std::size_t(heads_->feature_size()))
+    if (heads_ && row.text->features_.size() != std::size_t(heads_->feature_size()))
       throw std::invalid_argument("drafting: the features have the wrong shape");
     found.drafts.emplace_back(row.text->tokens_.back());
   }
@@ -412,23 +411,22 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
   if (nodes < 1) throw std::invalid_argument("drafting: a tree has at least one node");
   std::vector<Draft> chains;
   for (const Row& row : rows)
-    chains.push_back(config_.ngram ? chain(*row.text, std::min(config_.chain, nodes - 1))
+    chains.push_back(config_.chain ? chain(*row.text, std::min(config_.chain, nodes - 1))
                                    : Draft(row.text->tokens_.back()));
-  const auto ask = [&](const std::vector<int>& asked, const std::vector<double>& floors) {
-    if (!config_.heads || nodes < 2 || asked.empty()) return;
-    std::vector<Row> those;
-    for (int b : asked) those.push_back(rows[b]);
-    std::vector<Draft> grown = grow(those, nodes, floors);
+  const auto ask = [&](const std::vector<int>& asked, const std::vector<Row>& those, double floor) {
+    std::vector<Draft> grown = grow(those, nodes, floor);
     for (std::size_t i = 0; i < asked.size(); i++) {
       const int b = asked[i];
       found.drafts[b] = joined(rows[b], std::move(grown[i]), chains[b], nodes);
     }
   };
   for (int b = 0; b < batch; b++) found.drafts[b] = joined(rows[b], std::move(found.drafts[b]), chains[b], nodes);
-  if (!times || !config_.heads || !times->draft) {
-    std::vector<int> everyone(batch);
-    for (int b = 0; b < batch; b++) everyone[b] = b;
-    ask(everyone, std::vector<double>(batch, 0.0));
+  if (!times || !heads_ || !times->draft) {
+    if (heads_ && nodes >= 2) {
+      std::vector<int> everyone(batch);
+      for (int b = 0; b < batch; b++) everyone[b] = b;
+      ask(everyone, rows, 0.0);
+    }
     if (times) {
       const Share all = share(found.drafts, 0.0, clock);
       for (int b = 0; b < batch; b++)
@@ -454,7 +452,7 @@ Drafting::Proposed Drafting::propose(const std::vector<Row>& rows, int nodes, co
     const double cost = times->draft_of(found.asked), plain = Clock(*times, those)(found.asked);
     // Of the tokens after a node the next level guesses half or so; it must be worth its share of the draft.
     const double floor = 2 * (config_.usual_tokens * cost / plain) / heads_->levels();
-    ask(asked, std::vector<double>(asked.size(), floor));
+    if (nodes >= 2) ask(asked, those, floor);
     all = share(found.drafts, cost, clock);
     const double price = rate_of(without) * (all.seconds - without.seconds) / double(asked.size());
     for (std::size_t i = 0; i < asked.size(); i++)

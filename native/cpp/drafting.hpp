@@ -43,10 +43,9 @@ struct Times {
 };
 
 struct DraftingConfig {
-  bool heads = false, ngram = false;
   double heads_weight = 0, heads_fade = 0;
   float sureness = 0;  // of guesses by noise, see `HeadsDrafter`
-  int chain = 0;                           // tokens of the n-gram drafter
+  int chain = 0;                           // tokens of the n-gram drafter; 0: there is none
   std::vector<std::vector<double>> prior;  // of n = 1, 2, 3: how often a copied token is right, by its place
   double ngram_weight = 0, ngram_fade = 0;
   double highest_bar = 0, usual_tokens = 0;
@@ -119,7 +118,7 @@ class Drafting {
   Proposed propose(const std::vector<Row>& rows, int nodes, const Times* times);
 
  private:
-  std::vector<Draft> grow(const std::vector<Row>& rows, int nodes, const std::vector<double>& floors);
+  std::vector<Draft> grow(const std::vector<Row>& rows, int nodes, double floor);
   const float* noise(Text& text, const Rule& rule, int position) const;
   void learn(Text& text) const;
   Draft chain(Text& text, int length) const;

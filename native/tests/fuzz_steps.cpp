@@ -60,12 +60,10 @@ class Case {
     load(twin_, model_);
     if (random_.chance(80)) make_heads();
     DraftingConfig config;
-    config.heads = heads_ != nullptr;
     config.heads_weight = 4;
     config.heads_fade = 0.95;
     config.sureness = 0.8f;
     config.chain = !heads_ || random_.chance(60) ? random_.between(1, 8) : 0;
-    config.ngram = config.chain > 0;
     config.prior = {{0.2, 0.5}, {0.5, 0.6, 0.7}, {0.7}};
     config.ngram_weight = 4;
     config.ngram_fade = 0.98;

@@ -108,8 +108,8 @@ def draft(
     features: Tensor,
     roots: Tensor,
     shape: FixedShape,
-    slots: Slots | None = None,
-    noise: Tensor | None = None,
+    slots: Slots,
+    noise: Tensor | None,
 ) -> Tensor:
     """The tokens [B, M] of the heads' tree, from the features [B, F*H] of the last token and the root [B]. Rows of
     `slots` that draw by `noise` [B, D + 1, V] are drafted for by it."""
@@ -119,7 +119,7 @@ def draft(
     parents, drafted = torch.zeros_like(tokens), [tokens]
     state = heads.begin(features.to(heads.dtype))
     for k, level in enumerate(shape.levels, start=1):
-        tilt = None if slots is None or noise is None else tilted(heads, slots, noise[:, k - 1])
+        tilt = None if noise is None else tilted(heads, slots, noise[:, k - 1])
         _, top, state = heads.guess(k, state, parents, tokens, level.width, tilt)  # [B, M or 1, width]
         tokens = top.expand(-1, tokens.shape[1], -1)[:, level.places, level.ranks]
         parents = level.places.expand(len(roots), -1)

@@ -196,7 +196,11 @@ def test_logprobs_of_a_completion_have_offsets_into_its_text(client: Client) -> 
     assert all(len(top) == 2 for top in shown["top_logprobs"])
     events = client.stream("/v1/completions", **body)
     parts = [event["choices"][0]["logprobs"] for event in events]
-    assert {name: [item for part in parts for item in part[name]] for name in shown} == shown
+    streamed = {name: [item for part in parts for item in part[name]] for name in shown}
+    assert (streamed["tokens"], streamed["text_offset"]) == (shown["tokens"], shown["text_offset"])
+    # The second answer reads less of its prompt anew; on this engine the width of a pass decides the last bits.
+    assert streamed["token_logprobs"] == pytest.approx(shown["token_logprobs"], rel=1e-5)
+    assert streamed["top_logprobs"] == [pytest.approx(top, rel=1e-5) for top in shown["top_logprobs"]]
 
 
 def test_a_response_is_whole_or_a_sequence_of_events(client: Client, lm: LanguageModel) -> None:

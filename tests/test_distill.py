@@ -313,7 +313,7 @@ def test_invented_turns_begin_with_the_words_of_a_user(whole: Path) -> None:
     assert {row["settings"]["openings"] for row in rows} == {openings.digest()}
     for row in rows:
         first, *later = [m["content"] for m in row["messages"] if m["role"] == "user"]
-        assert first.startswith(openings.FIRST)
+        assert first.startswith((*openings.FIRST, *openings.PROGRAMMING))
         assert all(user.startswith(openings.LATER) for user in later)
     assert len({row["messages"][0]["content"][:6] for row in rows}) > len(rows) / 2
 

@@ -26,7 +26,8 @@ from medusa.heads.module import Heads
 from medusa.settings import OptimiserSettings
 from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.data import Example
-from medusa.training.features import Batch, FeatureCache
+from medusa.training.features import Batch
+from medusa.training.stored_features import FeatureCache, FeatureStore
 from medusa.training.text import frequent_tokens, split
 from medusa.training.trainer import EVALUATION_ROWS, Trainer
 
@@ -76,7 +77,9 @@ class Columns:
         return (replace(batch, features=batch.features[:, self.columns]) for batch in batches)
 
 
-def run(name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[Example]) -> dict[str, Any]:
+def run(
+    name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[Example], held_out: list[Example]
+) -> dict[str, Any]:
     options = {**BASE, **changes}
     training = OptimiserSettings(
         epochs=1,
@@ -97,8 +100,9 @@ def run(name: str, changes: dict[str, Any], work: Path, lm: Any, learned: list[E
         feature_layers=options["layers"],
     )
     heads = Heads(config, base, ids)
-    train = Columns(FeatureCache(work / "features" / "train", size), options["layers"], size)
-    held = Columns(FeatureCache(work / "features" / "held-out", size), options["layers"], size)
+    store = FeatureStore(work / "features")
+    train = Columns(FeatureCache(store, learned, size), options["layers"], size)
+    held = Columns(FeatureCache(store, held_out, size), options["layers"], size)
     started = time.perf_counter()
 
     def tell(progress: Any) -> None:
@@ -142,14 +146,13 @@ def main() -> None:
     examples = [Example(tuple(row["token_ids"]), tuple(map(tuple, row["labels"])), "") for row in rows]
     learned, held_out = split(examples, 0.1)
     lm = medusa.load(args.model, heads="none", drafter="none", dtype="int8", feature_layers=LAYERS, progress=False)
-    for part, texts in (("train", learned), ("held-out", held_out)):
-        started = time.perf_counter()
-        cache = FeatureCache.build(args.work / "features" / part, lm.backend, texts, {"layers": LAYERS})
-        print(f"{part}: {cache.num_rows} positions, {time.perf_counter() - started:.0f} s", flush=True)
+    started = time.perf_counter()
+    FeatureStore(args.work / "features", {"layers": LAYERS}).read_missing(lm.backend, examples)
+    print(f"hidden states of {len(examples)} conversations, {time.perf_counter() - started:.0f} s", flush=True)
     for name in args.only or VARIANTS:
         path = args.work / f"{name.replace(' ', '-')}.json"
         if not path.exists():
-            path.write_text(json.dumps(run(name, VARIANTS[name], args.work, lm, learned)))
+            path.write_text(json.dumps(run(name, VARIANTS[name], args.work, lm, learned, held_out)))
         found = json.loads(path.read_text())
         top1 = " ".join(f"{share:.2f}" for share in found["top1"])
         expected = " ".join(f"{value:.3f}" for value in found["tokens_per_step"].values())

@@ -27,8 +27,9 @@ from medusa.training.config import TrainConfig
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures, batched, read_table
 from medusa.training.distill import write_in_order
-from medusa.training.features import FeatureCache, Rows, count_rows, joined, read_rows
+from medusa.training.features import Rows, count_rows, joined, read_rows
 from medusa.training.resume import check_resumed
+from medusa.training.stored_features import FeatureCache
 from medusa.training.talk import Transcript
 from medusa.training.text import slots_that_fit
 from medusa.training.text_file import TextFile

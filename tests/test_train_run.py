@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import medusa
@@ -115,7 +115,7 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     deaths = [
         ("text.jsonl", signal.SIGKILL),
-        ("features/held-out/key", signal.SIGTERM),
+        ("features/key", signal.SIGTERM),
         ("checkpoint.pt", signal.SIGKILL),
         ("heads", signal.SIGTERM),
         ("", signal.SIGKILL),  # never there: this one runs to its end
@@ -161,7 +161,10 @@ def test_two_processes_learn_what_one_learns(saved: Path, trained: Path, tmp_pat
 def test_features_may_be_computed_as_needed(saved: Path, tmp_path: Path) -> None:
     arguments = ["train", "--model", str(saved), "--out", str(tmp_path / "run"), *SMALL]
     assert run(*arguments, "training.cache_features=false", "training.distillation=0.5") == 0
-    assert not (tmp_path / "run" / "features" / "train").exists()
+    (chunk,) = (tmp_path / "run" / "features").glob("chunk-*")
+    texts = len((tmp_path / "run" / "text.jsonl").read_text().splitlines())
+    with safe_open(chunk, "pt") as file:
+        assert 0 < len(json.loads(file.metadata()["texts"])) < texts / 2  # what is measured with
     assert read_config(tmp_path / "run" / "heads").training["steps"] == 8
 
 

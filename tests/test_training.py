@@ -27,7 +27,6 @@ from medusa.training.data import Example
 from medusa.training.features import (
     ABSENT,
     Batch,
-    FeatureCache,
     LiveFeatures,
     count_rows,
     joined,
@@ -36,6 +35,7 @@ from medusa.training.features import (
 )
 from medusa.training.objective import draft_labels, head_weights, losses, teacher_logits
 from medusa.training.precision import training_dtype
+from medusa.training.stored_features import FeatureCache, FeatureStore
 from medusa.training.trainer import CHECKPOINT, InterruptedTrainingError, Progress, Trainer, schedule
 from tiny_models import VOCAB, make_model, plain_logits
 
@@ -141,21 +141,30 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) ->
         assert [tuple(b.tokens[0].tolist()) for b in again] == [tokens for tokens, _ in orders[1][17:]]
 
 
-def test_batches_from_many_shards_equal_those_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_from_many_chunks_equal_those_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the order of their rows, whatever the order of the texts in the chunks."""
     whole = FeatureCache.build(tmp_path / "one", backend(), examples(), {})
-    monkeypatch.setattr("medusa.training.features.SHARD_ROWS", 50)
+    monkeypatch.setattr("medusa.training.stored_features.CHUNK_ROWS", 50)
+    FeatureCache.build(tmp_path / "many", backend(), examples()[::-3], {})
     parts = FeatureCache.build(tmp_path / "many", backend(), examples(), {})
-    assert len(list((tmp_path / "many").glob("shard-*"))) > 4
-    for a, b in zip(whole.batches(K, 16, seed=0, epoch=0), parts.batches(K, 16, seed=0, epoch=0), strict=True):
-        order_a = sorted(zip(a.tokens.tolist(), a.features.tolist(), strict=True))
-        order_b = sorted(zip(b.tokens.tolist(), b.features.tolist(), strict=True))
-        assert order_a == order_b
+    assert len(list((tmp_path / "many").glob("chunk-*"))) > 4
+    for a, b in zip(
+        whole.batches(K, 16, seed=0, epoch=0, finals=True),
+        parts.batches(K, 16, seed=0, epoch=0, finals=True),
+        strict=True,
+    ):
+        assert torch.equal(a.tokens, b.tokens)
+        assert torch.equal(a.features, b.features)
+        assert a.finals is not None
+        assert b.finals is not None
+        there = a.tokens[:, 1:] != ABSENT  # past the end of an answer nothing is meant
+        assert torch.equal(a.finals[there], b.finals[there])
 
 
-def test_a_cache_goes_on_where_it_was_killed_and_notices_other_text(
+def test_a_store_goes_on_where_it_was_killed_and_notices_another_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa.training.features.SHARD_ROWS", 50)
+    monkeypatch.setattr("medusa.training.stored_features.CHUNK_ROWS", 50)
     read: list[int] = []
 
     class Counting(TransformersBackend):
@@ -168,22 +177,33 @@ def test_a_cache_goes_on_where_it_was_killed_and_notices_other_text(
     runner = Counting(make_model(), feature_layers=(1,))
     with pytest.raises(KeyboardInterrupt):
         FeatureCache.build(tmp_path, runner, examples(), {})
-    done = len(list(tmp_path.glob("shard-*.safetensors")))
+    done = len(list(tmp_path.glob("chunk-*.safetensors")))
     assert done >= 2
     FeatureCache.build(tmp_path, runner, examples(), {})
-    assert len(read) < 7 + len(examples())  # what lies in whole shards was not read again
+    assert len(read) < 7 + len(examples())  # what lies in whole chunks was not read again
     before = len(read)
-    FeatureCache.build(tmp_path, runner, examples(), {})
+    FeatureCache.build(tmp_path, runner, [*examples(), Example((5,), ((0, 1),), "")], {})
     assert len(read) == before
-    FeatureCache.build(tmp_path, runner, examples(seed=1), {})
-    assert len(read) == before + len(examples())
+    FeatureCache.build(tmp_path, runner, [*examples(), *examples(3, seed=1)], {})
+    assert len(read) == before + 3  # what was there stays
+    FeatureCache.build(tmp_path, runner, examples(), {"dtype": "int8"})
+    assert len(read) == before + 3 + len(examples())
+
+
+def test_a_store_that_lacks_a_text_says_so(tmp_path: Path) -> None:
+    FeatureCache.build(tmp_path, backend(), examples(), {})
+    with pytest.raises(MedusaError, match="lacks a text"):
+        FeatureCache(FeatureStore(tmp_path), examples(3, seed=9), 32)
+    next(tmp_path.glob("chunk-*")).write_bytes(b"rubbish")
+    with pytest.raises(MedusaError, match=r"chunk-00000.safetensors is damaged \(.*\): delete its directory"):
+        FeatureStore(tmp_path)
 
 
 def test_a_full_disk_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("medusa.training.features.save_file", full)
+    monkeypatch.setattr("medusa.training.stored_features.save_file", full)
     with pytest.raises(MedusaError, match=r"No space left on device.*make room, or set training.cache_features=false"):
         FeatureCache.build(tmp_path, backend(), examples(), {})
     assert not list(tmp_path.glob("*.partial"))

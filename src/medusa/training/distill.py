@@ -29,14 +29,17 @@ from medusa.settings import DistillSettings
 from medusa.text.chat_template import encode_plain
 from medusa.text.turns import Turns
 from medusa.training import openings
+from medusa.training.conversations import Example
 from medusa.training.speaker import Speaker, line_ends
 from medusa.training.talk import Talk, Transcript, talk_in_slots
 from medusa.training.text_file import OPENINGS, REPEATED, TextFile, fault_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from medusa.api import LanguageModel
+    from medusa.training.stored_features import FeatureStore
 
 JUDGED = 200  # conversations, by the last of which a run is judged
 HOPELESS = 0.95  # share of them
@@ -89,6 +92,7 @@ def distill(
     prompts: Sequence[Prompt] | None = None,
     on_progress: Callable[[Written], None] = lambda written: None,
     seconds: float | None = None,
+    features: FeatureStore | None = None,
 ) -> Written:
     """Writes conversations of `lm` to `out` until there are `settings.tokens` tokens of answers, or no prompt is left.
 
@@ -98,6 +102,9 @@ def distill(
         prompts: what users say; None lets the model invent it.
         on_progress: called after each pass and each row.
         seconds: after which it ends with what there is; None: no limit.
+        features: where to put the features by which the model chose its answers, of which heads learn. They are those
+            that reading the text would give on backends whose numbers do not depend on who shares a pass (`same_bits`);
+            only these can keep them.
 
     Raises:
         UsageError: settings that do not go with the model, or with the file there is.
@@ -107,17 +114,39 @@ def distill(
     from medusa.training.device_talk import runs_on_device, talk_on_device  # needs torch, which an endpoint does not
 
     device = runs_on_device(lm.backend)
+    if features is not None and not lm.backend.same_bits:
+        raise UsageError(f"the {lm.backend.name} backend cannot keep features: others would share their passes")
 
     def finished(start: int, on_tokens: Callable[[int], None]) -> Iterator[tuple[int, Transcript]]:
         talks = _talks(speaker, start, prompts)
         if device is not None:
             return talk_on_device(device, talks, on_tokens)
-        return talk_in_slots(ReferenceStepper(lm.backend, NoDrafter(), 1), talks, on_tokens)
+        plainly = ReferenceStepper(lm.backend, NoDrafter(), 1)
+        return talk_in_slots(plainly, talks, on_tokens, features=features is not None)
+
+    def keep_features(transcript: Transcript) -> None:
+        if features is not None:
+            features.add(*_example_of(transcript), lm.backend.max_length)
 
     header = row_header(lm.name, lm.tokenizer, settings, prompts, lm.runs_on())
-    return write_in_order(
-        TextFile(out, header), settings.tokens, finished, on_progress, endless=prompts is None, seconds=seconds
-    )
+    try:
+        return write_in_order(
+            *(TextFile(out, header), settings.tokens, finished, on_progress),
+            endless=prompts is None,
+            seconds=seconds,
+            on_row=keep_features,
+        )
+    finally:
+        if features is not None:
+            features.flush()
+
+
+def _example_of(transcript: Transcript) -> tuple[Example, Tensor]:
+    """A conversation as it is read from its file, and the features of its rows: one for each token of its answers."""
+    import torch
+
+    features = [transcript.features[start][: end - start] for start, end in transcript.labels]
+    return Example(tuple(transcript.token_ids), tuple(transcript.labels), ""), torch.cat(features)
 
 
 def row_header(
@@ -144,12 +173,13 @@ def write_in_order(
     *,
     endless: bool,
     seconds: float | None = None,
+    on_row: Callable[[Transcript], None] = lambda transcript: None,
 ) -> Written:
     """Writes conversations by number until there are `wanted` tokens of answers, or no more conversations. When
     `seconds` have gone by, those that have ended are written and those under way are left out, numbers and all.
 
     `finished` is called with the first number and what to call with tokens spent; it gives conversations in the
-    order in which they end. `endless` says that it always gives another one.
+    order in which they end. `endless` says that it always gives another one. `on_row` is called once a row is written.
 
     Raises:
         UsageError: the file was begun in another way.
@@ -194,6 +224,8 @@ def write_in_order(
             if reason:
                 written.dropped[reason] += 1
                 written.ended_kept -= 0 if fault_of(transcript) else transcript.answer_tokens  # it is a repetition
+            else:
+                on_row(transcript)
             number += 1
             written.rows, written.tokens = file.rows, file.tokens
             on_progress(written)

@@ -8,31 +8,22 @@ which the model itself predicts that token. Nothing here knows of heads.
     rows                          0         1      2    3
     root                        Hello     there    !   <end>      head 1 of row 0 must say "there", head 2 "!"
 
-`FeatureCache` computes all rows once and keeps them on disk; `LiveFeatures` computes them anew in each epoch; on a GPU
-they stay there, see device_features.py.
+`FeatureCache` (stored_features.py) has them on disk; `LiveFeatures` computes them anew in each epoch; on a GPU they
+stay there, see device_features.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa.engines.protocol import Backend
-from medusa.errors import MedusaError
-from medusa.files import replacing
 from medusa.training.data import Example
 
-SHARD_ROWS = 65_536
 LIVE_EXAMPLES = 64  # conversations whose positions are mixed with each other
 ABSENT = -1  # in the place of a token past the end of the answer
 
@@ -93,17 +84,23 @@ def _rows_of(table: Tensor, rows: Tensor) -> Tensor:
     return table.index_select(0, rows.flatten()).reshape(*rows.shape, -1)
 
 
-def read_rows(backend: Backend, example: Example, slot: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def read_rows(backend: Backend, example: Example) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of one text: features [P, F*H] in bfloat16, roots [P], and the length of the run after each row [P]."""
-    positions, roots, left = labelled_rows(example, backend.max_length)
+    _, roots, left = labelled_rows(example, backend.max_length)
+    return read_features(backend, example), roots, left
+
+
+def read_features(backend: Backend, example: Example, slot: int = 0) -> Tensor:
+    """Of the rows of one text, by one pass over it: [P, F*H] in bfloat16."""
+    positions, _, _ = labelled_rows(example, backend.max_length)
     if not len(positions):
-        return torch.empty(0, 0, dtype=torch.bfloat16), roots, left
+        return torch.empty(0, 0, dtype=torch.bfloat16)
     try:
         _, every = backend.extend(slot, example.token_ids[: int(positions[-1]) + 1], every=True)
         features = every.to("cpu", torch.bfloat16)
     finally:
         backend.release(slot)
-    return features[positions], roots, left
+    return features[positions]
 
 
 def labelled_rows(example: Example, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,73 +132,6 @@ def joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Table:
     return Table(features, roots, torch.arange(len(roots), dtype=torch.int32) + left)
 
 
-class FeatureCache:
-    """Rows of all examples, in shards of bfloat16 that are memory-mapped: a training set may be larger than memory.
-
-    A directory holds `shard-00000.safetensors`, ...; each appears whole, and one that is there is not computed again.
-    """
-
-    def __init__(self, directory: Path, hidden_size: int) -> None:
-        self._hidden_size = hidden_size
-        shards = sorted(directory.glob("shard-*.safetensors"))
-        self._tables = [_read_shard(path) for path in shards]
-        self.num_rows = sum(len(table) for table in self._tables)
-        self._starts = torch.tensor([0, *(len(table) for table in self._tables)]).cumsum(0)
-
-    @classmethod
-    def build(
-        cls,
-        directory: Path,
-        backend: Backend,
-        examples: Sequence[Example],
-        facts: dict[str, Any],
-        on_progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> FeatureCache:
-        """Computes what is missing. `facts` say what the features depend on besides the examples (model, number
-        format, layers): a cache made from anything else is thrown away. `on_progress` takes (examples done, all)."""
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-        for example in examples:
-            digest.update(repr((example.token_ids, example.spans)).encode())
-        key = directory / "key"
-        if not key.is_file() or key.read_text() != digest.hexdigest():
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            key.write_text(digest.hexdigest())
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        rows = shard = 0
-        path = directory / "shard-00000.safetensors"
-        for done, example in enumerate(examples, start=1):
-            if not path.exists():
-                parts.append(read_rows(backend, example))
-            rows += count_rows(example, backend.max_length)
-            on_progress(done, len(examples))
-            if rows >= SHARD_ROWS or done == len(examples):
-                if parts:
-                    _write_shard(path, joined(parts))
-                parts, rows, shard = [], 0, shard + 1
-                path = directory / f"shard-{shard:05}.safetensors"
-        return cls(directory, backend.hidden_size)
-
-    def batches(
-        self, heads: int, size: int, *, seed: int, epoch: int, start: int = 0, finals: bool = False
-    ) -> Iterator[Batch]:
-        for rows in whole_batches(shuffled(self.num_rows, seed, epoch), size, start):
-            yield self._take(rows, heads, finals)
-
-    def in_order(self, heads: int, size: int) -> Iterator[Batch]:
-        for rows in torch.arange(self.num_rows).split(size):
-            yield self._take(rows, heads, finals=False)
-
-    def _take(self, rows: Tensor, heads: int, finals: bool) -> Batch:
-        shard = torch.bucketize(rows, self._starts, right=True) - 1
-        return _concatenated(
-            [
-                self._tables[i].take(rows[shard == i] - self._starts[i], heads, self._hidden_size, finals)
-                for i in shard.unique().tolist()
-            ]
-        )
-
-
 class LiveFeatures:
     """Rows computed when they are needed: nothing on disk, and the model runs in every epoch.
 
@@ -229,7 +159,7 @@ class LiveFeatures:
             table = self._read(group)
             mixed = shuffled(count, seed, epoch, table.roots.device)[max(0, first - before) : last - before]
             left.append(table.take(mixed, heads, self._backend.hidden_size, finals))
-            rows = _concatenated(left)
+            rows = concatenated(left)
             whole = len(rows.tokens) // size * size
             for begin in range(0, whole, size):
                 yield _sliced(rows, begin, begin + size)
@@ -251,7 +181,7 @@ class LiveFeatures:
         return joined([read_rows(self._backend, self._examples[i]) for i in group])
 
 
-def _concatenated(batches: Sequence[Batch]) -> Batch:
+def concatenated(batches: Sequence[Batch]) -> Batch:
     states = [batch.finals for batch in batches if batch.finals is not None]
     return Batch(
         torch.cat([batch.features for batch in batches]),
@@ -275,22 +205,3 @@ def shuffled(count: int, seed: int, epoch: int, device: torch.device | str = "cp
     """0 .. count - 1 in the order of an epoch, which is another one on another device."""
     generator = torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator, device=device)
-
-
-def _write_shard(path: Path, table: Table) -> None:
-    try:
-        with replacing(path) as scratch:
-            save_file({"features": table.features, "roots": table.roots, "ends": table.ends}, scratch)
-    except (OSError, SafetensorError) as error:
-        size = table.features.numel() * 2 / 1e6
-        raise MedusaError(
-            f"cannot write {path} ({size:.0f} MB): {error}; make room, or set training.cache_features=false"
-        ) from None
-
-
-def _read_shard(path: Path) -> Table:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return Table(file.get_tensor("features"), file.get_tensor("roots"), file.get_tensor("ends"))
-    except (SafetensorError, OSError) as error:
-        raise MedusaError(f"{path} is damaged ({error}): delete its directory and run again") from None

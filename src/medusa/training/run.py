@@ -46,12 +46,13 @@ from medusa.training.config import TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
-from medusa.training.features import FeatureCache, LiveFeatures, MeasuredRows, Rows, longest_answer
+from medusa.training.features import LiveFeatures, MeasuredRows, Rows, longest_answer
 from medusa.training.lora import CHECKPOINT as LORA_CHECKPOINT
 from medusa.training.lora import LoraProgress, LoraTrainer, compare, need_peft
 from medusa.training.precision import SLOW, has_bfloat16
 from medusa.training.resume import RUN_FILE, TEXT_FILE, check_resumed, fixed_settings
 from medusa.training.run_log import RunLog, trackers
+from medusa.training.stored_features import FeatureCache, FeatureStore
 from medusa.training.text import (
     Reporter,
     Silent,
@@ -65,6 +66,7 @@ from medusa.training.text import (
 from medusa.training.trainer import CHECKPOINT, EVALUATION_ROWS, Trainer, keep_freed_memory
 
 DEFAULT_DRAFT_VOCAB = 8192
+FEATURES_DIR = "features"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     # A text that was cut short by the clock is whole once something has learned from it.
     written = config.text.seconds is not None and (out / CHECKPOINT).is_file()
     if main and not config.text.data and not written:
-        write_text(config.text, lm, out / TEXT_FILE, reporter)
+        keeps = config.training.cache_features and lm.backend.same_bits
+        write_text(config.text, lm, out / TEXT_FILE, reporter, open_store(config, lm) if keeps else None)
     gpu = on_one_gpu(lm.backend) if accelerator.num_processes == 1 else None
     if gpu is not None:
         gpu.resize(1)  # the memory is for what heads learn from
@@ -163,7 +166,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
     if main:
         write_whole(out / RUN_FILE, config.dump())  # what holds from here on; all that can be wrong with it is checked
         if gpu is None:
-            run.write_features()
+            run.read_features()
     accelerator.wait_for_everyone()
     rows, held_out_rows = run.features(gpu)
     heads, lm_head = run.new_heads(shape)
@@ -282,6 +285,18 @@ def feature_layers(options: HeadsSettings, num_layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in (num_layers // 3, 2 * num_layers // 3) if layer > 0)
 
 
+def open_store(config: TrainConfig, lm: LanguageModel) -> FeatureStore:
+    """Where hidden states of this model, as it runs here, are kept."""
+    facts = {
+        "model": config.model,
+        # others by now, maybe, under the same name
+        "weights": zoo.weights_version(zoo.resolve(config.model, in_place=True)),
+        "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
+        **lm.runs_on(),
+    }
+    return FeatureStore(run_directory(config) / FEATURES_DIR, facts)
+
+
 def heads_shape(config: TrainConfig, lm: LanguageModel) -> HeadsConfig:
     """Of the heads that the settings ask for. Raises UsageError where there are no such heads."""
     options, source = config.heads, zoo.resolve(config.model, in_place=True)
@@ -311,27 +326,17 @@ class Run:
     resume: bool
     reporter: Reporter
 
-    def write_features(self) -> None:
-        """Hidden states to disk; of the held-out text always, of the rest unless they are to be computed as needed."""
+    def read_features(self) -> None:
+        """Hidden states to disk, where they are not there yet; of the held-out text always, of the rest unless they are
+        to be computed as needed."""
         self.reporter.stage("Reading hidden states")
-        config, lm = self.config, self.lm
-        facts = {
-            "model": config.model,
-            # others by now, maybe, under the same name
-            "weights": zoo.weights_version(zoo.resolve(config.model, in_place=True)),
-            "feature_layers": feature_layers(config.heads, lm.backend.num_layers),
-            **lm.runs_on(),
-        }
-        parts = [("held-out", self.held_out), *([("train", self.learned)] if config.training.cache_features else [])]
-        for name, examples in parts:
-            total = sum(len(example.token_ids) for example in examples)
-            started = time.perf_counter()
+        started = time.perf_counter()
 
-            def on_progress(done: int, count: int, started: float = started, total: int = total) -> None:
-                seconds = time.perf_counter() - started
-                self.reporter.progress(done, count, f"{total * done / count / seconds:.0f} tokens/s")
+        def on_progress(done: int, count: int) -> None:
+            self.reporter.progress(done, count, f"{done / (time.perf_counter() - started):.1f} texts/s")
 
-            FeatureCache.build(self.out / "features" / name, lm.backend, examples, facts, on_progress)
+        examples = [*self.held_out, *(self.learned if self.config.training.cache_features else ())]
+        open_store(self.config, self.lm).read_missing(self.lm.backend, examples, on_progress)
 
     def features(self, gpu: TransformersBackend | None) -> tuple[Rows, MeasuredRows]:
         """To learn from, and to measure: kept on a GPU, read from the disk, or computed as needed."""
@@ -339,10 +344,10 @@ class Run:
             self.reporter.stage("Reading hidden states")
             held_out = DeviceFeatures(gpu, self.held_out)  # first: what is learned from takes a share of what is left
             return DeviceFeatures(gpu, self.learned), held_out
-        directory, backend = self.out / "features", self.lm.backend
-        measured = FeatureCache(directory / "held-out", backend.hidden_size)
+        store, backend = FeatureStore(self.out / FEATURES_DIR), self.lm.backend
+        measured = FeatureCache(store, self.held_out, backend.hidden_size)
         if self.config.training.cache_features:
-            return FeatureCache(directory / "train", backend.hidden_size), measured
+            return FeatureCache(store, self.learned, backend.hidden_size), measured
         return LiveFeatures(backend, self.learned), measured
 
     def new_heads(self, shape: HeadsConfig) -> tuple[Heads, Tensor]:

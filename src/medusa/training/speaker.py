@@ -93,8 +93,9 @@ class Speaker:
         if transcript.token_ids[-1] in self.eos_token_ids:
             transcript.token_ids.pop()
             if transcript.labels and transcript.labels[-1][1] > len(transcript.token_ids):
-                start, end = transcript.labels[-1]
-                transcript.labels[-1] = start, end - 1
+                start, end = transcript.labels.pop()
+                if start < end - 1:  # else the model answered by its end alone
+                    transcript.labels.append((start, end - 1))
             return seam, True
         return seam, False
 
@@ -196,5 +197,7 @@ class Speaker:
         start = len(transcript.token_ids)
         transcript.token_ids += reply.tokens
         transcript.labels.append((start, len(transcript.token_ids)))
+        if reply.features is not None:
+            transcript.features[start] = reply.features
         transcript.messages.append({"role": "assistant", "content": self.text(reply.tokens)})
         return reply.finish_reason == "stop"

@@ -17,6 +17,8 @@ from medusa.decoding.slots import Slots
 from medusa.decoding.stepper import Request
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medusa.decoding.stepper import Stepper
 
 
@@ -52,6 +54,8 @@ class Transcript:
     messages: list[dict[str, str]] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     labels: list[tuple[int, int]] = field(default_factory=list)
+    # Of each answer, by the start of its label, where features are kept: see `Reply`.
+    features: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
     fault: str = ""
     spent: int = 0  # tokens that the model wrote, kept or not
 
@@ -75,6 +79,7 @@ class Reply(NamedTuple):
 
     tokens: list[int]
     finish_reason: str  # "stop", "length" or "loop"
+    features: Tensor | None = None  # [tokens, F*H], bfloat16: those by which the model chose each of the tokens
 
 
 Talk = Generator[Turn, Reply, Transcript]
@@ -96,14 +101,20 @@ class _Running(NamedTuple):
     talk: Talk
     text: list[int]  # up to the turn's answer
     watch: LoopWatch
+    features: list[Tensor]
 
 
 def talk_in_slots(
-    stepper: Stepper, talks: Iterable[tuple[int, Talk]], on_tokens: Callable[[int], None] = lambda count: None
+    stepper: Stepper,
+    talks: Iterable[tuple[int, Talk]],
+    on_tokens: Callable[[int], None] = lambda count: None,
+    *,
+    features: bool = False,
 ) -> Iterator[tuple[int, Transcript]]:
     """Runs numbered conversations, as many at once as there are slots; gives what each returns, as they end.
 
-    `on_tokens` is called after each pass, and each turn that begins, with how many tokens it gave.
+    `on_tokens` is called after each pass, and each turn that begins, with how many tokens it gave. `features` keeps
+    those of each token that is said, and asks for a stepper that decodes plainly: one token a pass.
     """
     backend = stepper.backend
     # A turn continues from the slot that still holds its text: it is queued before a new conversation can take a slot.
@@ -118,7 +129,7 @@ def talk_in_slots(
             return turn
         text = [*(text[:-1] if turn.drop_last else text), *turn.tokens]
         task = scheduler.submit(Request(text, turn.sampling, turn.max_new_tokens, turn.ends))
-        running[task] = _Running(number, talk, text, LoopWatch())
+        running[task] = _Running(number, talk, text, LoopWatch(), [])
         return None
 
     try:
@@ -132,16 +143,34 @@ def talk_in_slots(
             on_tokens(sum(len(step.tokens) for _, step in steps))
             over = []
             for task, step in steps:
-                number, talk, text, watch = running[task]
+                number, talk, text, watch, kept = running[task]
+                if features:
+                    kept.append(_features_of(task))
                 looped = sum(watch.push(token) for token in step.tokens) > 0  # all are pushed
                 if task.finish_reason is None and not looped:
                     continue
                 scheduler.cancel(task)
                 del running[task]
-                reply = Reply(task.new_tokens, task.finish_reason or "loop")
+                reply = Reply(task.new_tokens, task.finish_reason or "loop", _stacked(kept))
                 if (transcript := take_turn(number, talk, [*text, *reply.tokens], reply)) is not None:
                     over.append((number, transcript))
             yield from over
     finally:
         scheduler.close()
         scheduler.slots.clear()
+
+
+def _features_of(task: Task) -> Tensor:
+    """Those by which the last token was chosen: a copy, for what they are a part of is much larger."""
+    import torch
+
+    assert task.row is not None
+    return task.row.features.to("cpu", torch.bfloat16, copy=True)
+
+
+def _stacked(features: list[Tensor]) -> Tensor | None:
+    if not features:
+        return None
+    import torch
+
+    return torch.stack(features)

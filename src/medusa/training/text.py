@@ -22,6 +22,7 @@ from medusa.training.data import Example, Reader, read_prompts
 from medusa.training.device_features import free_memory
 from medusa.training.distill import Prompt, Written, distill
 from medusa.training.features import count_rows
+from medusa.training.stored_features import FeatureStore
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
@@ -72,12 +73,18 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
     return max(1, min(slots, fitting)), length
 
 
-def write_text(config: TextSettings, lm: LanguageModel, out: Path, reporter: Reporter) -> None:
-    """The model's own text, to the file `out`."""
+def write_text(
+    config: TextSettings, lm: LanguageModel, out: Path, reporter: Reporter, features: FeatureStore | None = None
+) -> None:
+    """The model's own text, to the file `out`, and to `features` what decoding has computed of it."""
     reporter.stage("Writing text")
     prompts = None if config.prompts is None else read_prompt_file(config.prompts, reporter.say)
     written = distill(
-        lm, out, config.distilled(), prompts=prompts, on_progress=shown_by(reporter), seconds=config.seconds
+        *(lm, out, config.distilled()),
+        prompts=prompts,
+        on_progress=shown_by(reporter),
+        seconds=config.seconds,
+        features=features,
     )
     reporter.say(written.summary())
 

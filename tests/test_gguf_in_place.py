@@ -20,11 +20,11 @@ from medusa.engines.native import Checkpoint, NativeBackend
 from medusa.engines.native_config import native_config
 from medusa.errors import MedusaError
 from medusa.files import cache_dir
-from medusa.heads.config import HeadsConfig
+from medusa.heads.config import HeadsConfig, vocabulary_hash
 from medusa.heads.file import save_heads
 from medusa.heads.module import Heads, HeadsState
 from medusa.models import gguf_weights, loading, zoo
-from medusa.models.gguf_reader import QuickReader
+from medusa.models.gguf_reader import QuickReader, name_inside
 from medusa.models.gguf_weights import GgufWeights
 from medusa.settings import EngineSettings
 from test_gguf import FAMILIES, assert_runs, llama3_divisors, metadata_of, model_of, tensors_of, tiny_file, write
@@ -123,6 +123,46 @@ def assert_the_same(path: Path) -> None:
         assert ids == other(text)["input_ids"]
         for options in ({}, {"skip_special_tokens": True}):
             assert one.decode(ids, **options) == other.decode(ids, **options)
+
+
+NAMES = {
+    ("Qwen2.5-Coder", "0.5B", "Instruct-AWQ"): "qwen2.5-coder-0.5b-instruct",
+    ("Tiny", "1M", "GGUF"): "tiny-1m",
+    ("Tiny", "1M", "Instruct-Q4_K_M-GGUF"): "tiny-1m-instruct",
+    ("Tiny", "1M", None): "tiny-1m",
+    ("Tiny", "1M", "Instruct-f16-mine"): "tiny-1m-instruct-f16-mine",
+    ("Tiny", None, "Instruct"): None,
+}
+
+
+def named(**parts: str | None) -> dict[str, Any]:
+    return {f"general.{key}": value for key, value in parts.items() if value is not None}
+
+
+@pytest.mark.parametrize("parts", NAMES, ids=str)
+def test_a_file_says_what_its_model_is_called(parts: tuple[str | None, ...], tmp_path: Path) -> None:
+    path = tiny_file(tmp_path, **named(**dict(zip(("basename", "size_label", "finetune"), parts, strict=True))))
+    assert name_inside(path) == NAMES[parts]
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_heads_are_found_by_what_a_file_calls_its_model_if_they_fit(
+    fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_file(tmp_path, **named(basename="Tiny", size_label="1M", finetune="Instruct-GGUF"))
+    options: dict[str, Any] = {"dtype": "float32", "nodes": 4, "progress": False}
+    bare = medusa.load(str(path), **options)
+    base = bare.backend.base_weights()
+    vocab, size = base.embedding.shape
+    ours = vocabulary_hash(bare.tokenizer.get_vocab())
+    config = HeadsConfig(
+        hidden_size=size, vocab_size=vocab, base_model="Org/Tiny-1M-Instruct", vocab_hash=ours if fits else "other"
+    )
+    save_heads(stirred(Heads(config, base), seed=3), tmp_path / "shipped" / "tiny")
+    monkeypatch.setattr(zoo, "HEADS_DIR", tmp_path / "shipped")
+    model = medusa.load(str(path), **options)
+    assert model.describe()["heads_path"] == (str(tmp_path / "shipped" / "tiny") if fits else None)
+    assert model.generate("a b n", max_new_tokens=8).token_ids == bare.generate("a b n", max_new_tokens=8).token_ids
 
 
 @pytest.mark.parametrize("kind", SCALES)

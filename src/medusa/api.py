@@ -395,9 +395,11 @@ def load(settings: EngineSettings) -> LanguageModel:
     model, progress = settings.model, settings.progress
     source = zoo.resolve(model, progress=progress, in_place=loading.native_refusal(settings) is None)
     heads_path = zoo.find_heads(settings.heads, source)
+    tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
+    if heads_path is not None and source.alike is not None and settings.heads == "auto":
+        heads_path = heads_path if loading.fit(heads_path, source, lambda: tokenizer_of()[1]) else None
     if settings.drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")
-    tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
     if heads_path is not None:  # what their config tells is checked first: to pack the weights may take long
         config = read_config(heads_path)
         loading.check_heads(config, source)

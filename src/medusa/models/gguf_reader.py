@@ -6,6 +6,7 @@ The reader of the `gguf` package makes several Python objects of each token, whi
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,20 @@ def open_reader(path: Path, *, texts: bool = True) -> QuickReader:
         return QuickReader(path, texts=texts)
     except Exception as error:  # the reader trusts the file, and fails in as many ways as a file can be damaged
         raise MedusaError(f"{path} is damaged or cut short ({error}): get the file again") from error
+
+
+# Words at the end of a model's name that tell how a file was made, and not whose weights are in it.
+_OF_FILES = re.compile(r"(-(gguf|awq|gptq|i?q\d\w*|f16|bf16|f32|hf))+$")
+
+
+def name_inside(path: Path) -> str | None:
+    """What a file calls its model, in lower case, such as qwen2.5-coder-0.5b-instruct: the last part of its Hub id, as
+    a rule. None where it does not say.
+
+    Raises MedusaError: it is damaged or cut short.
+    """
+    metadata = open_reader(path, texts=False).metadata
+    parts = [metadata.get(f"general.{part}") for part in ("basename", "size_label", "finetune")]
+    if not all(isinstance(part, str) and part for part in parts[:2]):
+        return None
+    return _OF_FILES.sub("", "-".join(part for part in parts if isinstance(part, str) and part).lower())

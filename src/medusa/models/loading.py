@@ -76,6 +76,20 @@ def check_heads(config: HeadsConfig, source: zoo.ModelSource) -> None:
     check_shape(config, vocab_size, hidden_size, getattr(model, "num_hidden_layers", None))
 
 
+def fit(path: Path, source: zoo.ModelSource, vocab_hash: Callable[[], str]) -> bool:
+    """Whether heads are for this model, as far as its shape and tokenizer tell. Raises MedusaError: damaged heads."""
+    from medusa.heads.config import check_vocabulary
+    from medusa.heads.file import read_config
+
+    config = read_config(path)
+    try:
+        check_heads(config, source)
+        check_vocabulary(config, vocab_hash())
+    except MedusaError:
+        return False
+    return True
+
+
 def load_heads(path: Path, loaded: LoadedModel, settings: EngineSettings) -> HeadsRunner:
     """The heads saved in `path`, running where the model runs. Raises MedusaError when they do not fit its shape; its
     tokenizer is for the caller to check."""

@@ -21,7 +21,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -68,6 +68,7 @@ class ModelSource:
     location: str
     hub_id: str | None  # the canonical id, where one is known
     gguf: Path | None = None
+    alike: str | None = None  # the last part of that id, as an unknown file says; heads found by it may not fit
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -101,7 +102,9 @@ def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> Mode
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         check_gguf(path)
-        return _of_file(name, path, _known_files().get(digest(path)), progress, in_place)
+        hub_id = _known_files().get(digest(path))
+        source = _of_file(name, path, hub_id, progress, in_place)
+        return source if hub_id else replace(source, alike=_name_inside(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             file = min(path.glob("*.gguf"), default=None)
@@ -126,6 +129,12 @@ def _of_file(name: str, gguf: Path, hub_id: str | None, progress: bool, in_place
     return ModelSource(name, str(converted(gguf, _known_files(), progress)), hub_id)
 
 
+def _name_inside(gguf: Path) -> str | None:
+    from medusa.models.gguf_reader import name_inside
+
+    return name_inside(gguf)
+
+
 def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
     """The same model at a place where its weights are, as transformers reads them: a GGUF file is converted.
 
@@ -134,13 +143,14 @@ def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
     """
     if source.gguf is None:
         return source
-    return ModelSource(source.name, str(converted(source.gguf, _known_files(), progress)), source.hub_id)
+    return replace(source, location=str(converted(source.gguf, _known_files(), progress)), gguf=None)
 
 
 def find_heads(heads: str, source: ModelSource) -> Path | None:
     """The directory of the heads called `heads` (it holds config.json and heads.safetensors), or None.
 
-    "auto" finds those shipped for the model, "none" finds none; else a shipped name or a directory.
+    "auto" finds those shipped for the model, "none" finds none; else a shipped name or a directory. Where the model is
+    known by no more than `source.alike`, those that are found may not fit.
 
     Raises:
         UsageError: there are no such heads; the message lists those there are.
@@ -150,7 +160,9 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
     shipped = {path.parent.name: path.parent for path in sorted(HEADS_DIR.glob("*/config.json"))}
     if heads == "auto":
         names = {n.lower() for n in (source.name, source.hub_id) if n}
-        return next((path for path in shipped.values() if _base_model(path).lower() in names), None)
+        bases = {_base_model(path).lower(): path for path in shipped.values()}
+        sure = next((path for base, path in bases.items() if base in names), None)
+        return sure or next((path for base, path in bases.items() if base.split("/")[-1] == source.alike), None)
     if heads in shipped:
         return shipped[heads]
     path = Path(heads).expanduser()

@@ -213,8 +213,8 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path: Path, monkeypatch: pytest.M
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0, 40]))
-def test_the_loss_is_that_of_a_double_loop(seed: int, distillation: float, draft_vocab: int) -> None:
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0, 40]), st.sampled_from([0.0, 2.0]))
+def test_the_loss_is_that_of_a_double_loop(seed: int, distillation: float, draft_vocab: int, overlap: float) -> None:
     torch.manual_seed(seed)
     heads = make_heads(draft_vocab)
     rows = draft_vocab or VOCAB
@@ -228,22 +228,26 @@ def test_the_loss_is_that_of_a_double_loop(seed: int, distillation: float, draft
     with torch.no_grad():
         logits = heads(batch.features, tokens[:, :-1].clamp_min(0))
     teacher = teacher_logits(batch.finals, lm_head)
-    found = losses(logits, draft_labels(heads, tokens[:, 1:]), teacher, distillation)
+    found = losses(logits, draft_labels(heads, tokens[:, 1:]), teacher, distillation, overlap)
     ids = list(range(VOCAB)) if heads.draft_ids is None else heads.draft_ids.tolist()
     for k in range(K):
-        total, count = 0.0, 0
+        entropies, divergences, commons = [], [], []
         for i in range(6):
             token = int(tokens[i, k + 1])
             if token not in ids:
                 continue
-            count += 1
             z = [float(x) for x in logits[k][i]]
             log_q = [x - max(z) - math.log(sum(math.exp(y - max(z)) for y in z)) for x in z]
             final = batch.finals[i, k].tolist()
             own = [sum(a * b for a, b in zip(final, row, strict=True)) for row in lm_head.tolist()]
             log_p = [x - max(own) - math.log(sum(math.exp(y - max(own)) for y in own)) for x in own]
-            divergence = sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True))
-            total += (1 - distillation) * -log_q[ids.index(token)] + distillation * divergence
+            divergences.append(sum(math.exp(p) * (p - q) for p, q in zip(log_p, log_q, strict=True)))
+            commons.append(sum(math.exp(min(p, q)) for p, q in zip(log_p, log_q, strict=True)))
+            entropies.append(-log_q[ids.index(token)])
+        count = len(commons)
+        share = math.exp(-overlap * sum(commons) / max(1, count))
+        away = share * sum(divergences) + (1 - share) * (count - sum(commons))
+        total = (1 - distillation) * sum(entropies) + distillation * away
         assert int(found.counts[k]) == count
         assert float(found.sums[k]) == pytest.approx(total, rel=1e-3, abs=1e-3)
     assert len(logits[0][0]) == rows

@@ -26,6 +26,7 @@ DrafterName = Literal["union", "heads", "ngram", "none"]
 TreeName = Literal["auto", "dynamic", "static"]
 AcceptanceRule = Literal["exact", "typical"]
 HeadsKind = Literal["residual", "sequential", "recurrent"]
+HeadsWeights = Literal["bfloat16", "int8"]  # int8: matrices in groups of 64, see `heads/int8.py`
 Target = Literal["vllm", "tgi", "tensorrt-llm", "fasterdecoding", "hf"]  # who is to run exported heads
 
 P = ParamSpec("P")
@@ -357,6 +358,7 @@ class HeadsShape(Settings):
     num_heads: int = setting(4, "How many tokens are guessed.", ge=1, le=16)
     num_layers: int = setting(1, "Blocks of a head.", ge=1)
     tie_lm_head: bool = setting(True, "Heads end in the model's own LM head.")
+    weights: HeadsWeights = setting("bfloat16", "What the file holds them in.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -387,6 +389,9 @@ class OptimiserSettings(Settings):
     clip: float = setting(1.0, "Greatest norm of the gradient.", gt=0)
     lambda_: float = setting(0.8, "Head k weighs lambda ** k.", alias="lambda", gt=0, le=1)
     distillation: float = setting(0.0, "Share of KL to the model's own distribution in the loss.", ge=0, le=1)
+    overlap: float = setting(
+        0.0, "In the KL's place, the more the greater, the share by which drafts would be rejected; 0 is off.", ge=0
+    )
     # See training/precision.py. run.yaml keeps "auto", so that the run may go on on another machine; the config of the
     # heads tells what it was.
     precision: Literal["auto", "bfloat16", "float32"] = setting(

@@ -6,13 +6,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from medusa.errors import MedusaError, UsageError
 from medusa.settings import HeadsKind, HeadsShape, check, setting
 
 KINDS = get_args(HeadsKind)
-HeadsWeights = Literal["bfloat16", "int8"]  # int8: matrices in groups of 64, see `int8.py`
 _INSTEAD = "use heads trained for this model, or --heads none"
 
 
@@ -31,7 +30,6 @@ class HeadsConfig(HeadsShape):
         good=lambda layers: all(i > 0 for i in layers),
         rule="layer numbers from 1",
     )
-    weights: HeadsWeights = setting("bfloat16", "What the file holds them in.")
     base_model: str = ""
     vocab_hash: str = ""  # see `vocabulary_hash`
     tree: tuple[tuple[tuple[int, ...], float], ...] = ()  # (rank path, calibrated probability)

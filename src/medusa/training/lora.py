@@ -300,7 +300,7 @@ class LoraTrainer:
         with self._autocast():
             levels = self.heads(batch.features.float(), tokens[:, :-1].clamp_min(0))
             teacher = None if batch.finals is None else teacher_logits(batch.finals, self._draft_lm_head)
-        return base, losses(levels, draft_labels(self.heads, tokens[:, 1:]), teacher, share)
+        return base, losses(levels, draft_labels(self.heads, tokens[:, 1:]), teacher, share, self._shared.overlap)
 
     def _read(self, passage: Passage) -> tuple[Tensor, Tensor]:
         """One pass over a conversation: float32 logits [P, V] and features [P, F*H] of its rows."""

@@ -1,7 +1,12 @@
 """What heads are trained on: the sum over heads of lambda^k times the mean loss of head k over labelled tokens.
 
 https://arxiv.org/abs/2401.10774, section 2.2.1, with cross-entropy; `distillation` mixes in the KL divergence to the
-model's own distribution at that position, which tells a head about the runners-up too.
+model's own distribution at that position, which tells a head about the runners-up too. `overlap` puts what decides in
+the end, how much of the distributions p of the model and q of a head is common, into the place of a part of the KL:
+
+    w KL(p, q) + (1 - w) (1 - sum min(p, q)),  w = exp(-overlap * mean of sum min(p, q))
+
+so that heads that are still far off learn by the KL (https://arxiv.org/abs/2602.23881).
 """
 
 from __future__ import annotations
@@ -34,13 +39,18 @@ def draft_labels(heads: Heads, tokens: Tensor) -> Tensor:
 
 
 def losses(
-    logits: Sequence[Tensor], labels: Tensor, teacher: Sequence[Tensor] | None = None, distillation: float = 0.0
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    teacher: Sequence[Tensor] | None = None,
+    distillation: float = 0.0,
+    overlap: float = 0.0,
 ) -> Losses:
     """Args:
     logits: of head k = 1..K, [B, V'].
     labels: [B, K] in the draft vocabulary; -100 is not learned from.
     teacher: the model's own logits at those positions, K times [B, V'].
     distillation: share of the KL divergence; the rest is cross-entropy.
+    overlap: see above; 0 is the KL alone.
     """
     sums = []
     for k, level in enumerate(logits):
@@ -51,8 +61,12 @@ def losses(
         if distillation > 0:
             assert teacher is not None
             known = (label >= 0).float()
-            own = torch.log_softmax(teacher[k].float(), dim=-1)
-            away = F.kl_div(torch.log_softmax(level, dim=-1), own, log_target=True, reduction="none").sum(-1)
+            own, guess = torch.log_softmax(teacher[k].float(), dim=-1), torch.log_softmax(level, dim=-1)
+            away = F.kl_div(guess, own, log_target=True, reduction="none").sum(-1)
+            if overlap:
+                common = torch.minimum(own, guess).exp().sum(-1)
+                weight = torch.exp(-overlap * (common.detach() * known).sum() / known.sum().clamp_min(1))
+                away = weight * away + (1 - weight) * (1 - common)
             part = part + distillation * (away * known).sum()
         sums.append(part)
     return Losses(torch.stack(sums), (labels >= 0).sum(0))

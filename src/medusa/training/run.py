@@ -236,6 +236,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
 
 def check_settings(config: TrainConfig) -> None:
     """Raises UsageError for settings that cannot go together, or that this machine cannot follow."""
+    if config.training.overlap and not config.training.distillation:
+        raise UsageError(
+            "training.overlap takes the place of a part of the KL: set training.distillation=1 too, or leave it out"
+        )
     if config.text.data:
         return
     longest, levels = config.text.max_answer_tokens, config.heads.num_heads

@@ -251,7 +251,7 @@ class Trainer:
             logits = self._module(batch.features[mine].to(accelerator.device).float(), tokens[:, :-1].clamp_min(0))
             if batch.finals is not None:
                 teacher = teacher_logits(batch.finals[mine].to(accelerator.device), self._lm_head)
-        of_heads = losses(logits, draft_labels(self.heads, tokens[:, 1:]), teacher, config.distillation)
+        of_heads = losses(logits, draft_labels(self.heads, tokens[:, 1:]), teacher, config.distillation, config.overlap)
         # Over all processes; gradients are averaged over them, so each one's share is multiplied by their number.
         counts = accelerator.reduce(of_heads.counts, "sum").clamp_min(1)
         weights = head_weights(len(counts), config.lambda_, counts.device)

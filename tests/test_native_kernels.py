@@ -86,7 +86,7 @@ def trees(draw: st.DrawFn, max_nodes: int = 14) -> Nodes:
 def test_the_instruction_sets_are_known_and_plain_cpp_is_always_there() -> None:
     assert ISAS[-1] == "portable"
     assert len(set(ISAS)) == len(ISAS)
-    best_first = ["avx512_bf16", "avx512", "avx_vnni", "avx2", "neon", "portable"]
+    best_first = ["amx", "avx512_bf16", "avx512", "avx_vnni", "avx2", "neon", "portable"]
     assert [isa for isa in best_first if isa in ISAS] == ISAS
 
 
@@ -519,6 +519,15 @@ def test_avx_vnni_gives_the_bits_of_avx2(precision: str) -> None:
     """It multiplies bytes by another instruction, and sums of whole numbers have but one value."""
     for family in ("llama", "qwen3"):
         found, expected = (logits_of(family, precision, isa) for isa in ("avx_vnni", "avx2"))
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this machine or this build has no AMX")
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+def test_amx_gives_the_bits_of_avx512_but_in_bfloat16(precision: str) -> None:
+    """Its tiles hold sums of whole numbers; scales enter as they do there."""
+    for family in ("llama", "qwen3"):
+        found, expected = (logits_of(family, precision, isa) for isa in ("amx", "avx512_bf16"))
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 

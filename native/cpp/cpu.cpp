@@ -9,6 +9,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace medusa {
@@ -27,6 +31,19 @@ bool has_avx_vnni() {
   __cpuid_count(7, 1, a, b, c, d);
   return a >> 4 & 1;
 }
+
+// Tiles have 8 KB of state, which a process must ask the system for; once asked for, all of its threads have them.
+bool may_use_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1, int8 = d >> 25 & 1;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  return bf16 && tiles && int8 && syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 std::vector<const Kernels*> usable() {
@@ -37,10 +54,12 @@ std::vector<const Kernels*> usable() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  static const bool amx = bf16 && may_use_amx();
 #else
-  const bool avx2 = false, vnni = false, avx512 = false, bf16 = false;
+  const bool avx2 = false, vnni = false, avx512 = false, bf16 = false, amx = false;
 #endif
-  const Choice all[] = {{avx512_bf16_kernels(), bf16},
+  const Choice all[] = {{amx_kernels(), amx},
+                        {avx512_bf16_kernels(), bf16},
                         {avx512_kernels(), avx512},
                         {avx_vnni_kernels(), vnni},
                         {avx2_kernels(), avx2},

@@ -170,6 +170,12 @@ def of_chats(made: list[Chat]) -> dict[str, Any]:
     }
 
 
+def answers_under_way(server: Running) -> float:
+    name = "medusa_requests_running "
+    lines = server.get("/metrics").splitlines()
+    return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
 async def leave(port: int, replicas: list[Running]) -> dict[str, Any]:
     """Begins a stream, goes away, and sees who still decodes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -179,9 +185,7 @@ async def leave(port: int, replicas: list[Running]) -> dict[str, Any]:
     await reader.readuntil(b'"content":"')
 
     def running() -> float:
-        pages = [server.get("/metrics").splitlines() for server in replicas]
-        name = "medusa_requests_running "
-        return sum(float(line.removeprefix(name)) for page in pages for line in page if line.startswith(name))
+        return sum(map(answers_under_way, replicas))
 
     async def until(count: int) -> float:
         end = time.monotonic() + 20
@@ -233,11 +237,14 @@ class Load:
 
 
 async def under_load(load: Load, clients: int, requests: int, victim: Running, death: signal.Signals) -> dict[str, Any]:
-    """A third of the requests, then the death, then the rest."""
+    """A third of the requests, then the death, as soon as there is something to lose, then the rest."""
     assert victim.process is not None
     begun = time.monotonic()
     working = asyncio.gather(*(load.client(requests) for _ in range(clients)))
     await load.until(requests // 3)
+    end = time.monotonic() + 10
+    while (lost := await asyncio.to_thread(answers_under_way, victim)) < 2 and time.monotonic() < end:
+        pass
     victim.process.send_signal(death)
     at, failed = load.begun, load.ended - load.counts["whole"]
     await working
@@ -247,7 +254,8 @@ async def under_load(load: Load, clients: int, requests: int, victim: Running, d
         "death": death.name,
         "clients": clients,
         "requests": requests,
-        "under_way_or_done_at_death": at,
+        "asked_before_death": at,
+        "under_way_there": lost,
         "failed_before": failed,
         "failed_after": after,
         **{name: load.counts[name] for name in ("whole", "other text", "failed, streamed", "failed, not streamed")},

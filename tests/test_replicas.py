@@ -10,7 +10,8 @@ import shutil
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,7 +21,6 @@ import pytest
 
 from serve_client import free_port
 from serve_replicas import CONFIGURATION, configuration
-from serving import wait_for
 
 PROGRAM = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
 with_haproxy = pytest.mark.skipif(PROGRAM is None, reason="HAProxy is not installed")
@@ -57,7 +57,11 @@ class Stub:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *_: Any) -> None:  # of connections that are cut on purpose
+                pass
+
+        self.http = Server(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     @property
@@ -87,6 +91,13 @@ def balanced(directory: Path) -> Iterator[tuple[int, list[Stub]]]:
         process.wait(10)
         for stub in stubs:
             stub.close()
+
+
+def wait_for(done: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
 
 
 def ask(port: int, body: Any, path: str = "/v1/chat/completions") -> str:
@@ -122,9 +133,9 @@ def parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @with_haproxy
 def test_all_turns_of_a_chat_go_to_one_server_and_chats_to_both(balancer: int) -> None:
-    where = []
-    for number in range(24):
-        for system in ("", "Be kind."):
+    for system in ("", "Be kind."):
+        where = []
+        for number in range(24):
             for shape in (list, parts):
                 first = said(f'"Who" is\n{number} 中?', system=system)
                 later = said(f'"Who" is\n{number} 中?', "Nobody.", "Why?" * number, system=system)
@@ -133,8 +144,7 @@ def test_all_turns_of_a_chat_go_to_one_server_and_chats_to_both(balancer: int) -
                 asked.append(ask(balancer, {"stream": True, "messages": shape(later), "seed": number}))
                 assert len(set(asked)) == 1, (number, system)
                 where.append(asked[0])
-    assert where.count("one") > 24
-    assert where.count("two") > 24
+        assert min(where.count("one"), where.count("two")) > 8, system
 
 
 @with_haproxy

@@ -140,8 +140,8 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
 
 
 def test_two_processes_learn_what_one_learns(saved: Path, trained: Path, tmp_path: Path) -> None:
-    """Gradients are shared: after the same steps the weights differ by rounding only. (By 1e-7; where each process
-    learns from its own rows alone, by 6e-3.)"""
+    """The batch is the whole of both: each step has the losses that one process has in it, and as gradients are shared
+    the weights then differ by rounding only. (By 1e-7; where each process learns from its own rows alone, by 6e-3.)"""
     out = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
@@ -153,6 +153,11 @@ def test_two_processes_learn_what_one_learns(saved: Path, trained: Path, tmp_pat
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert ended.stdout.count("The heads are in") == 1
     assert read_config(out / "heads").training["processes"] == 2
+    logs = [[json.loads(line) for line in (d / "log.jsonl").read_text().splitlines()] for d in (trained, out)]
+    assert [entry["step"] for entry in logs[1]] == list(range(1, 9))
+    named = [f"loss_{k}" for k in range(1, 5)]
+    losses, others = ([[entry[name] for name in named] for entry in log] for log in logs)  # five digits of each
+    assert others == [pytest.approx(step, rel=2e-5) for step in losses]
     first, second = (torch.load(d / "checkpoint.pt", weights_only=True)["heads"] for d in (trained, out))
     assert all(torch.allclose(first[n], second[n], atol=1e-5) for n in first if n != "draft_ids")
     assert first["block.down.weight"].abs().max() > 4e-3  # which began as zeros: so far they have come

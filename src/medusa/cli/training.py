@@ -114,6 +114,10 @@ def train(
     tokens: Annotated[int | None, Of(TextSettings, "tokens")] = None,
     epochs: Annotated[int | None, Of(OptimiserSettings, "epochs")] = None,
     max_steps: Annotated[int | None, Of(OptimiserSettings, "max_steps")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Take as many tokens and epochs as fit: 2h, 90m, 1h30m.", show_default=False),
+    ] = None,
     train_base: Annotated[
         str | None, typer.Option(metavar="none|lora", help="Train the model too (Medusa-2).", show_default="none")
     ] = None,
@@ -125,6 +129,7 @@ def train(
     """Make heads for a model, from nothing but the model."""
     _need_extra()
     from medusa.training.accuracy import describe
+    from medusa.training.budget import Budget, check_chosen, parse
     from medusa.training.config import load_config
     from medusa.training.resume import RUN_FILE
     from medusa.training.run import run_directory
@@ -146,8 +151,14 @@ def train(
         there = run_directory(load_config(None, options, settings or [])) / RUN_FILE
         config = there if there.is_file() else None
     wanted = load_config(config, options, settings or [])
+    limit = None
+    if budget is not None:
+        given = {name for name, value in options.items() if value is not None}
+        given |= {setting.partition("=")[0] for setting in settings or []}
+        check_chosen(given)
+        limit = Budget(parse(budget), wanted.training.epochs if "training.epochs" in given else None)
     with progress_shown() as reporter:
-        result = run(wanted, resume=resume, reporter=reporter)
+        result = run(wanted, resume=resume, reporter=reporter, budget=limit)
     if not result.main:
         return
     if as_json:

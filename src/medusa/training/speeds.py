@@ -27,7 +27,8 @@ from medusa.training.text import read_prompt_file
 from medusa.training.trainer import EVALUATION_ROWS, NO_LIMIT, Progress, Trainer, keep_freed_memory
 
 SECONDS = 2.5  # of each part, at least a pass or a step
-PASSES = 200  # of writing, at most
+MOST_SECONDS = 20.0  # until all conversations have begun
+PASSES = 100  # of writing, at most
 STEPS = 12  # of training, at most
 READ_TOKENS = 512
 
@@ -57,22 +58,30 @@ def measure(
 
 
 def writing(config: TrainConfig, lm: LanguageModel) -> float:
-    """Tokens that the model writes in a second, in as many conversations as a run has, from their beginning."""
-    marks: list[tuple[float, int]] = []
-    began = time.perf_counter()
+    """Tokens that the model writes in a second, in as many conversations as a run has, once all of them have begun."""
+    marks = [(time.perf_counter(), 0)]
+    full = 0  # the first mark at which most conversations have got a token by one pass
 
     def watch(written: Written) -> None:
-        if marks and written.spent == marks[-1][1]:
+        nonlocal full
+        if written.spent == marks[-1][1]:
             return  # a row was written
         marks.append((time.perf_counter(), written.spent))
-        if len(marks) > 2 and (len(marks) > PASSES or marks[-1][0] - began > SECONDS):
+        if not full and 2 * (written.spent - marks[-2][1]) >= lm.backend.num_slots:
+            full = len(marks) - 1
+        passes = len(marks) - 1 - full if full else 0
+        if passes >= PASSES or (passes >= 2 and _past(marks[full], SECONDS)) or _past(marks[0], MOST_SECONDS):
             raise _EnoughError
 
     prompts = None if config.text.prompts is None else read_prompt_file(config.text.prompts, lambda text: None)
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(_EnoughError):
         distill(lm, Path(scratch) / "text.jsonl", config.text.distilled(), prompts=prompts, on_progress=watch)
-    first, last = marks[len(marks) // 4] if len(marks) > 1 else (began, 0), marks[-1]
+    first, last = marks[full if full < len(marks) - 1 else 0], marks[-1]
     return max(1, last[1] - first[1]) / max(1e-9, last[0] - first[0])
+
+
+def _past(mark: tuple[float, int], seconds: float) -> bool:
+    return time.perf_counter() - mark[0] > seconds
 
 
 def reading(lm: LanguageModel) -> float:

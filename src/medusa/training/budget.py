@@ -95,8 +95,9 @@ def fitted(budget: Budget, config: TrainConfig, place: Place, speeds: Speeds, sp
             best = max(best or (0.0, 0, 0), (_worth(tokens, epochs), tokens, epochs))
     if best is None:
         least = budget.seconds - left + LEAST_TOKENS * _per_token(config, speeds, budget.epochs or 1, place.on_gpu)
+        enough = 1.1 * least if least < 80 else 60 * math.ceil(1.1 * least / 60)
         raise UsageError(
-            f"--budget {duration(budget.seconds)} is too little here: at least {duration(1.1 * least)}, for "
+            f"--budget {duration(budget.seconds)} is too little here: at least {duration(enough)}, for "
             f"{LEAST_TOKENS:,} tokens"
         )
     _, tokens, epochs = best

@@ -120,10 +120,10 @@ def test_a_budget_is_for_the_heads_of_a_new_run_in_one_process() -> None:
 def test_a_new_run_has_everything_to_do(tmp_path: Path) -> None:
     work = work_of(config(), place(tmp_path))
     assert work == Work(
-        write=10_000, read=14_000, rows=9_000, held_out=1_000, steps=180, epochs=2, stored=10_000, lost=4 * 256
+        write=10_000, read=14_000, rows=9_000, held_out=1_000, steps=180, epochs=2, stored=10_000, lost=4 * 400
     )
     assert work.seconds(SPEEDS) == {
-        "write": pytest.approx((12_500 + 1024) / 500),
+        "write": pytest.approx((12_500 + 1600) / 500),
         "read": pytest.approx(14.0),
         "train": pytest.approx(18.0 + 2 * 1_000 / 2_000),
     }
@@ -210,10 +210,10 @@ def test_the_table_names_each_stage_with_its_time(tmp_path: Path) -> None:
     work = work_of(config(), place(tmp_path))
     assert told(work, SPEEDS, (2 * GB, 20 * GB), (5 * 10**6, 60 * GB)) == [
         "What this will take here (by a short measurement):",
-        "  write 10,000 tokens of answers       27 s",
+        "  write 10,000 tokens of answers       28 s",
         "  read hidden states of 14,000 tokens  14 s",
         "  train 180 steps                      19 s",
-        "  in all                               75 s",
+        "  in all                               76 s",
         "  memory, up to                        2.0 GB (20.0 GB free)",
         "  disk                                 5 MB (60.0 GB free)",
     ]

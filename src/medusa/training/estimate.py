@@ -28,7 +28,7 @@ from medusa.training.trainer import CHECKPOINT
 # What was measured of texts that smollm2-135m wrote (docs/decisions.md).
 KEPT = 0.8  # share of the tokens that a model writes, questions and dropped ones among them
 READ = 1.4  # tokens of a conversation, template and questions too, for one of an answer
-CONVERSATION = 256  # tokens of its answers; about as many are lost in each slot where the writing ends
+LOST = 400  # tokens that are lost in each slot where the writing ends: long conversations are still under way
 TEXT_BYTES = 20  # of text.jsonl, for a token of an answer
 END = 15.0  # seconds: measuring the machine, pictures, files
 # Tokens -> tokens per step of the best tree of 16 nodes after one epoch, and what twice the epochs add: 207k tokens
@@ -101,7 +101,7 @@ def work_of(config: TrainConfig, place: Place, texts: Sequence[Sequence[Example]
         write = 0 if learning else max(0, tokens - _tokens_in(out / TEXT_FILE))
         if write and config.text.prompts is None:
             longest = config.text.turns * config.text.max_answer_tokens
-            lost = place.slots * min(CONVERSATION, longest)
+            lost = place.slots * min(LOST, longest)
     batch = min(training.batch_size, max(1, rows))
     steps = min(training.epochs * (rows // batch), training.max_steps or 2**63)
     epochs = math.ceil(steps * batch / max(1, rows))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
 from medusa.heads.config import HeadsConfig
 from medusa.settings import OptimiserSettings, TextSettings
@@ -39,6 +40,7 @@ from medusa.training.estimate import (
 )
 from medusa.training.run import heads_shape, load_model
 from test_train_run import SMALL, run, save_model
+from tiny_models import make_model
 
 SHAPE = HeadsConfig(kind="recurrent", hidden_size=8, vocab_size=100, feature_layers=(1, 2), mlp_width=4)
 SPEEDS = Speeds(written=500.0, read=1000.0, step=0.1, judged=2000.0)
@@ -242,7 +244,7 @@ def test_a_run_that_is_fitted_takes_the_time_it_was_given_and_hardly_less(
 ) -> None:
     free(10**15)
     at, wanted = place(tmp_path), config(cache_features=cached)
-    found = fitted(Budget(60 * minutes), wanted, at, speeds, 20.0, lost=1024)
+    found = fitted(Budget(60 * minutes), wanted, at, speeds, 20.0, lost=1600)
     assert 0.95 * 60 * minutes < took(found, speeds, at, 20.0) <= 60 * minutes
     assert found.text.seconds is not None
     assert found.training.seconds is not None
@@ -316,7 +318,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given_speeds(*_: Any) -> Speeds:
-    return Speeds(1e6, 1e6, 1e-4, 1e6)
+    return Speeds(100.0, 1e4, 1e-4, 1e6)
 
 
 def without(*names: str) -> list[str]:
@@ -437,3 +439,34 @@ def test_a_budget_that_cannot_be_kept_is_one_clear_sentence(
 
 def test_the_tokens_to_choose_by_are_the_measured_ones() -> None:
     assert [tokens for tokens, _ in ONE_EPOCH] == [207_000, 1_620_000]
+
+
+def test_a_gpu_reads_many_texts_at_once() -> None:
+    assert 0 < measured.reading_on_gpu(TransformersBackend(make_model())) < math.inf
+
+
+def test_a_model_whose_conversations_are_slow_to_begin_is_measured_by_passes_alone(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "MOST_SECONDS", 0.0)
+    wanted = load_config(None, {"model": str(saved), "out": str(tmp_path)}, [w for w in SMALL if "=" in w])
+    lm = load_model(wanted)
+    passes: list[int] = []
+    verify = lm.backend.verify
+
+    def counted(slots: Any, drafts: Any) -> Any:
+        passes.append(len(slots))
+        return verify(slots, drafts)
+
+    monkeypatch.setattr(lm.backend, "verify", counted)
+    assert 0 < measured.writing(wanted, lm) < math.inf
+    assert set(passes) == {4}
+    assert [lm.backend.length(slot) for slot in range(4)] == [0] * 4
+
+
+def test_prompts_that_end_before_the_measurement_does_are_measured_all_the_same(saved: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is it?\n")
+    words = [w for w in SMALL if "=" in w]
+    wanted = load_config(None, {"model": str(saved), "out": str(tmp_path), "text.prompts": str(prompts)}, words)
+    assert 0 < measured.writing(wanted, load_model(wanted)) < math.inf

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from medusa.api import LanguageModel
+from medusa.engines.protocol import Backend, PlainTree
 from medusa.engines.transformers import TransformersBackend
 from medusa.heads.config import HeadsConfig
 from medusa.heads.module import Heads
@@ -24,13 +25,14 @@ from medusa.training.distill import Written, distill
 from medusa.training.estimate import Speeds, Work
 from medusa.training.features import Batch
 from medusa.training.text import read_prompt_file
-from medusa.training.trainer import EVALUATION_ROWS, NO_LIMIT, Progress, Trainer, keep_freed_memory
+from medusa.training.trainer import NO_LIMIT, Progress, Trainer, keep_freed_memory
 
 SECONDS = 2.5  # of each part, at least a pass or a step
-MOST_SECONDS = 20.0  # until all conversations have begun
+MOST_SECONDS = 8.0  # until all conversations have begun
 PASSES = 100  # of writing, at most
 STEPS = 12  # of training, at most
 READ_TOKENS = 512
+JUDGED = 128  # positions
 
 
 class _EnoughError(Exception):
@@ -70,14 +72,37 @@ def writing(config: TrainConfig, lm: LanguageModel) -> float:
         if not full and 2 * (written.spent - marks[-2][1]) >= lm.backend.num_slots:
             full = len(marks) - 1
         passes = len(marks) - 1 - full if full else 0
-        if passes >= PASSES or (passes >= 2 and _past(marks[full], SECONDS)) or _past(marks[0], MOST_SECONDS):
+        if passes >= PASSES or (passes >= 2 and _past(marks[full], SECONDS)):
+            raise _EnoughError
+        if not full and _past(marks[0], MOST_SECONDS):  # a large model still reads how they begin
             raise _EnoughError
 
     prompts = None if config.text.prompts is None else read_prompt_file(config.text.prompts, lambda text: None)
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(_EnoughError):
         distill(lm, Path(scratch) / "text.jsonl", config.text.distilled(), prompts=prompts, on_progress=watch)
-    first, last = marks[full if full < len(marks) - 1 else 0], marks[-1]
-    return max(1, last[1] - first[1]) / max(1e-9, last[0] - first[0])
+    if full and full < len(marks) - 1:
+        first, last = marks[full], marks[-1]
+        return (last[1] - first[1]) / max(1e-9, last[0] - first[0])
+    return passes_alone(lm.backend)
+
+
+def passes_alone(backend: Backend) -> float:
+    """The same by passes over one more token of each of so many short texts, where conversations are slow to begin."""
+    slots, text = range(backend.num_slots), [1] * min(16, backend.max_length - 2)
+    trees = [PlainTree((1,), (-1,))] * len(slots)
+    try:
+        backend.extend(0, text)
+        for slot in slots[1:]:
+            backend.copy(0, slot, len(text))
+        backend.verify(slots, trees)  # the first may take longer
+        began, count = time.perf_counter(), 0
+        while not count or (count < PASSES and time.perf_counter() - began < SECONDS):
+            backend.verify(slots, trees)
+            count += 1
+        return count * len(slots) / (time.perf_counter() - began)
+    finally:
+        for slot in slots:
+            backend.release(slot)
 
 
 def _past(mark: tuple[float, int], seconds: float) -> bool:
@@ -176,7 +201,7 @@ def learning(config: TrainConfig, lm: LanguageModel, shape: HeadsConfig, device:
             trainer.run()
     accelerator.free_memory()
     first, last = marks[1 if len(marks) > 2 else 0], marks[-1]  # the first step takes longer
-    size = min(EVALUATION_ROWS, config.training.batch_size)
+    size = min(JUDGED, config.training.batch_size)
     began = time.perf_counter()
     ranks(heads.eval(), rows.in_order(shape.num_heads, size))
     return (last[0] - first[0]) / (last[1] - first[1]), size / (time.perf_counter() - began)

@@ -68,7 +68,10 @@ def config(**training: Any) -> TrainConfig:
 
 
 def took(found: TrainConfig, speeds: Speeds, at: Place, spent: float = 0.0) -> float:
-    """How long a run takes at those speeds."""
+    """How long a run takes at those speeds, if no deadline ends it."""
+    found = found.model_copy(
+        update={"text": replace(found.text, seconds=None), "training": replace(found.training, seconds=None)}
+    )
     return spent + END + sum(work_of(found, at).seconds(speeds).values())
 
 
@@ -163,6 +166,12 @@ def test_a_text_that_is_there_is_counted(tmp_path: Path) -> None:
 def test_few_steps_read_only_a_part_of_the_epochs(tmp_path: Path) -> None:
     work = work_of(config(max_steps=100), place(tmp_path))
     assert (work.steps, work.epochs) == (100, 2)
+
+
+def test_deadlines_bound_what_a_run_takes(tmp_path: Path) -> None:
+    wanted = config(seconds=5.0)
+    wanted = wanted.model_copy(update={"text": replace(wanted.text, seconds=3.0)})
+    assert work_of(wanted, place(tmp_path)).seconds(SPEEDS) == {"write": 3.0, "read": 14.0, "train": 5.0}
 
 
 # --- memory, disk, gain ---------------------------------------------------------------------------------------------

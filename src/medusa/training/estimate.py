@@ -60,6 +60,8 @@ class Work:
     epochs: int  # that these steps begin
     stored: int  # rows that still go to disk
     lost: int = 0  # tokens that the model writes for nothing, where the writing ends
+    write_seconds: float = math.inf  # after which the writing ends
+    train_seconds: float = math.inf
 
     @property
     def trivial(self) -> bool:
@@ -68,9 +70,9 @@ class Work:
     def seconds(self, speeds: Speeds) -> dict[str, float]:
         """Stage -> how long it takes; those that are done are left out."""
         stages = {
-            "write": (self.write / KEPT + self.lost) / speeds.written if self.write else 0.0,
+            "write": min(self.write_seconds, (self.write / KEPT + self.lost) / speeds.written) if self.write else 0.0,
             "read": self.read / speeds.read,
-            "train": self.steps * speeds.step + self.epochs * self.held_out / speeds.judged,
+            "train": min(self.train_seconds, self.steps * speeds.step + self.epochs * self.held_out / speeds.judged),
         }
         return {name: seconds for name, seconds in stages.items() if seconds}
 
@@ -126,6 +128,8 @@ def work_of(config: TrainConfig, place: Place, texts: Sequence[Sequence[Example]
         epochs=epochs,
         stored=stored,
         lost=lost,
+        write_seconds=config.text.seconds or math.inf,
+        train_seconds=training.seconds or math.inf,
     )
 
 

@@ -1,7 +1,9 @@
 """`medusa train --from HEADS`: parallel heads, as other engines run them, for the model of heads that they cannot run.
 
 What is taken from those heads is where they come from: the model, how far they look, and the text they learned from, or
-how it was written. What they say is not: see docs/decisions.md.
+how it was written. What they say is not: they guess at the model, which is there itself. A parallel head must learn
+what may stand k tokens on, whatever stands between; and the model's own distribution after the true tokens between
+(`training.distillation`) is just that in the mean.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def writing(config: TrainConfig, lm: LanguageModel) -> float:
         passes = len(marks) - 1 - full if full else 0
         if passes >= PASSES or (passes >= 2 and _past(marks[full], SECONDS)):
             raise _EnoughError
-        if not full and _past(marks[0], MOST_SECONDS):  # a large model still reads how they begin
+        if not full and _past(marks[1], MOST_SECONDS):  # a large model still reads how they begin
             raise _EnoughError
 
     prompts = None if config.text.prompts is None else read_prompt_file(config.text.prompts, lambda text: None)

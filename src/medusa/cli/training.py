@@ -12,11 +12,13 @@ import typer
 
 from medusa.cli.options import Of, Only, with_options
 from medusa.cli.progress import progress_shown
-from medusa.errors import MedusaError
+from medusa.errors import MedusaError, UsageError
 from medusa.settings import (
     DistillSettings,
     Dtype,
     EngineSettings,
+    HeadsKind,
+    HeadsShape,
     OptimiserSettings,
     TextSettings,
     TrainingEngine,
@@ -114,6 +116,20 @@ def train(
     tokens: Annotated[int | None, Of(TextSettings, "tokens")] = None,
     epochs: Annotated[int | None, Of(OptimiserSettings, "epochs")] = None,
     max_steps: Annotated[int | None, Of(OptimiserSettings, "max_steps")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Take as many tokens and epochs as fit: 2h, 90m, 1h30m.", show_default=False),
+    ] = None,
+    kind: Annotated[HeadsKind | None, Of(HeadsShape, "kind")] = None,
+    from_heads: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="HEADS",
+            help="Make parallel heads, which other engines run, for the model of these heads and from their text.",
+            show_default=False,
+        ),
+    ] = None,
     train_base: Annotated[
         str | None, typer.Option(metavar="none|lora", help="Train the model too (Medusa-2).", show_default="none")
     ] = None,
@@ -125,7 +141,9 @@ def train(
     """Make heads for a model, from nothing but the model."""
     _need_extra()
     from medusa.training.accuracy import describe
+    from medusa.training.budget import Budget, check_chosen, parse
     from medusa.training.config import load_config
+    from medusa.training.parallel import check_fits, settings_from
     from medusa.training.resume import RUN_FILE
     from medusa.training.run import run_directory
     from medusa.training.run import train as run
@@ -138,6 +156,7 @@ def train(
         "text.tokens": tokens,
         "training.epochs": epochs,
         "training.max_steps": max_steps,
+        "heads.kind": kind,
         "train_base": train_base,
         "engine.dtype": dtype,
         "engine.device": device,
@@ -145,9 +164,22 @@ def train(
     if resume and config is None:  # what was asked for then, and what is asked for now
         there = run_directory(load_config(None, options, settings or [])) / RUN_FILE
         config = there if there.is_file() else None
-    wanted = load_config(config, options, settings or [])
+    sections = None
+    if from_heads is not None:
+        if resume or config is not None:
+            raise UsageError("--from begins a run: leave it out beside --config and --resume, whose run.yaml says all")
+        sections = settings_from(from_heads, model, notice)
+    wanted = load_config(config, options, settings or [], sections=sections)
+    if from_heads is not None:
+        check_fits(from_heads, wanted)
+    limit = None
+    if budget is not None:
+        given = {name for name, value in options.items() if value is not None}
+        given |= {setting.partition("=")[0] for setting in settings or []}
+        check_chosen(given)
+        limit = Budget(parse(budget), wanted.training.epochs if "training.epochs" in given else None)
     with progress_shown() as reporter:
-        result = run(wanted, resume=resume, reporter=reporter)
+        result = run(wanted, resume=resume, reporter=reporter, budget=limit)
     if not result.main:
         return
     if as_json:

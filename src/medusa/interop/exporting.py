@@ -198,7 +198,8 @@ def way_out(base_model: str) -> str:
     model = base_model if base_model and " " not in base_model else "MODEL"  # not "X as adapted by ..."
     return (
         f"train some that it can: medusa train --model {model} heads.kind=residual heads.mlp_width=0 "
-        "heads.draft_vocab=0 'heads.feature_layers=[]', or take --to hf, which runs all heads"
+        "heads.draft_vocab=0 'heads.feature_layers=[]', or, from the heads at hand, medusa train --kind residual "
+        "--from HEADS, or take --to hf, which runs all heads"
     )
 
 

@@ -5,6 +5,7 @@ Unknown keys are errors, values are checked where they are read, and `section.ke
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -65,18 +66,25 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flattened
 
 
-def load_config(path: Path | None, overrides: Mapping[str, Any], assignments: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: Path | None,
+    overrides: Mapping[str, Any],
+    assignments: Sequence[str] = (),
+    *,
+    sections: Mapping[str, Any] | None = None,
+) -> TrainConfig:
     """The run that a file, options and `section.key=value` assignments describe; later ones win.
 
     Args:
         path: a YAML file, or None for the defaults.
         overrides: dotted name -> value; None leaves what is there.
         assignments: as typed on the command line; the value is read as YAML.
+        sections: what the file would hold, where there is none.
 
     Raises:
         UsageError: no such file, not YAML, an unknown key or a bad value.
     """
-    data: Any = {}
+    data: Any = copy.deepcopy(dict(sections or {}))
     if path is not None:
         try:
             data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

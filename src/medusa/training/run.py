@@ -41,18 +41,20 @@ from medusa.models import zoo
 from medusa.settings import BackendSettings, HeadsSettings, HeadsShape, values
 from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
+from medusa.training.budget import Budget
 from medusa.training.calibrate import speed_report
 from medusa.training.config import TrainConfig, load_config
 from medusa.training.data import Example
 from medusa.training.device_features import DeviceFeatures
 from medusa.training.export import ADAPTER_DIR, MODEL_DIR, save_adapter, save_model, write_heads
-from medusa.training.features import LiveFeatures, MeasuredRows, Rows, longest_answer
+from medusa.training.features import LiveFeatures, MeasuredRows, Rows, count_rows, longest_answer
+from medusa.training.forecast import Forecast
 from medusa.training.lora import CHECKPOINT as LORA_CHECKPOINT
 from medusa.training.lora import LoraProgress, LoraTrainer, compare, need_peft
 from medusa.training.precision import SLOW, has_bfloat16
 from medusa.training.resume import RUN_FILE, TEXT_FILE, check_resumed, fixed_settings
 from medusa.training.run_log import RunLog, trackers
-from medusa.training.stored_features import FeatureCache, FeatureStore
+from medusa.training.stored_features import FEATURES_DIR, FeatureCache, FeatureStore
 from medusa.training.text import (
     Reporter,
     Silent,
@@ -66,7 +68,6 @@ from medusa.training.text import (
 from medusa.training.trainer import CHECKPOINT, EVALUATION_ROWS, Trainer, keep_freed_memory
 
 DEFAULT_DRAFT_VOCAB = 8192
-FEATURES_DIR = "features"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +93,9 @@ def run_directory(config: TrainConfig) -> Path:
     return Path(config.out or f"medusa-{name}").expanduser()
 
 
-def open_run(config: TrainConfig, resume: bool) -> Path:
-    """Makes the directory of a run with its run.yaml, or checks that the run in it can continue with `config`; its
-    run.yaml then stays as it is, for `train` to write once all else is checked too.
+def open_run(config: TrainConfig, resume: bool, whole: bool = True) -> Path:
+    """Makes the directory of a run with its run.yaml, unless `config` is not yet `whole`; or checks that the run in it
+    can continue with `config`: its run.yaml then stays as it is, for `train` to write once all else is checked too.
 
     Raises:
         UsageError: a run is there already and is not to be resumed, or there is none to resume, or what it has done so
@@ -114,12 +115,13 @@ def open_run(config: TrainConfig, resume: bool) -> Path:
     elif resume:
         raise UsageError(f"there is no run in {out} to resume: leave out --resume")
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, config.dump())
+    if whole:
+        write_whole(path, config.dump())
     return out
 
 
-def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> Result:
-    """The whole run.
+def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter, budget: Budget | None = None) -> Result:
+    """The whole run. A `budget` chooses how many tokens and epochs.
 
     Raises:
         UsageError, MedusaError: see the stages. InterruptedTrainingError: asked to stop; all that was done is saved.
@@ -140,8 +142,10 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         need_peft()
         if accelerator.num_processes > 1:
             raise UsageError("Medusa-2 runs in one process: train with --train-base none, or without accelerate launch")
+    if budget is not None:
+        budget.check(config, resume, accelerator.num_processes)
     if main:
-        open_run(config, resume)
+        open_run(config, resume, whole=budget is None)
     else:
         reporter = Silent()
     out = run_directory(config)
@@ -152,16 +156,22 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
         reporter.say(SLOW)
     # A text that was cut short by the clock is whole once something has learned from it.
     written = config.text.seconds is not None and (out / CHECKPOINT).is_file()
-    if main and not config.text.data and not written:
-        keeps = config.training.cache_features and lm.backend.same_bits
-        write_text(config.text, lm, out / TEXT_FILE, reporter, open_store(config, lm) if keeps else None)
-    gpu = on_one_gpu(lm.backend) if accelerator.num_processes == 1 else None
+    alone = accelerator.num_processes == 1
+    gpu = on_one_gpu(lm.backend) if alone else None
+    forecast = Forecast(lm, shape, out, gpu, accelerator.device, alone, reporter, budget, started)
+    if main and not config.text.data:
+        config = forecast.told(config)
+        if not written:
+            keeps = config.training.cache_features and lm.backend.same_bits
+            write_text(config.text, lm, out / TEXT_FILE, reporter, open_store(config, lm) if keeps else None)
     if gpu is not None:
         gpu.resize(1)  # the memory is for what heads learn from
     accelerator.wait_for_everyone()
     sources = config.text.data or (str(out / TEXT_FILE),)
     learned, held_out = split(read_text(sources, lm, config.text.max_length, reporter.say), config.text.held_out)
     check_held_out(held_out, shape.num_heads, lm.backend.max_length)
+    if main and config.text.data:
+        config = forecast.told(config, (learned, held_out))
     run = Run(config, lm, out, learned, held_out, resume, reporter)
     if main:
         write_whole(out / RUN_FILE, config.dump())  # what holds from here on; all that can be wrong with it is checked
@@ -169,6 +179,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter) -> R
             run.read_features()
     accelerator.wait_for_everyone()
     rows, held_out_rows = run.features(gpu)
+    config = forecast.with_what_is_left(config, sum(count_rows(e, lm.backend.max_length) for e in held_out))
     heads, lm_head = run.new_heads(shape)
     reporter.stage("Training")
     keep_freed_memory()

@@ -12,6 +12,7 @@ read. A text is known by its tokens and spans, so it does not matter where it co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -42,6 +43,7 @@ from medusa.training.features import (
 
 CHUNK_ROWS = 16_384  # what a kill may cost: some minutes of a large model
 KEY = "key"
+FEATURES_DIR = "features"  # of a run
 
 
 class _Place(NamedTuple):
@@ -184,6 +186,15 @@ class FeatureCache:
 def key_of(example: Example) -> str:
     """The same for texts with the same rows."""
     return hashlib.sha256(repr((example.token_ids, example.spans)).encode()).hexdigest()[:32]
+
+
+def rows_in(directory: Path) -> int:
+    """How many rows the store in a directory holds, as far as its files can be read."""
+    count = 0
+    for path in directory.glob("chunk-*.safetensors"):
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            count += file.get_slice("roots").get_shape()[0]
+    return count
 
 
 def _has_rows(example: Example) -> bool:

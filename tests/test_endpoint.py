@@ -18,7 +18,7 @@ from medusa.cli import main
 from medusa.errors import MedusaError
 from medusa.training.distill import DistillSettings, Prompt
 from medusa.training.endpoint import distill_remotely
-from medusa.training.openings import FIRST, LATER
+from medusa.training.openings import FIRST, LATER, PROGRAMMING
 from tiny_models import CHAT_TEMPLATE, make_tokenizer
 
 pytest.importorskip("openai")
@@ -50,7 +50,7 @@ class Server:
             assert "\n" not in body["stop"]
             return {"choices": [{"index": 0, "text": f"line {seed[:5]}\nand another one", "finish_reason": "stop"}]}
         opened = body["prompt"].rpartition("<|start|>user: ")[2]
-        assert opened in (*FIRST, *LATER)
+        assert opened in (*FIRST, *PROGRAMMING, *LATER)
         assert "\n" in body["stop"]
         return {"choices": [{"index": 0, "text": f" {seed[:10]}{self.ends}", "finish_reason": "stop"}]}
 
@@ -111,7 +111,7 @@ def test_the_model_behind_an_endpoint_asks_and_answers(server: Server, tmp_path:
     tokenizer = make_tokenizer()
     for row in rows:
         users = [m["content"] for m in row["messages"] if m["role"] == "user"]
-        assert all(user.startswith(LATER if turn else FIRST) for turn, user in enumerate(users))
+        assert all(user.startswith(LATER if turn else (*FIRST, *PROGRAMMING)) for turn, user in enumerate(users))
         assert row["model"] == "org/big"
         assert row["settings"]["backend"] == "endpoint"
         said = [m["content"] for m in row["messages"] if m["role"] == "assistant"]

@@ -396,7 +396,7 @@ def load(settings: EngineSettings) -> LanguageModel:
     source = zoo.resolve(model, progress=progress, in_place=loading.native_refusal(settings) is None)
     heads_path = zoo.find_heads(settings.heads, source)
     tokenizer_of = functools.cache(functools.partial(_load_tokenizer, source, hashed=heads_path is not None))
-    if heads_path is not None and source.alike is not None and settings.heads == "auto":
+    if heads_path is not None and source.unknown is not None and settings.heads == "auto":
         heads_path = heads_path if loading.fit(heads_path, source, lambda: tokenizer_of()[1]) else None
     if settings.drafter == "heads" and heads_path is None:
         raise UsageError(f"there are no heads for {model}: give --heads PATH, or use --drafter ngram")

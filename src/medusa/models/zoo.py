@@ -68,7 +68,7 @@ class ModelSource:
     location: str
     hub_id: str | None  # the canonical id, where one is known
     gguf: Path | None = None
-    alike: str | None = None  # the last part of that id, as an unknown file says; heads found by it may not fit
+    unknown: Path | None = None  # a GGUF file of which nothing is known but what it says itself
 
 
 # ---------------------------------------------------------------------------------------------- names
@@ -104,7 +104,7 @@ def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> Mode
         check_gguf(path)
         hub_id = _known_files().get(digest(path))
         source = _of_file(name, path, hub_id, progress, in_place)
-        return source if hub_id else replace(source, alike=_name_inside(path))
+        return source if hub_id else replace(source, unknown=path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             file = min(path.glob("*.gguf"), default=None)
@@ -129,15 +129,6 @@ def _of_file(name: str, gguf: Path, hub_id: str | None, progress: bool, in_place
     return ModelSource(name, str(converted(gguf, _known_files(), progress)), hub_id)
 
 
-def _name_inside(gguf: Path) -> str | None:
-    from medusa.models.gguf_reader import name_inside
-
-    try:
-        return name_inside(gguf)
-    except MedusaError:  # a file that is damaged is refused where its weights are read
-        return None
-
-
 def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
     """The same model at a place where its weights are, as transformers reads them: a GGUF file is converted.
 
@@ -152,8 +143,8 @@ def unpacked(source: ModelSource, *, progress: bool = True) -> ModelSource:
 def find_heads(heads: str, source: ModelSource) -> Path | None:
     """The directory of the heads called `heads` (it holds config.json and heads.safetensors), or None.
 
-    "auto" finds those shipped for the model, "none" finds none; else a shipped name or a directory. Where the model is
-    known by no more than `source.alike`, those that are found may not fit.
+    "auto" finds those shipped for the model, "none" finds none; else a shipped name or a directory. For an
+    unknown GGUF file they are those of what it calls its model, and may not fit.
 
     Raises:
         UsageError: there are no such heads; the message lists those there are.
@@ -164,8 +155,12 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
     if heads == "auto":
         names = {n.lower() for n in (source.name, source.hub_id) if n}
         bases = {_base_model(path).lower(): path for path in shipped.values()}
-        sure = next((path for base, path in bases.items() if base in names), None)
-        return sure or next((path for base, path in bases.items() if base.split("/")[-1] == source.alike), None)
+        if source.unknown is not None and bases:
+            from medusa.models.gguf_reader import name_inside
+
+            said = name_inside(source.unknown)
+            return next((path for base, path in bases.items() if base.split("/")[-1] == said), None)
+        return next((path for base, path in bases.items() if base in names), None)
     if heads in shipped:
         return shipped[heads]
     path = Path(heads).expanduser()

@@ -29,9 +29,9 @@ inline void configure(const TileShapes& shapes) {
   _tile_loadconfig(&shapes);
 }
 
-inline void fetch_tile(const std::byte* p, std::ptrdiff_t ahead, int lines) {
+inline void fetch_tile(const std::byte* p, std::ptrdiff_t ahead) {
   if (ahead == 0) return;
-  for (int i = 0; i < lines; i++) fetch(p + 64 * i, ahead);
+  for (std::size_t at = 0; at < kTileBytes; at += 64) fetch(p + at, ahead);
 }
 
 template <int NB>
@@ -51,7 +51,7 @@ void amx_bfloat16(const Panel& w, const Activations& a, int first, int count, fl
   const std::byte* weights = w.data;
   const auto add = [&](auto b) {
     const std::byte* at = weights + b * w.block_bytes;
-    fetch_tile(at, w.ahead, 16);
+    fetch_tile(at, w.ahead);
     _tile_loadd(5, at, 64);
     if constexpr (b == 0) _tile_dpbf16ps(0, 4, 5);
     if constexpr (b == 1) _tile_dpbf16ps(1, 4, 5);
@@ -91,7 +91,7 @@ inline void group_sums(const Panel& w, const std::byte* x, std::size_t stride, i
   _tile_loadd(4, x, stride);
   each<NB>([&](auto b) {
     const std::byte* at = w.data + b * w.block_bytes + g * kTileBytes;
-    fetch_tile(at, w.ahead, 16);
+    fetch_tile(at, w.ahead);
     // A tile is named by a number in the text of an instruction, which no template can put there.
 #define SUMS(i, weights)                        \
   if constexpr (b == i) {                       \

@@ -24,6 +24,7 @@ from medusa.training.data import Example
 from medusa.training.features import count_rows
 from medusa.training.resume import TEXT_FILE
 from medusa.training.stored_features import FEATURES_DIR, rows_in
+from medusa.training.text import cache_bytes
 from medusa.training.trainer import CHECKPOINT
 
 # What was measured of texts that smollm2-135m wrote (docs/decisions.md).
@@ -168,10 +169,8 @@ def memory_bytes(config: TrainConfig, place: Place, model: Any, device: str) -> 
     """What comes on top of the loaded weights, at most: caches of the conversations that are written, then heads with
     gradients, optimiser, the best so far, and what a step keeps of its batch. `model` is the model's configuration."""
     shape, training = place.shape, config.training
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    width = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     element = 4 if config.engine.dtype == "float32" else 2
-    cache: int = 2 * element * model.num_hidden_layers * heads * width * place.slots * place.max_length
+    cache = cache_bytes(model, element) * place.slots * place.max_length
     logits: int = training.batch_size * (shape.draft_vocab or shape.vocab_size) * shape.num_heads
     # In half and whole precision, their logarithms, gradients of both; of a teacher too.
     step = logits * (16 + (14 if training.distillation else 0)) + 8 * training.batch_size * shape.feature_size

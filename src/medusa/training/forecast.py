@@ -33,7 +33,7 @@ from medusa.training.estimate import (
     work_of,
 )
 from medusa.training.resume import RUN_FILE
-from medusa.training.text import Reporter
+from medusa.training.text import Reporter, keeps_features
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class Forecast:
             UsageError: the budget is too small. MedusaError: the disk is.
         """
         backend = self.lm.backend
-        keeps = config.training.cache_features and backend.same_bits
+        keeps = keeps_features(config.training, backend)
         place = Place(self.out, self.shape, backend.num_slots, backend.max_length, self.gpu is not None, keeps)
         work = work_of(config, place, texts)
         if work.trivial:

@@ -59,6 +59,7 @@ from medusa.training.text import (
     Reporter,
     Silent,
     frequent_tokens,
+    keeps_features,
     read_text,
     slots_that_fit,
     split,
@@ -162,8 +163,8 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter, budg
     if main and not config.text.data:
         config = forecast.told(config)
         if not written:
-            keeps = config.training.cache_features and lm.backend.same_bits
-            write_text(config.text, lm, out / TEXT_FILE, reporter, open_store(config, lm) if keeps else None)
+            store = open_store(config, lm) if keeps_features(config.training, lm.backend) else None
+            write_text(config.text, lm, out / TEXT_FILE, reporter, store)
     if gpu is not None:
         gpu.resize(1)  # the memory is for what heads learn from
     accelerator.wait_for_everyone()

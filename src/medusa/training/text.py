@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from medusa.engines.protocol import MAX_NODES
+from medusa.engines.protocol import MAX_NODES, Backend
 from medusa.errors import MedusaError
-from medusa.settings import TextSettings
+from medusa.settings import OptimiserSettings, TextSettings
 from medusa.training.data import Example, Reader, read_prompts
 from medusa.training.device_features import free_memory
 from medusa.training.distill import Prompt, Written, distill
@@ -61,9 +61,7 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
     slots = slots or (GPU_SLOTS if gpu else SLOTS)
     context = getattr(shape, "max_position_embeddings", None) or length
     length = min(length, context)
-    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
-    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    bytes_per_place = 2 * 2 * shape.num_hidden_layers * heads * size
+    bytes_per_place = cache_bytes(shape)
     if gpu:
         fitting = int(free_memory(torch.device(device)) // (bytes_per_place * (length + MAX_NODES)))
     else:
@@ -71,6 +69,18 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
 
         fitting = int(psutil.virtual_memory().available / 3 // (bytes_per_place * length))
     return max(1, min(slots, fitting)), length
+
+
+def cache_bytes(shape: Any, element: int = 2) -> int:
+    """What the KV cache takes for one position, with numbers of so many bytes. `shape` is a model's configuration."""
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * element * int(shape.num_hidden_layers * heads * size)
+
+
+def keeps_features(config: OptimiserSettings, backend: Backend) -> bool:
+    """Whether hidden states are kept while the model writes: only where others in the same pass do not change them."""
+    return config.cache_features and backend.same_bits
 
 
 def write_text(

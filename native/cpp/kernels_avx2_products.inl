@@ -35,7 +35,7 @@ inline std::int32_t int4_start(float scale) {
 }
 
 // Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
-// each. So what is read asks for what lies at the same place in the panel to come.
+// each. So what is read asks for what lies one stretch further on, or at the start of the panel to come.
 inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
 
 // Sums that stay in their registers, in the order written. Left to themselves, compilers gather the loads of all rows
@@ -292,7 +292,7 @@ void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::siz
   constexpr int group = format == Format::int8 ? kInt8Group : format == Format::int4 ? kInt4Group : 1;
   constexpr int scale_bytes = format == Format::int8 ? 2 * kLanes : format == Format::int4 ? 4 * kLanes : 0;
   constexpr int step_inputs = 64 * 8 / bits / kLanes;  // of 16 outputs in a line
-  constexpr int stretch = kStretchBytes / 64 * step_inputs;
+  constexpr int most = kStretchBytes / 64 * step_inputs;
   alignas(64) float sums[kTileRows * 16];
   for (int row = 0; row < tokens; row++)
     for (int i = 0; i < w.blocks; i++) store(y + row * y_stride + i * kLanes, zero());
@@ -304,18 +304,23 @@ void matmul(const Panel& w, const Activations& a, int tokens, float* y, std::siz
   t.scales_ahead = w.ahead;
   t.step = 64 / tiles;
   t.sums = sums;
+  // Stretches as long as each other, so that each asks for all of the one to come.
+  constexpr int least = group > step_inputs ? group : step_inputs;
+  const int stretches = (w.inputs + most - 1) / most;
+  const int stretch = (w.inputs + stretches * least - 1) / (stretches * least) * least;
   for (int from = 0; from < w.inputs; from += stretch) {
     t.inputs = w.inputs - from < stretch ? w.inputs - from : stretch;
     const int steps = t.inputs / step_inputs;
     t.scales = w.data + std::size_t(w.inputs) * kLanes * bits / 8 + std::size_t(from / group) * scale_bytes;
     t.weights = w.data + std::size_t(from / step_inputs) * 64;
+    const std::byte* next = from + t.inputs < w.inputs ? t.weights + std::size_t(steps) * 64 : w.data + w.ahead;
     for (int i = 0, row = 0, rows; i < tiles; i++, row += rows) {
       rows = (tokens - row + tiles - i - 1) / (tiles - i);
       const std::size_t first = row * a.groups + from / group;
       t.x = {a.data + row * a.stride + std::size_t(from) * kInputBytes[int(format)], a.stride, a.scales + first,
              a.start + first, a.sums + first, a.groups};
       t.y = y + row * y_stride;
-      t.next = t.weights + w.ahead + std::size_t(steps) * 64 * i / tiles;
+      t.next = next + std::size_t(steps) * 64 * i / tiles;
       tiles_of<format, kTileRows>(rows, w.blocks, t);
     }
   }

@@ -22,11 +22,12 @@ inline void tile_int8(const Panel& w, const Activations& a, int first, float* y,
       const I start = int_set1(a.start[(first + m) * a.groups + g]);
       each<NB>([&](auto b) INLINE { sum[m][b] = start; });
     });
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(g) * steps * 64, std::size_t(groups) * steps * 64);
     for (int k = 0; k < steps; k++, weights += 64, x += 4) {
       B wv[NB];
       each<NB>([&](auto b) INLINE {
         const std::byte* at = weights + b * w.block_bytes;
-        fetch(at, w.ahead);
+        fetch(at, ahead);
         wv[b] = load_bytes(at);
       });
       each<M>([&](auto m) INLINE {
@@ -60,12 +61,13 @@ inline void tile_int4(const Panel& w, const Activations& a, int first, float* y,
     asm volatile("" ::: "memory");
     I sum[M][NB];
     each<M>([&](auto m) INLINE { each<NB>([&](auto b) INLINE { sum[m][b] = int_set1(0); }); });
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(g) * steps * 64, std::size_t(groups) * steps * 64);
     for (int k = 0; k < steps; k++, weights += 64, x += 8) {
       each<2>([&](auto part) INLINE {
         B wv[NB];
         each<NB>([&](auto b) INLINE {
           const std::byte* at = weights + b * w.block_bytes;
-          if (part == 0) fetch(at, w.ahead);
+          if (part == 0) fetch(at, ahead);
           wv[b] = part == 0 ? low_nibbles(load_bytes(at)) : high_nibbles(load_bytes(at));
         });
         each<M>([&](auto m) INLINE {

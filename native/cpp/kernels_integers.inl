@@ -15,13 +15,14 @@ inline void tile_int8(const Panel& w, const Activations& a, int first, float* y,
       I start = int_set1(a.start[(first + m) * a.groups + g]);
       for (int b = 0; b < NB; b++) sum[b][m] = start;
     }
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(g) * steps * 64, std::size_t(groups) * steps * 64);
     for (int k = g * steps; k < (g + 1) * steps; k++) {
       B wv[NB];
       for (int b = 0; b < NB; b++) {
-      const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
-      fetch(at, w.ahead);
-      wv[b] = load_bytes(at);
-    }
+        const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
+        fetch(at, ahead);
+        wv[b] = load_bytes(at);
+      }
       for (int m = 0; m < M; m++) {
         std::int32_t xv = std::int32_t(word(x + m * a.stride + std::size_t(k) * 4));
         for (int b = 0; b < NB; b++) sum[b][m] = dot_bytes(sum[b][m], wv[b], xv);
@@ -55,11 +56,12 @@ inline void tile_int4(const Panel& w, const Activations& a, int first, float* y,
     I sum[NB][M];
     for (int b = 0; b < NB; b++)
       for (int m = 0; m < M; m++) sum[b][m] = int_set1(0);
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(g) * steps * 64, std::size_t(groups) * steps * 64);
     for (int k = g * steps; k < (g + 1) * steps; k++) {
       B low[NB], high[NB];
       for (int b = 0; b < NB; b++) {
         const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
-        fetch(at, w.ahead);
+        fetch(at, ahead);
         B both = load_bytes(at);
         low[b] = low_nibbles(both);
         high[b] = high_nibbles(both);

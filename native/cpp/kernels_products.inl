@@ -17,8 +17,18 @@ inline float int4_scale(float scale) { return scale; }
 inline std::int32_t int4_start(float) { return 0; }
 
 // Weights come from memory in many short streams, one for each block; the processor's own prefetching begins anew with
-// each. So each line that is read asks for the one at the same place in the panel to come.
+// each. So each line that is read asks for another: one a little further on in the same block or, near its end, one at
+// the start of the same block of the panel to come. What is asked for a whole panel ahead, where a row has 8960 inputs,
+// has left the cache before it is read: 11 in place of 17 G multiply-adds a second for one token.
+constexpr std::size_t kAheadBytes = 4096;
 inline void fetch(const std::byte* p, std::ptrdiff_t ahead) { __builtin_prefetch(p + ahead, 0, 2); }
+
+// From the line at `at` of a block whose weights have `bytes` to the one to ask for.
+inline std::ptrdiff_t ahead_of(const Panel& w, std::size_t at, std::size_t bytes) {
+  if (w.ahead == 0) return 0;
+  const std::size_t far = bytes < kAheadBytes ? bytes : kAheadBytes;
+  return at + far < bytes ? std::ptrdiff_t(far) : w.ahead + std::ptrdiff_t(far) - std::ptrdiff_t(bytes);
+}
 
 inline std::uint32_t word(const std::byte* p) {
   std::uint32_t v;
@@ -34,10 +44,11 @@ inline void tile_float32(const Panel& w, const std::byte* x, std::size_t stride,
   const float* weights = reinterpret_cast<const float*>(w.data);
   const std::size_t block = w.block_bytes / sizeof(float);
   for (int k = 0; k < w.inputs; k++) {
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(k) * 64, std::size_t(w.inputs) * 64);
     F wv[NB];
     for (int b = 0; b < NB; b++) {
       const float* at = weights + b * block + std::size_t(k) * kLanes;
-      fetch(reinterpret_cast<const std::byte*>(at), w.ahead);
+      fetch(reinterpret_cast<const std::byte*>(at), ahead);
       wv[b] = load(at);
     }
     for (int m = 0; m < M; m++) {
@@ -55,10 +66,11 @@ inline void tile_bfloat16(const Panel& w, const std::byte* x, std::size_t stride
   for (int b = 0; b < NB; b++)
     for (int m = 0; m < M; m++) acc[b][m] = zero();
   for (int k = 0; k < w.inputs / 2; k++) {
+    const std::ptrdiff_t ahead = ahead_of(w, std::size_t(k) * 64, std::size_t(w.inputs) * 32);
     B wv[NB];
     for (int b = 0; b < NB; b++) {
       const std::byte* at = w.data + b * w.block_bytes + std::size_t(k) * 64;
-      fetch(at, w.ahead);
+      fetch(at, ahead);
       wv[b] = load_bytes(at);
     }
     for (int m = 0; m < M; m++) {

@@ -420,3 +420,19 @@ def test_profiles_of_earlier_versions_are_not_read(measured: list[float]) -> Non
     one()
     (path,) = profiles_dir().iterdir()
     assert json.loads(path.read_text())["key"]["format"] == profile_module.FORMAT >= 2
+
+
+def test_a_native_engine_that_was_built_anew_is_measured_anew(
+    clocked: Clocked, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build = tmp_path / "_engine.so"
+    build.write_bytes(b"first")
+    module = SimpleNamespace(_engine=SimpleNamespace(__file__=str(build)))
+    monkeypatch.setattr(profile_module, "native_module", lambda: module)
+    backend = clocked(linear)
+    monkeypatch.setattr(backend, "name", "native")
+    kept = one(backend=backend)
+    backend.seconds = lambda nodes, text: 0.9 * linear(nodes, text)
+    assert one(backend=backend) == kept, "not so much faster that it would be refuted"
+    build.write_bytes(b"of the same version")
+    assert one(backend=backend) == pytest.approx(0.9 * kept)

@@ -107,7 +107,7 @@ class Trainer:
         self.state = State()
         self.dtype = training_dtype(config.precision, accelerator.device)
         self._resumed_at = -1
-        self._lm_head = lm_head
+        self._lm_head = lm_head.to(self.dtype)  # once, not at each step
         self._directory = directory
         self._accelerator = accelerator
         self._facts = dict(facts)
@@ -128,7 +128,7 @@ class Trainer:
             lr=config.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
-            fused=True if gpu else None,
+            fused=True if accelerator.device.type in ("cuda", "cpu") else None,
         )
         self._module = accelerator.prepare_model(heads)
 

@@ -129,11 +129,11 @@ void amx_int8(const Panel& w, const Activations& a, int first, int count, float*
     // Lines are asked for between the tokens. All at once, they hold up the tiles that are loaded after them: 148 in place
     // of 211 G multiply-adds a second for 16 tokens, weights from memory.
     const std::size_t tile = std::size_t(g - 1) * kTileBytes;
-    const std::byte* next = w.data + tile + ahead_of(w, tile, std::size_t(w.inputs) * kLanes);
-    const int lines = w.ahead ? kTileRows : 0;
+    const std::ptrdiff_t ahead = ahead_of(w, tile, std::size_t(w.inputs) * kLanes);
+    const int lines = ahead ? kTileRows : 0;
     for (int m = 0; m < count; m++) {
       for (int line = m; line < lines; line += count)
-        for (int b = 0; b < NB; b++) fetch(next + line * 64, std::ptrdiff_t(b * w.block_bytes));
+        for (int b = 0; b < NB; b++) fetch(w.data + b * w.block_bytes + tile + line * 64, ahead);
       const I start = int_set1(a.start[at + m * a.groups]);
       const F xs = set1(a.scales[at + m * a.groups]);
       for (int b = 0; b < NB; b++) {

@@ -99,6 +99,33 @@ def test_a_text_that_differs_in_float32_is_a_failure(
     assert [error["message"] for error in part["errors"]] == ["a random model in float32: only 7 of 8 texts with heads"]
 
 
+def test_the_steps_own_tests_are_told_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu_check import correct
+
+    home = tmp_path / "tests"
+    home.mkdir()
+    (home / "test_a.py").write_text("import os\ndef test_a(): assert os.environ['MEDUSA_TEST_DEVICE'] == 'cpu'\n")
+    (home / "test_b.py").write_text("def test_b(): pass\ndef test_c(): raise ValueError('wrong')\n")
+    monkeypatch.setattr(correct, "TESTS", home)
+    monkeypatch.setattr(correct, "OWN", ("test_a.py", "test_b.py", "test_c.py"))
+    part = Part(Report(tmp_path / "report.json"), "tests", 60.0)
+    correct.tests_part(part, Options(tmp_path / "report.json", "cpu"))
+    part.end()
+    assert part.data["status"] == "failed"
+    assert [error["message"] for error in part.data["errors"]] == ["test_b.py fails on cpu"]
+    assert part.data["notes"] == ["test_c.py is not there"]
+    assert {name: (of["exit"], of["passed"]) for name, of in part.data["found"].items()} == {
+        "test_a.py": (0, 1),
+        "test_b.py": (1, 1),
+    }
+    assert "wrong" in "".join(part.data["found"]["test_b.py"]["last_lines"])
+    assert "test_a.py: exit 0, 1 passed" in table(read(tmp_path / "report.json"))
+    monkeypatch.setattr(correct, "find_spec", lambda name: None)
+    again = Part(Report(tmp_path / "other.json"), "tests", 60.0)
+    correct.tests_part(again, Options(tmp_path / "other.json", "cpu"))
+    assert again.data["notes"] == ["the step's own tests want pytest, which is not installed"]
+
+
 def test_steps_of_every_size_are_timed_and_compared(tmp_path: Path) -> None:
     asked = options(tmp_path)
     assert run_one("times", asked, 300) == 0
@@ -158,6 +185,61 @@ def test_batches_are_measured_and_float32_texts_are_those_of_plain_decoding(
         assert set(of) == {"plain", "union 16", "union 64", "union auto"}
         assert of["plain"]["to_plain"] == 1.0
     assert all(of["identical"] == of["texts"] for of in part["float32"].values() if isinstance(of, dict))
+
+
+def test_a_base_of_few_bits_is_measured_by_what_is_installed(
+    tmp_path: Path, tiny_model: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch import nn
+
+    from gpu_check import bits
+
+    def rounded(model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                module.weight.data = (module.weight.data * 64).round() / 64
+
+    monkeypatch.setattr(bits, "find_spec", lambda name: None)
+    asked = options(tmp_path, tiny_model)
+    assert run_one("bits", asked, 300) == 0
+    part = found(asked.out, "bits")
+    assert set(part) == {"int8"}  # 4 bits want a GPU, the large shape torchao
+    assert set(part["int8"]) > {"plain", "union"}
+    notes = read(asked.out)["parts"]["bits"]["notes"]
+    assert "want torchao, which is not installed" in notes[0]
+    assert "int4" in notes[1]
+    monkeypatch.setattr(bits, "find_spec", lambda name: object())
+    monkeypatch.setattr(bits, "in_eight_bits", rounded)
+    assert run_one("bits", asked, 300) == 0
+    data = read(asked.out)
+    assert set(found(asked.out, "bits")["tiny"]["narrow"]["steps"]) == {"1", "64"}
+    lines = table(data | {"machine": {}})
+    assert "tiny in 8 bits" in lines
+    assert "int8     union" in lines
+
+
+def test_a_tensor_of_several_is_counted_by_what_it_holds() -> None:
+    """As torchao's are, whose own type says bfloat16."""
+    import torch
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    from gpu_check.shapes import stored_bytes
+
+    parts = torch.zeros(4, 8, dtype=torch.int8), torch.zeros(4, 8, dtype=torch.int8)
+    assert stored_bytes(TwoTensor(*parts)) == 64
+    assert stored_bytes(torch.zeros(4, 8, dtype=torch.bfloat16)) == 64
+
+
+def test_a_shape_that_a_card_has_no_room_for_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from gpu_check.shapes import fits
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * 10**9, 24 * 10**9))
+    part = Part(Report(tmp_path / "report.json"), "times", 10.0)
+    assert fits(part, SHAPES["7B"], "7B", "cuda")
+    assert not fits(part, SHAPES["13B"], "13B", "cuda")
+    assert part.data["notes"] == ["13B does not fit: 26 GB of weights, 24 GB free"]
 
 
 def test_a_step_is_taken_apart(tmp_path: Path, tiny_model: tuple[str, str]) -> None:
@@ -224,13 +306,7 @@ def test_heads_are_timed_as_medusa_train_makes_them() -> None:
 
 
 def test_shapes_are_those_of_the_published_models() -> None:
-    billions = {
-        name: (
-            2 * s.vocab * s.hidden + s.layers * (2 * s.hidden**2 * (1 + s.kv_heads / s.heads) + 3 * s.hidden * s.mlp)
-        )
-        / 1e9
-        for name, s in SHAPES.items()
-    }
+    billions = {name: shape.bytes / 2e9 for name, shape in SHAPES.items()}
     assert {name: round(count, 1) for name, count in billions.items()} == {
         "1B": 1.5,
         "7B": 6.7,
@@ -515,5 +591,5 @@ def test_every_drafter_has_said_the_longest_text_before_it_is_timed(
         return real(self, prompt, sampling, **settings)
 
     monkeypatch.setattr(LanguageModel, "generate", watched)
-    gpu_model._texts(Part(Report(asked.out), "model", 60.0), lm, ["a", "bbb", "cc"], 6, GREEDY)
+    gpu_model.texts_of(Part(Report(asked.out), "model", 60.0), lm, ["a", "bbb", "cc"], 6, GREEDY)
     assert calls[:4] == [(name, "bbb", 6, True) for name in ("none", "heads", "ngram", "union")]

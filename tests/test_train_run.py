@@ -25,6 +25,8 @@ import medusa
 from medusa.cli import main
 from medusa.errors import UsageError
 from medusa.heads.file import read_config
+from medusa.training.accuracy import Accuracy
+from medusa.training.calibrate import draw
 from medusa.training.config import load_config
 from medusa.training.resume import check_resumed
 from medusa.training.trainer import schedule
@@ -208,6 +210,17 @@ def test_calibrate_measures_and_stores_tree_and_pictures(
     assert after.tree != before.tree  # other text
     assert (tmp_path / "heads" / "accuracy.svg").is_file()
     assert read_config(trained / "heads") == before
+
+
+def test_heads_are_not_lost_for_want_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = Accuracy.of(torch.tensor([[0, 1], [0, 0], [2, 0]]))
+    (tmp_path / "with").mkdir()
+    draw(accuracy, tmp_path / "with")
+    assert {path.name for path in (tmp_path / "with").iterdir()} == {"tree.svg", "accuracy.svg"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "without").mkdir()
+    draw(accuracy, tmp_path / "without")
+    assert list((tmp_path / "without").iterdir()) == []
 
 
 def test_calibrate_can_measure_the_machine_alone(saved: Path, trained: Path, capfd: pytest.CaptureFixture[str]) -> None:

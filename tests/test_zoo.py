@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from logging import WARNING, getLogger
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -592,6 +593,8 @@ def test_few_bits_on_a_gpu_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) ->
     options = zoo._quantised(4, torch.bfloat16, "cuda:1")
     assert options["device_map"] == {"": "cuda:1"}
     assert options["quantization_config"].load_in_4bit
+    zoo._quantised(8, torch.bfloat16, "cuda:0")
+    assert not getLogger("bitsandbytes.autograd._functions").isEnabledFor(WARNING)
 
 
 def test_eight_bits_are_made_by_torchao_where_that_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

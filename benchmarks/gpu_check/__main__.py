@@ -26,16 +26,24 @@ from medusa.errors import MedusaError, UsageError
 
 # Seconds that a part should take. Together with the starts of the processes they fit into TOTAL.
 PARTS = {
-    "correctness": 70,
-    "times": 95,
-    "model": 60,
-    "batches": 45,
-    "profile": 20,
-    "attention": 30,
-    "training": 60,
+    "correctness": 40,
+    "tests": 50,
+    "times": 85,
+    "model": 45,
+    "batches": 35,
+    "bits": 20,
+    "profile": 10,
+    "attention": 20,
+    "training": 45,
     "compiled": 60,
 }
-MODULES = {"correctness": "correct", "times": "shapes", "batches": "model", "compiled": "model"}  # else by its name
+MODULES = {
+    "correctness": "correct",
+    "tests": "correct",
+    "times": "shapes",
+    "batches": "model",
+    "compiled": "model",
+}  # else by its name
 OPTIONAL = ("compiled",)  # only where it is named, or with --compile
 TOTAL = 355.0
 GRACE = 15.0  # what a part may take past its seconds, its imports included

@@ -1,4 +1,4 @@
-"""Whether what is decoded on the device is right: the step's own tests, and texts that must equal plain decoding."""
+"""Whether what is decoded on the device is right: texts that must equal plain decoding, and the step's own tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from medusa.decoding.stepper import Stepper
 
 TESTS = Path(__file__).parents[2] / "tests"
-OWN = ("test_device_step.py", "test_device_capture.py")
+OWN = ("test_device_step.py", "test_device_capture.py", "test_device_talk.py")
 RANDOM = Shape(4, 128, 8, 2, 256, 128)  # few tokens, so that it soon says one again
 TINY_RANDOM = Shape(3, 64, 4, 2, 96, 64)
 TEXTS = 8
@@ -43,13 +44,22 @@ def correctness_part(part: Part, options: Options) -> None:
         _expect(part, f"a random model in {name}", texts, strict=dtype == torch.float32)
         free_memory(options.device)
     _default_texts(part, options)
+
+
+def tests_part(part: Part, options: Options) -> None:
+    """The step's own tests, file by file, so that what has run is told however it ends."""
     if options.tiny:
         part.note("the step's own tests are left out in a tiny check")
-    elif not all((TESTS / name).is_file() for name in OWN):
-        part.note(f"{' and '.join(OWN)} are not there: the step's own tests are left out")
-    else:
-        tests = part.measure("tests", lambda: _own_tests(options, part.left), needs=5.0)
-        part.expect(tests is None or tests["exit"] == 0, f"the step's own tests fail on {options.device}")
+        return
+    if missing := [name for name in ("pytest", "hypothesis") if find_spec(name) is None]:
+        part.note(f"the step's own tests want {missing[0]}, which is not installed")
+        return
+    for name in OWN:
+        if not (TESTS / name).is_file():
+            part.note(f"{name} is not there")
+            continue
+        tests = part.measure(name, lambda name=name: _own_tests(options, name, part.left), needs=5.0)  # type: ignore[misc]
+        part.expect(tests is None or tests["exit"] == 0, f"{name} fails on {options.device}")
 
 
 def _expect(part: Part, what: str, texts: dict[str, Any] | None, strict: bool) -> None:
@@ -60,12 +70,11 @@ def _expect(part: Part, what: str, texts: dict[str, Any] | None, strict: bool) -
         part.expect(good or not strict, f"{what}: only {counts['identical']} of {counts['texts']} texts with {name}")
 
 
-def _own_tests(options: Options, seconds: float) -> dict[str, Any]:
-    """Exit code and last lines of the tests of the step."""
+def _own_tests(options: Options, name: str, seconds: float) -> dict[str, Any]:
+    """Exit code and last lines of a file of tests."""
     env = {**os.environ, "MEDUSA_TEST_DEVICE": options.device}
     env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
-    command += [str(TESTS / name) for name in OWN]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", str(TESTS / name)]
     try:
         done = subprocess.run(
             command,

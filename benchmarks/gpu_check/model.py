@@ -161,9 +161,9 @@ def _one_text(part: Part, options: Options) -> None:
     if options.cuda:
         part.expect(isinstance(lm.stepper, DeviceStepper), f"medusa.load gives a {type(lm.stepper).__name__} on CUDA")
     prompts, tokens = (PROMPTS[:2], 16) if options.tiny else (PROMPTS, 256)
-    part.measure("greedy", partial(_texts, part, lm, prompts, tokens, GREEDY), needs=5.0)
+    part.measure("greedy", partial(texts_of, part, lm, prompts, tokens, GREEDY), needs=5.0)
     few = prompts[: len(prompts) // 2]
-    part.measure("sampled", partial(_texts, part, lm, few, tokens, Sampling(temperature=0.7)), needs=5.0)
+    part.measure("sampled", partial(texts_of, part, lm, few, tokens, Sampling(temperature=0.7)), needs=5.0)
     part.measure("baselines", partial(_baselines, part, lm, options), needs=5.0)
 
 
@@ -180,7 +180,7 @@ def _compiled_texts(part: Part, options: Options) -> None:
     begun = time.perf_counter()
     lm = load(options, compile=True)
     prompts, tokens = (PROMPTS[:1], 8) if options.tiny else (PROMPTS[:6], 256)
-    part.measure("model", partial(_texts, part, lm, prompts, tokens, GREEDY, ("plain", "union", "auto")))
+    part.measure("model", partial(texts_of, part, lm, prompts, tokens, GREEDY, ("plain", "union", "auto")))
     part.set("model/seconds", round(time.perf_counter() - begun, 1))
     free_memory(options.device)
 
@@ -204,7 +204,7 @@ def device_stepper(lm: LanguageModel, name: str, nodes: Nodes) -> Stepper:
         return lm.make_stepper(drafter, nodes=nodes)
 
 
-def _texts(
+def texts_of(
     part: Part,
     lm: LanguageModel,
     prompts: Sequence[str],
@@ -291,7 +291,7 @@ def _float32(part: Part, options: Options) -> dict[str, Any]:
     """A few texts in float32, where every drafter must give the text of plain decoding."""
     lm = load(options, dtype="float32")
     prompts = PROMPTS[:1] if options.tiny else (PROMPTS[1], PROMPTS[5], PROMPTS[6])
-    texts = _texts(part, lm, prompts, 16 if options.tiny else 128, GREEDY)
+    texts = texts_of(part, lm, prompts, 16 if options.tiny else 128, GREEDY)
     for name, counts in texts.items():
         if isinstance(counts, dict):
             same = counts["identical"] == counts["texts"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import medusa
 from gpu_check.report import Options, Part
@@ -59,6 +60,12 @@ class Shape:
     @property
     def head_size(self) -> int:
         return self.hidden // self.heads
+
+    @property
+    def bytes(self) -> int:
+        """Of all weights in bfloat16, but for the norms."""
+        attention = 2 * self.hidden * (self.hidden + self.kv_heads * self.head_size)
+        return 2 * (self.layers * (attention + 3 * self.hidden * self.mlp) + 2 * self.vocab * self.hidden)
 
     def config(self) -> Any:
         from transformers import LlamaConfig
@@ -177,7 +184,7 @@ def weights_read(model: PreTrainedModel, heads: Heads | None, depth: int) -> int
     computes with."""
     embedding: Any = model.get_input_embeddings()
     lm_head: Any = model.get_output_embeddings()
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = sum(map(stored_bytes, model.parameters()))
     if lm_head.weight is not embedding.weight:
         size -= embedding.weight.numel() * embedding.weight.element_size()
     if heads is None or depth == 0:
@@ -191,6 +198,14 @@ def weights_read(model: PreTrainedModel, heads: Heads | None, depth: int) -> int
     else:
         size += sum(p.numel() for block in list(heads.blocks)[:depth] for p in block.parameters()) * width
     return size + depth * heads.lm_head_rows * config.hidden_size * width
+
+
+def stored_bytes(tensor: Any) -> int:
+    """What a tensor takes in memory. One that torchao has packed says bfloat16, and holds whole numbers and scales."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+    return int(tensor.numel() * tensor.element_size())
 
 
 def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
@@ -214,10 +229,11 @@ def expected_speedups(times: Mapping[str, Mapping[str, float]]) -> dict[str, lis
 
 
 def capture_facts(stepper: Stepper) -> dict[str, Any]:
-    """How many graphs a stepper holds, and why it has none where the device refused."""
+    """How many graphs a stepper holds, in what memory, and why it has none where the device refused."""
     if not isinstance(stepper, DeviceStepper):
         return {}
-    return {"graphs": len(stepper.captured), "refused": stepper.captured.refused}
+    captured = stepper.captured
+    return {"graphs": len(captured), "graphs_MB": round(captured.bytes / 1e6, 1), "refused": captured.refused}
 
 
 def step_seconds(stepper: DeviceStepper, nodes: int, context: int, repeats: int, rounds: int = 3) -> list[float]:
@@ -287,6 +303,8 @@ def compiled_times(part: Part, options: Options) -> None:
 def _shape_times(part: Part, options: Options, name: str, limit: float | None) -> None:
     shape = (TINY if options.tiny else SHAPES)[name]
     device, dtype = options.device, torch.bfloat16
+    if not fits(part, shape, name, device):
+        return
     begun = time.perf_counter()
     model = random_model(shape, device, dtype)
     wait(device)
@@ -303,6 +321,30 @@ def _shape_times(part: Part, options: Options, name: str, limit: float | None) -
     if options.tiny or name == "7B":
         _steps(part, options, f"{name}/narrow", model, narrow_config(shape), limit, (1, 64))
         _steps(part, options, f"{name}/original", model, original_config(shape), limit, (1, 64))
+
+
+def random_shape_steps(part: Part, options: Options, name: str, pack: Callable[[nn.Module], None]) -> None:
+    """Steps of 1 and 64 nodes of a shape whose weights `pack` has made smaller."""
+    shape = (TINY if options.tiny else SHAPES)[name]
+    if not fits(part, shape, name, options.device):
+        return
+    limit = device_rates(options.device, options.tiny)["read_GB_per_second"] * 1e9
+    free_memory(options.device)
+    model = random_model(shape, options.device, torch.bfloat16)
+    pack(model)
+    free_memory(options.device)
+    _steps(part, options, f"{name}/narrow", model, narrow_config(shape), limit, (1, 64))
+
+
+def fits(part: Part, shape: Shape, name: str, device: str) -> bool:
+    """Whether the device has room for the shape in bfloat16, and a tenth more for what decoding takes; noted if not."""
+    if not device.startswith("cuda"):
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    good = 1.1 * shape.bytes <= free
+    if not good:
+        part.note(f"{name} does not fit: {shape.bytes / 1e9:.0f} GB of weights, {free / 1e9:.0f} GB free")
+    return good
 
 
 def _effort(options: Options) -> tuple[int, int, int]:

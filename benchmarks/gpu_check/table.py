@@ -48,9 +48,11 @@ def _correctness(found: Mapping[str, Any]) -> list[str]:
             if isinstance(drafters, dict):
                 same = _listed(drafters, lambda counts: f"{counts['identical']}/{counts['texts']}")
                 lines.append(f"  {model} model, {dtype}: texts as plain: {same}")
-    if tests := found.get("tests"):
-        lines.append(f"  the step's own tests: exit {tests['exit']}, {tests['passed']} passed")
     return lines
+
+
+def _tests(found: Mapping[str, Any]) -> list[str]:
+    return [f"  {name}: exit {tests['exit']}, {tests['passed']} passed" for name, tests in found.items()]
 
 
 def _times(found: Mapping[str, Any]) -> list[str]:
@@ -60,14 +62,7 @@ def _times(found: Mapping[str, Any]) -> list[str]:
         lines.append("  " + _listed(shown))
     lines.append("  shape, heads     ms of a step with N nodes (ratio to 1; share of the memory limit)")
     for name, shape in found.items():
-        for kind in ("trained", "narrow", "original"):
-            steps = shape.get(kind, {}).get("steps", {})
-            cells = [
-                f"{nodes}: {step['ms']['median']:.2f} ({step.get('to_one', 1)}; {step.get('share_of_limit', 0):.0%})"
-                for nodes, step in sorted(steps.items(), key=lambda item: int(item[0]))
-            ]
-            if cells:
-                lines.append(f"  {name:4} {kind:9} " + "  ".join(cells))
+        lines += _steps(name, shape)
         if "generate" in shape:
             host = shape.get("trained", {}).get("host_loop_ms", {})
             lines.append(
@@ -80,6 +75,31 @@ def _times(found: Mapping[str, Any]) -> list[str]:
         overhead = rows[0]["overhead"]
         lines.append(f"  {name} computed, t(64)/t(1) = {overhead}: {speedups} tokens a step (published for 7B)")
     return lines
+
+
+def _steps(name: str, shape: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for kind in ("trained", "narrow", "original"):
+        steps = shape.get(kind, {}).get("steps", {})
+        cells = [
+            f"{nodes}: {step['ms']['median']:.2f} ({step.get('to_one', 1)}; {step.get('share_of_limit', 0):.0%})"
+            for nodes, step in sorted(steps.items(), key=lambda item: int(item[0]))
+        ]
+        if cells:
+            lines.append(f"  {name:4} {kind:9} " + "  ".join(cells))
+    return lines
+
+
+def _bits(found: Mapping[str, Any]) -> list[str]:
+    return [
+        line
+        for name, of in found.items()
+        for line in (
+            [_rates(name, drafter, counts) for drafter, counts in _drafters(of)]
+            if name.startswith("int")
+            else _steps(f"{name} in 8 bits,", of)
+        )
+    ]
 
 
 def _compiled(found: Mapping[str, Any]) -> list[str]:
@@ -154,9 +174,11 @@ def _listed(values: Mapping[str, Any], shown: Callable[[Any], str] = str) -> str
 
 
 _MAKERS = {
+    "bits": _bits,
     "profile": _profile,
     "training": _training,
     "correctness": _correctness,
+    "tests": _tests,
     "times": _times,
     "compiled": _compiled,
     "attention": _attention,

@@ -80,9 +80,14 @@ def tree_places(parents: Sequence[int], order: Sequence[float]) -> list[tuple[fl
     return places
 
 
+def has_matplotlib() -> bool:
+    """Whether there can be pictures."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def need_matplotlib() -> None:
     """Raises MedusaError where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         raise MedusaError("pictures need matplotlib: pip install 'medusa-decode[eval]'")
 
 

@@ -22,6 +22,7 @@ class Captured:
     """One function for many keys; a graph for each.
 
     Attributes:
+        bytes: of the device's memory that the graphs hold.
         refused: why nothing is captured any more, where a capture failed: some models wait for the device in a pass.
     """
 
@@ -29,6 +30,8 @@ class Captured:
         self._on = enabled and device.type == "cuda"
         self._graphs: dict[Hashable, tuple[Any, Tensor]] = {}
         self._pool: Any = None
+        self._device = device
+        self.bytes = 0
         self.refused = ""
 
     def __len__(self) -> int:
@@ -37,6 +40,7 @@ class Captured:
     def clear(self) -> None:
         """Forgets all graphs: something that they read has moved."""
         self._graphs.clear()
+        self.bytes = 0
 
     def run(self, key: Hashable, function: Callable[[], Tensor], undo: Callable[[], Callable[[], None]]) -> Tensor:
         """What `function` returns; of a captured one, a tensor that its next call overwrites.
@@ -71,7 +75,9 @@ class Captured:
         finally:
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.graph(graph, pool=self._pool):
             out = function()
+        self.bytes += torch.cuda.memory_reserved(self._device) - before
         self._pool = self._pool or graph.pool()  # graphs run one after another, so that they may share memory
         return graph, out

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import re
 import socket
 import urllib.parse
@@ -322,6 +323,8 @@ def _quantised(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
     config: Any
     if importlib.util.find_spec("bitsandbytes") is not None:
+        # In 8 bits it computes in float16, and would say so once for each product.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         config = transformers.BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
     elif bits == 8 and importlib.util.find_spec("torchao") is not None:

@@ -22,7 +22,7 @@ from medusa.heads.config import vocabulary_hash
 from medusa.heads.file import WEIGHTS_FILE, load_heads, save_heads, write_config
 from medusa.heads.module import Heads
 from medusa.models import zoo
-from medusa.plots import draw_accuracy, draw_tree
+from medusa.plots import draw_accuracy, draw_tree, has_matplotlib
 from medusa.settings import EngineSettings, TextSettings, values
 from medusa.steppers import on_one_gpu
 from medusa.training.accuracy import Accuracy, ranks
@@ -84,7 +84,9 @@ def best_size(candidates: Sequence[Size]) -> Size:
 
 
 def draw(accuracy: Accuracy, directory: Path) -> None:
-    """tree.svg and accuracy.svg."""
+    """tree.svg and accuracy.svg; nothing without matplotlib, as heads are not to be lost for want of pictures."""
+    if not has_matplotlib():
+        return
     tree = Tree.from_paths(dict(accuracy.tree))
     draw_tree(tree.best(DRAWN_NODES), directory / "tree.svg")
     draw_accuracy(accuracy.top, directory / "accuracy.svg")

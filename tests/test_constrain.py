@@ -9,7 +9,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import RandomTreeDrafter, ToyBackend, ToyModel, make_row, never_agrees, plain_decode, token_paths
+from helpers import (
+    RandomTreeDrafter,
+    ToyBackend,
+    ToyModel,
+    always_agrees,
+    make_row,
+    never_agrees,
+    plain_decode,
+    token_paths,
+)
 from medusa.decoding.constrain import GRAMMAR, ConstrainedDrafter, constrained, for_rows
 from medusa.decoding.draft import Draft, NoDrafter
 from medusa.decoding.reference import ReferenceStepper
@@ -99,6 +108,28 @@ def test_a_guess_that_must_come_becomes_certain_and_so_what_follows_it_likelier(
 def test_nothing_follows_the_end_of_the_text() -> None:
     draft = Draft((3, 1, 2), (-1, 0, 1), (1.0, 0.5, 0.25), ("model", "a", "a"))
     assert constrained(draft, Table(FOLLOW, 3), 10, frozenset({1})).tokens == (3, 1)
+
+
+def test_a_constraint_is_not_asked_what_follows_the_end() -> None:
+    """Of its own it may know nothing of ends, and allow nothing there; plain decoding does not ask."""
+    model, asked = ToyModel(6), []
+
+    class Mine:
+        def allowed(self, path: Sequence[int]) -> np.ndarray:
+            asked.append(tuple(path))
+            return np.full(6, end not in path)
+
+        def keep(self, tokens: Sequence[int]) -> None: ...
+
+    first = plain_decode(model, [1], Sampling(), max_new_tokens=30, eos=frozenset(), max_length=99)[0]
+    end = first[-1]
+    want, _ = plain_decode(model, [1], Sampling(), max_new_tokens=30, eos=frozenset([end]), max_length=99)
+    stepper = ReferenceStepper(ToyBackend(model), always_agrees(model, 8), 8)
+    request = Request([1], Sampling(), 30, frozenset([end]), constraint=Mine())
+    steps = [step for _, step in Scheduler(stepper).run([request])]
+    assert [token for step in steps for token in step.tokens] == want
+    assert asked
+    assert all(end not in path for path in asked)
 
 
 def test_no_path_is_longer_than_the_nodes_that_were_asked_for() -> None:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from medusa.decoding.tree import Tree
 from medusa.device.shape import FixedShape
 from medusa.device.slots import Needs, Slots
-from medusa.device.step import medusa_step
+from medusa.device.step import CHAIN, medusa_step
 from medusa.engines.transformers import TransformersBackend
 from medusa.engines.tree_attention import use_grouped_attention
 from medusa.heads.config import HeadsConfig
@@ -63,7 +63,7 @@ def prepared(family: str, kind: str) -> Callable[[Needs], torch.Tensor]:
     shape = FixedShape(Tree.cartesian(2, 2, 1), 8, META)
     slots = Slots(4, VOCAB, 2 * backend.hidden_size, torch.float32, META)
     slots.seen = torch.zeros(4, VOCAB, dtype=torch.bool, device=META)
-    sent = torch.zeros(2, 10, dtype=torch.int64, device=META)
+    sent = torch.zeros(2, CHAIN + 8, dtype=torch.int64, device=META)
 
     @torch.inference_mode()
     def run(needs: Needs) -> torch.Tensor:

@@ -20,7 +20,8 @@ from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling, candidates
 from medusa.decoding.sampling import gumbel_noise as reference_noise
-from medusa.decoding.scheduler import decode
+from medusa.decoding.scheduler import Scheduler, Task, decode
+from medusa.decoding.slots import Slots as EngineSlots
 from medusa.decoding.stepper import Request
 from medusa.decoding.tree import Tree
 from medusa.device import accept, step
@@ -29,7 +30,7 @@ from medusa.device.nodes import NodesByTime
 from medusa.device.noise import compiled_gumbel_noise, gumbel_noise, random_words, signed
 from medusa.device.slots import Needs, Slots
 from medusa.device.stepper import DeviceStepper, bucket
-from medusa.engines.kv_cache import DeviceCursor
+from medusa.engines.kv_cache import DeviceCursor, SlotLayer
 from medusa.engines.protocol import PlainTree
 from medusa.engines.topology import topology
 from medusa.engines.transformers import TransformersBackend
@@ -422,6 +423,80 @@ def test_auto_gives_the_text_of_plain_decoding() -> None:
     for sampling in (Sampling(), Sampling(temperature=0.9, seed=1)):
         text, _ = text_of(DeviceStepper(backend, drafter, "auto"), [3, 1, 4, 1, 5], sampling)
         assert text == text_of(ReferenceStepper(backend, NoDrafter(), 1), [3, 1, 4, 1, 5], sampling)[0]
+
+
+def test_a_pass_leaves_the_texts_of_others_as_they_are() -> None:
+    """Those whose prompts are being read in pieces, those of another stepper, and what a free slot still holds."""
+    backend = backend_of()
+    slots = EngineSlots(backend, kept=1000)
+    steppers = DeviceStepper(backend, NgramDrafter(), 8), ReferenceStepper(backend, NgramDrafter(), 8)
+    asked = [[1, 2, 3], [*range(20), 7, 7], [5, 6, 5, 6, 5]]
+    alone = [text_of(ReferenceStepper(backend, NoDrafter(), 1), prompt, Sampling())[0] for prompt in asked]
+    mine, theirs = (Scheduler(stepper, slots, piece=4) for stepper in steppers)
+    said: dict[Task, list[int]] = {}
+
+    def run(*schedulers: Scheduler, steps: int = 1000) -> None:
+        for _ in range(steps):
+            for scheduler in schedulers:
+                if not scheduler.idle:
+                    for task, step in scheduler.step():
+                        said.setdefault(task, []).extend(step.tokens)
+
+    for _ in range(2):  # these slots will be taken by others, below that of a text that goes on
+        mine.submit(Request([8, 9], Sampling(), 2))
+    tasks = [mine.submit(Request(asked[0], Sampling(), NEW_TOKENS))]
+    while mine._inside > 1 or tasks[0] not in said:
+        run(mine, steps=1)
+    tasks.append(mine.submit(Request(asked[1], Sampling(), NEW_TOKENS)))
+    tasks.append(theirs.submit(Request(asked[2], Sampling(), NEW_TOKENS)))
+    run(mine, theirs)
+    assert [task.slot for task in tasks] == [2, 0, 1]
+    assert [said[task] for task in tasks] == alone
+    # What a slot holds that nobody decodes in.
+    slots.clear()
+    ids = asked[1]
+    backend.extend(0, ids)
+    row, _ = steppers[0].start(2, Request([8, 9], Sampling(), NEW_TOKENS))
+    steppers[0].step([row])
+    assert torch.allclose(backend.extend(0, [5])[0], backend.extend(1, [*ids, 5])[0], atol=1e-4)
+    for slot in range(SLOTS):
+        backend.release(slot)
+
+
+def test_graphs_are_void_when_buffers_have_moved() -> None:
+    """Also without more capacity: the first pass makes them, and they are stacked then."""
+    model = make_model("llama", vocab_size=VOCAB).to(DEVICE)
+    backend = TransformersBackend(model, num_slots=1, self_check=False)
+    stepper = DeviceStepper(backend, NoDrafter(), 1)
+    assert stepper.time_step(1, 1, 20, repeats=1) > 0
+    assert backend.cache.stacks
+    seen = backend.cache.moves
+    backend.reserve(100)
+    assert backend.cache.moves == seen
+    for move in (lambda: backend.reserve(1100), lambda: backend.resize(1)):
+        seen = backend.cache.moves
+        move()
+        assert backend.cache.moves > seen
+
+
+def test_a_cache_that_cannot_grow_says_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TransformersBackend(make_model("llama", vocab_size=VOCAB).to(DEVICE), num_slots=1)
+    backend.extend(0, [1, 2, 3])
+    before, allocate, calls = backend.capacity, SlotLayer.allocate, []
+
+    def failing(self: SlotLayer, states: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(self, states)
+
+    monkeypatch.setattr(SlotLayer, "allocate", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        backend.reserve(before + 1)
+    assert backend.capacity == before
+    monkeypatch.undo()
+    backend.reserve(before + 1)
+    assert all(rows.shape[2] == backend.capacity > before for *_, rows in backend.cache._buffers())
 
 
 def test_timing_a_step_leaves_the_slots_free() -> None:

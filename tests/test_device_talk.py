@@ -17,6 +17,7 @@ from medusa.api import LanguageModel
 from medusa.decoding.draft import NoDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.sampling import Sampling
+from medusa.device.stepper import DeviceStepper
 from medusa.engines import flash_attention
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
@@ -132,6 +133,10 @@ def test_what_a_device_does_not_do_is_refused() -> None:
     yarn = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = make_model(rope_parameters=yarn)
     assert "change with the length of a text" in refusal(TransformersBackend(model))
+    assert "dynamic" in DeviceStepper(TransformersBackend(model), NoDrafter(), 1).captured.refused
+    eight: Any = make_model()
+    eight.is_loaded_in_8bit = True  # as transformers marks what bitsandbytes has packed
+    assert "wait for the device" in refusal(TransformersBackend(eight))
     assert runs_on_device(backend()) is None  # a CPU
 
 

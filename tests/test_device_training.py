@@ -25,7 +25,7 @@ from medusa.training.accuracy import Accuracy, ranks
 from medusa.training.compare import compare
 from medusa.training.config import TrainConfig
 from medusa.training.data import Example
-from medusa.training.device_features import DeviceFeatures, batched, read_table
+from medusa.training.device_features import BATCH_TOKENS, DeviceFeatures, batched, read_table, tokens_at_once
 from medusa.training.distill import write_in_order
 from medusa.training.features import Rows, count_rows, joined, read_rows
 from medusa.training.resume import check_resumed
@@ -122,16 +122,37 @@ def test_a_cpu_is_no_gpu() -> None:
     assert on_one_gpu(backend()) is None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_counted_without_making_them(family: str) -> None:
+    model = make_model(family)
+    assert training_text.weight_bytes(model.config) == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_pass_reads_no_more_than_its_hidden_states_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = backend()
+    assert tokens_at_once(runner) == BATCH_TOKENS
+    monkeypatch.setattr(runner, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    size, config = runner.hidden_size, runner.model.config
+    token = 2 * (size * (runner.num_layers + 8) + 3 * config.intermediate_size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * 300 * token + 10, 0))
+    assert tokens_at_once(runner) == 300
+
+
 def test_a_gpu_is_asked_for_more_slots_and_its_own_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = make_model().config
     place = 2 * 2 * 3 * 2 * 8
     assert slots_that_fit(shape, None, 100) == (24, 100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(training_text, "weight_bytes", lambda shape: 0)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 10_000 * place * (100 + MAX_NODES))
     assert slots_that_fit(shape, None, 100, "cuda") == (1024, 100)
     assert slots_that_fit(shape, 7, 100, "cuda") == (7, 100)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 300 * place * (100 + MAX_NODES))
     assert slots_that_fit(shape, None, 100, "cuda:0") == (300, 100)
+    # The weights are not there yet when slots are counted.
+    monkeypatch.setattr(training_text, "weight_bytes", lambda shape: 200 * place * (100 + MAX_NODES))
+    assert slots_that_fit(shape, None, 100, "cuda:0") == (180, 100)
     assert slots_that_fit(shape, None, 100) == (24, 100)
 
 

@@ -171,6 +171,10 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MedusaError, match="line 1, is not a row of distilled text"):
         distill(model(), path, HOT)
     assert path.read_text() == '{"messages": []}\n'
+    path.write_text('["Why?"]')  # one line without an end is not what a kill has left
+    with pytest.raises(MedusaError, match="line 1, is not a row of distilled text"):
+        distill(model(), path, HOT)
+    assert path.read_text() == '["Why?"]'
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")

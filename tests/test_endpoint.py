@@ -35,6 +35,7 @@ class Server:
     refuse: int = 0
     refused: str = "\0"
     ends: str = ", please?"
+    thoughts: str = ""
 
     def reply(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         seed = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -44,6 +45,8 @@ class Server:
                 return {"choices": []}
             said = "naughty" if "naughty" in body["messages"][-1]["content"] else "no other"
             message = {"role": "assistant", "content": f"The answer is {seed[:12]} and {said}."}
+            if self.thoughts:
+                message["reasoning_content"] = self.thoughts
             return {"choices": [{"index": 0, "message": message, "finish_reason": "length" if cut else "stop"}]}
         assert path.endswith("/completions")
         if body["prompt"].endswith("\n"):  # after a colon
@@ -183,6 +186,14 @@ def test_a_conversation_that_cannot_be_used_is_dropped_and_the_run_goes_on(
     assert written.dropped["the endpoint replied without an answer"] == 1
     assert written.dropped["the chat template of m refuses it: naughty"] == 1
     assert any(re.match(r"refused by the endpoint: .*not today, nor in N years", reason) for reason in written.dropped)
+
+
+def test_answers_without_their_thoughts_are_not_learned_from(server: Server, tmp_path: Path) -> None:
+    server.thoughts = "Hm, what is it?"
+    prompts = [Prompt(("Is it nice?",))]
+    written = distill_remotely(server.url, "m", tmp_path / "a.jsonl", SETTINGS, served_model="m", prompts=prompts)
+    assert rows_of(tmp_path / "a.jsonl") == []
+    assert list(written.dropped) == ["the endpoint takes thoughts out of the answer: turn its reasoning parser off"]
 
 
 def test_a_run_of_conversations_that_cannot_be_used_ends(

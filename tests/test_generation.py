@@ -21,6 +21,8 @@ from medusa.api import Chunk, LanguageModel
 from medusa.decoding.budget import NodeBudget
 from medusa.decoding.draft import Draft
 from medusa.decoding.sampling import Sampling
+from medusa.decoding.scheduler import Scheduler
+from medusa.decoding.stepper import Request
 from medusa.decoding.times import PassTimes
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import MedusaError, UsageError
@@ -237,6 +239,19 @@ def test_a_second_stream_is_refused_while_the_first_is_open(model: LanguageModel
     chunks = [next(first)]
     with pytest.raises(UsageError, match="slot 0 is in use"):
         model.generate("something else")
+    chunks += first
+    assert "".join(chunk.text for chunk in chunks) == expected.text
+
+
+def test_who_has_slots_of_his_own_is_refused_and_empties_nothing(model: LanguageModel) -> None:
+    expected = model.generate(PROMPT, max_new_tokens=10)
+    first = model.stream(PROMPT, max_new_tokens=10)
+    chunks = [next(first)]
+    for piece in (None, 1):
+        scheduler = Scheduler(model.stepper, piece=piece)
+        scheduler.submit(Request([5, 6, 7]))
+        with pytest.raises(UsageError, match="slot 0 is in use"):
+            scheduler.step()
     chunks += first
     assert "".join(chunk.text for chunk in chunks) == expected.text
 

@@ -226,6 +226,21 @@ def test_a_tensor_of_another_shape_than_the_metadata_say_is_refused(tmp_path: Pa
         in_place(tiny_file(tmp_path, "qwen3", **{f"qwen3.{key}": value}))
 
 
+@pytest.mark.parametrize("kind", ["BF16", "F16", "Q8_0"])
+def test_a_vector_of_any_length_and_type_is_read(kind: str) -> None:
+    kinds = gguf.GGMLQuantizationType
+    values = np.random.default_rng(0).standard_normal(5120).astype(np.float32)
+    packed = gguf.quants.quantize(values, kinds[kind])
+    (expected,) = gguf.quants.dequantize(packed[None], kinds[kind])
+    found = gguf_weights._unpacked(packed, kinds[kind], (5120,))
+    assert torch.equal(found, torch.from_numpy(np.array(expected, dtype=np.float32)).bfloat16())
+
+
+def test_a_type_that_nothing_unpacks_is_one_sentence() -> None:
+    with pytest.raises(MedusaError, match="weights of the type Q8_K, which nothing here unpacks"):
+        gguf_weights._unpacked(np.zeros((2, 292), np.uint8), gguf.GGMLQuantizationType.Q8_K, (2, 256))
+
+
 def test_weights_of_an_engine_that_reads_no_packed_rows_are_unpacked_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

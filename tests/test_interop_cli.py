@@ -204,6 +204,8 @@ def test_an_export_is_pushed_as_it_is_and_a_foreign_checkpoint_is_pulled_for_imp
     assert sorted(p.name for p in (stub.room / "me/heads").iterdir()) == sorted(
         p.name for p in (tmp_path / "out").iterdir()
     )
+    with pytest.raises(UsageError, match="export anew with --model owner/tiny"):
+        hub.push(tmp_path / "out", "me/heads", model="owner/tiny")
     code, out, _ = run(capsys, "pull", "me/heads", "--out", tmp_path / "back")
     assert (code, f"medusa import {tmp_path / 'back'}" in out) == (0, True)
 

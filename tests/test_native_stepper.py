@@ -28,6 +28,7 @@ from medusa.errors import MedusaError, UsageError
 from medusa.heads.config import HeadsConfig
 from medusa.heads.module import Heads
 from medusa.steppers import make_stepper
+from test_times import learn
 from tiny_models import make_model, stirred
 
 pytest.importorskip("medusa_native")
@@ -349,6 +350,44 @@ def test_the_native_backend_brings_its_stepper_where_it_knows_the_drafter() -> N
     assert [type(make_stepper(engine(), drafter, 8, times)) for drafter in others] == [ReferenceStepper] * 3
     with pytest.raises(UsageError, match="does not know"):
         NativeStepper(engine(), Mine(), 8)
+
+
+def test_typical_texts_are_drafted_for_by_the_profile_alone() -> None:
+    """How many nodes are asked for too: they depend on what is drafted, and must not on what steps took lately."""
+    times = MachineTimes(lambda refresh: FLAT)
+    budget = NodeBudget(times)
+    stepper = NativeStepper(engine(), NgramDrafter(), budget)
+    asked: list[tuple[PassTimes, int]] = []
+    real = stepper._engine_times
+
+    def watched(current: PassTimes, most: int) -> Any:
+        asked.append((current, most))
+        return real(current, most)
+
+    stepper._engine_times = watched  # type: ignore[method-assign]
+    profile = budget.most
+    learn(times, lambda n: 1.0 + 5.0 * (n > 9), (1, 8, 9, 10, 16), 3000)
+    assert budget.most != profile
+    for acceptance, most in (("typical", profile), ("exact", budget.most)):
+        sampling = Sampling(temperature=1.0, seed=1, acceptance=acceptance)  # type: ignore[arg-type]
+        asked.clear()
+        list(Scheduler(stepper).run([Request([3, 4, 3, 4, 3], sampling, 8)]))
+        assert {count for _, count in asked} == {most}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_residual_that_is_not_finite_shows_in_the_logits(dtype: str, place: int) -> None:
+    model = make_model("llama", vocab_size=VOCAB, hidden_size=128, intermediate_size=128)
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if name.endswith("up_proj.weight"):
+            tensor *= 1e3
+        if name.endswith("down_proj.weight"):
+            tensor[place] = 3e38
+    backend = NativeBackend(native_config(model.config), tensors, dtype=dtype, num_slots=1, threads=1)
+    logits, _ = backend.extend(0, [1, 2, 3])
+    assert not torch.isfinite(logits).any()
 
 
 def test_numbers_that_are_none_are_an_error_and_no_token() -> None:

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,15 @@ import pytest
 for package in ("fastapi", "prometheus_client", "uvicorn"):
     pytest.importorskip(package)
 
+from pydantic import ValidationError
+
 from medusa.api import LanguageModel
 from medusa.cli import main
+from medusa.decoding.stepper import TokenLogprobs
+from medusa.serve import schema
+from medusa.serve.logprobs import CompletionLogprobs, TokenTexts
 from serving import Client, model, server
+from tiny_models import byte_ids
 
 
 @pytest.fixture(scope="module")
@@ -370,6 +377,9 @@ def test_what_is_not_understood_is_refused_by_name(strict: Client, change: dict[
     assert param.split(".")[0] in error["message"] or "prompt" in error["message"]
 
 
+CALL = {"type": "function_call", "call_id": "c", "name": "f"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
@@ -390,12 +400,60 @@ def test_what_is_not_understood_is_refused_by_name(strict: Client, change: dict[
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/v1/responses", {"input": [{**CALL, "arguments": '{"a": "\\ud800"}'}]}, "input.0.arguments"),
     ],
     ids=str,
 )
 def test_so_do_the_other_interfaces(strict: Client, path: str, body: dict[str, Any], param: str) -> None:
     error = strict.post(path, body, 400)["error"]
     assert error["param"].partition(".")[0] == param.partition(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (schema.ChatRequest, {"messages": [0] * 1000}),
+        (schema.ChatRequest, {"messages": [{"role": "user", "content": [0] * 1000}]}),
+        (schema.ChatRequest, {"messages": MESSAGES, "modalities": ["x"] * 1000}),
+        (schema.ChatRequest, {"messages": MESSAGES, **{f"x{i}": 0 for i in range(1000)}}),
+        (schema.ChatRequest, {"messages": MESSAGES, "metadata": {f"x{i}": 0 for i in range(1000)}}),
+        (schema.ChatRequest, {"messages": MESSAGES, "logit_bias": {f"{i}": "x" for i in range(2000)}}),
+        (schema.CompletionRequest, {"prompt": [None] * 1000}),
+        (schema.CompletionRequest, {"prompt": [[None] * 1000] * 1000}),
+        (schema.ResponsesRequest, {"input": [0] * 1000}),
+        (schema.DetokenizeRequest, {"tokens": ["x"] * 1000}),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",
+)
+def test_a_body_with_many_faults_is_read_no_further_than_to_the_first_few(kind: Any, body: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(body)
+    assert refused.value.error_count() < 10
+
+
+def test_more_answers_than_may_be_are_refused_before_prompts_are_read(
+    strict: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "encode", lambda *_, **__: 1 / 0)
+    assert strict.post("/v1/completions", {"prompt": ["a"] * 4}, 400)["error"]["param"] == "n"
+
+
+def test_a_bias_for_more_tokens_than_may_be_is_refused(strict: Client) -> None:
+    error = strict.chat(status=400, messages=MESSAGES, logit_bias={str(i): 0.5 for i in range(1025)})["error"]
+    assert error["param"] == "logit_bias"
+    assert "at most 1024" in error["message"]
+
+
+def test_tokens_that_are_parts_of_a_character_are_named_by_their_bytes(lm: LanguageModel) -> None:
+    ids = byte_ids("aé€".encode())
+    known = tuple(TokenLogprobs(-1.0, ((ids[1], -1.0), (ids[2], -2.0))) for _ in ids)
+    step = SimpleNamespace(logprobs=known)
+    chunks: Any = [SimpleNamespace(token_ids=ids, step=step)]
+    shown = CompletionLogprobs(TokenTexts(lm.tokenizer, ()), 7).push(chunks)
+    parts = ["bytes:\\xc3", "bytes:\\xa9", "bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"]
+    assert shown["tokens"] == ["a", *parts]
+    assert shown["text_offset"] == [7, 8, 8, 9, 9, 9]
+    assert shown["top_logprobs"][0] == {parts[0]: -1.0, parts[1]: -2.0}
 
 
 def test_null_is_as_if_a_field_were_not_there(client: Client) -> None:

@@ -272,6 +272,42 @@ def test_as_many_wait_as_may(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -
         assert len(listener.wait()) == 4
 
 
+def test_a_client_gets_in_where_another_has_filled_the_queue(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = make_bench(slots=2, max_queue=4)
+    held = Held(bench, monkeypatch)
+    jobs = [bench.ask([5, number], tokens=2, client="greedy") for number in range(3, 9)]
+    with pytest.raises(QueueFullError):
+        bench.ask([5, 9], client="greedy")
+    jobs += [bench.ask([6, number], tokens=2, client="other") for number in range(3, 6)]
+    with pytest.raises(QueueFullError):  # that was its share
+        bench.ask([6, 9], client="other")
+    jobs += [bench.ask([7, number], tokens=2, client="third") for number in range(3, 5)]
+    with pytest.raises(QueueFullError):
+        bench.ask([7, 9], client="third")
+    held.let()
+    for _, listener in jobs:
+        assert len(listener.wait()) == 2
+    wait_for(lambda: bench.engine.unfinished == 0)
+    assert not bench.engine._of_client
+
+
+def test_what_a_drafter_by_name_cannot_do_on_a_gpu_the_reference_does(
+    make_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medusa.decoding.draft import NgramDrafter
+    from medusa.device.stepper import DeviceStepper
+
+    bench = make_bench(slots=2)
+    backend: Any = bench.lm.backend
+    monkeypatch.setattr(bench.lm, "make_stepper", lambda name: DeviceStepper(backend, NgramDrafter(), 8))
+    request = Request([5, 6, 5], Sampling(seed=0), 6, logprobs=2)
+    listener = Listener()
+    text = TextOfSteps(bench.lm.tokenizer, StopStrings(), (), 3)
+    bench.engine.submit([Job(request, text, listener, drafter="heads")])
+    assert listener.wait() == alone([5, 6, 5], Sampling(seed=0), 6)
+    assert listener.chunks[0].step.logprobs
+
+
 def test_a_job_that_takes_too_long_is_given_up(make_bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = make_bench(slots=1, deadline=100)
     held = Held(bench, monkeypatch)
@@ -427,6 +463,41 @@ def test_when_the_engine_dies_nobody_waits_for_ever(make_bench: Any, monkeypatch
     for _, listener in jobs:
         listener.wait()
         assert isinstance(listener.error, MedusaError)
+    with pytest.raises(ClosingError):
+        bench.ask([5, 6])
+    assert bench.engine.trouble() == "the engine has died"
+
+
+def test_a_server_ends_where_its_engine_has_died(make_bench: Any) -> None:
+    import asyncio
+
+    from medusa.serve.run import Server, configure
+
+    bench = make_bench()
+    config = configure(lambda *_: None, ServerSettings())
+    config.load()
+    running = Server(config, bench.engine)
+    assert asyncio.run(running.on_tick(1)) is False
+    bench.engine.died = True
+    assert asyncio.run(running.on_tick(1)) is True
+
+
+def test_a_signal_takes_no_lock_that_the_code_it_interrupts_may_hold(make_bench: Any) -> None:
+    import asyncio
+    import signal
+
+    from medusa.serve.run import Server, configure
+
+    bench = make_bench()
+    running = Server(configure(lambda *_: None, ServerSettings()), bench.engine)
+
+    async def interrupted() -> None:
+        with bench.engine._lock:  # as `submit` holds it
+            running.handle_exit(signal.SIGTERM, None)
+        await asyncio.sleep(0)
+
+    asyncio.run(interrupted())
+    assert running.should_exit
     with pytest.raises(ClosingError):
         bench.ask([5, 6])
 

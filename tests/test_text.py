@@ -61,6 +61,24 @@ token_ids = st.one_of(
 )
 
 
+def test_a_text_that_goes_on_from_another_keeps_the_space_between_them() -> None:
+    before = METASPACE("a", add_special_tokens=False)["input_ids"]
+    more = METASPACE("b a", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(METASPACE, [METASPACE.bos_token_id, *before])
+    assert "".join([*map(detokenizer.push, more), detokenizer.flush()]) == " b a"
+    assert "".join(pieces_of(METASPACE, more)) == "b a"
+    # What came before may end in half a character: then nothing is known of it.
+    half = Detokenizer(TOKENIZER, byte_ids("aé".encode()[:2]))
+    assert "".join([*map(half.push, byte_ids(b"b")), half.flush()]) == "b"
+
+
+@given(before=token_ids, ids=token_ids)
+def test_what_came_before_is_no_part_of_a_text(before: list[int], ids: list[int]) -> None:
+    whole = Detokenizer(TOKENIZER, before)
+    said = "".join([*map(whole.push, ids), whole.flush()])
+    assert said == "".join(pieces_of(TOKENIZER, ids))
+
+
 def test_the_tiny_tokenizer_has_one_token_for_every_byte() -> None:
     text = "héllo €😀 \n and the"
     assert decoded(TOKENIZER, byte_ids(text.encode())) == text

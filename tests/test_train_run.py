@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,14 @@ from safetensors.torch import load_file
 
 import medusa
 from medusa.cli import main
-from medusa.errors import UsageError
+from medusa.errors import MedusaError, UsageError
 from medusa.heads.file import read_config
 from medusa.training.accuracy import Accuracy
 from medusa.training.calibrate import draw
 from medusa.training.config import load_config
 from medusa.training.resume import check_resumed
+from medusa.training.run import check_distillation
+from medusa.training.stored_features import FeatureStore
 from medusa.training.trainer import schedule
 from tiny_models import CHAT_TEMPLATE, TOKENIZER_VOCAB, make_model, make_tokenizer
 
@@ -208,8 +211,59 @@ def test_calibrate_measures_and_stores_tree_and_pictures(
     after = read_config(tmp_path / "heads")
     assert after.tree
     assert after.tree != before.tree  # other text
+    assert digests(tmp_path / "heads")["heads.safetensors"] == digests(trained / "heads")["heads.safetensors"]
+    assert (tmp_path / "heads" / "run.yaml").read_bytes() == (trained / "heads" / "run.yaml").read_bytes()
     assert (tmp_path / "heads" / "accuracy.svg").is_file()
     assert read_config(trained / "heads") == before
+
+
+def test_what_is_not_of_a_run_is_not_taken_for_one(
+    saved: Path, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("features", "model", "heads"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "mine.txt").write_text("mine")
+        assert run("train", "--model", str(saved), "--out", str(tmp_path / name), *SMALL) == 2
+        assert f"holds '{name}', which is not of a run: name another --out" in capfd.readouterr().err
+        assert (tmp_path / name / name / "mine.txt").read_text() == "mine"
+    with pytest.raises(MedusaError, match="holds something else than hidden states"):
+        FeatureStore(tmp_path / "features" / "features", {"model": "m"})
+    calibrate = ["calibrate", "--model", str(saved), "--heads", str(trained / "heads")]
+    assert run(*calibrate, "--out", str(tmp_path / "heads")) == 2
+    assert "is there already: name a new directory with --out" in capfd.readouterr().err
+    assert (tmp_path / "heads" / "heads" / "mine.txt").is_file()
+
+
+def test_all_of_given_text_is_learned_from(saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for option in (["--tokens", "5"], ["--prompts", "p.jsonl"]):
+        arguments = ["train", "--model", str(saved), "--out", str(tmp_path / "run"), "--data", "rows.jsonl"]
+        assert run(*arguments, *option) == 2
+        assert f"all of rows.jsonl is learned from (--data): leave out {option[0]}" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rule", [{"logits_scaling": 8.0}, {"final_logit_softcapping": 30.0}, {"logit_scale": 0.06}])
+def test_a_model_that_changes_its_logits_is_no_teacher(rule: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Config(SimpleNamespace):
+        def get_text_config(self) -> Config:
+            return self
+
+    lm: Any = SimpleNamespace(backend=SimpleNamespace(model=None))
+    monkeypatch.setattr("medusa.training.run.zoo.resolve", lambda *_, **__: None)
+    with_kl, without = (
+        load_config(None, {"model": "m", "training.distillation": share, "log": []}) for share in (0.5, 0.0)
+    )
+    for found in ({}, dict.fromkeys(rule, 1.0), dict.fromkeys(rule)):
+        monkeypatch.setattr("medusa.training.run.zoo.load_config", lambda source, found=found: Config(**found))
+        check_distillation(with_kl, lm)
+    monkeypatch.setattr("medusa.training.run.zoo.load_config", lambda source: Config(**rule))
+    check_distillation(without, lm)
+    with pytest.raises(UsageError, match=f"{next(iter(rule))}, which the KL to them does not know"):
+        check_distillation(with_kl, lm)
+    monkeypatch.setattr("medusa.training.run.zoo.load_config", lambda source: Config())
+    lm.backend.model = SimpleNamespace(lm_head=torch.nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="a bias of the LM head"):
+        check_distillation(with_kl, lm)
 
 
 def test_heads_are_not_lost_for_want_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +477,7 @@ def test_where_calibrated_heads_cannot_be_saved_is_told_before_they_are_measured
     if readable:
         (tmp_path / "mine.txt").touch()
         assert run(*arguments, "--out", str(tmp_path)) == 2
-        assert "is there and does not hold heads: name a new directory with --out" in capfd.readouterr().err
+        assert "is there already: name a new directory with --out" in capfd.readouterr().err
     else:
         monkeypatch.setattr("os.access", lambda path, mode: False)
         assert run(*arguments) == 1

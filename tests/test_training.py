@@ -28,6 +28,7 @@ from medusa.training.features import (
     ABSENT,
     Batch,
     LiveFeatures,
+    Table,
     count_rows,
     joined,
     longest_answer,
@@ -139,6 +140,24 @@ def test_every_row_comes_once_an_epoch_in_an_order_of_its_own(tmp_path: Path) ->
         assert sorted(orders[0]) == sorted(orders[1])
         again = list(rows.batches(K, 1, seed=3, epoch=1, start=17))
         assert [tuple(b.tokens[0].tolist()) for b in again] == [tokens for tokens, _ in orders[1][17:]]
+
+
+def test_rows_that_are_not_kept_are_taken_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shuffled copy of all of them would take as much memory again."""
+    taken, take = [], Table.take
+
+    def counted(table: Table, rows: torch.Tensor, *arguments: Any) -> Any:
+        taken.append(len(rows))
+        return take(table, rows, *arguments)
+
+    monkeypatch.setattr(Table, "take", counted)
+    monkeypatch.setattr("medusa.training.features.LIVE_EXAMPLES", 3)
+    live = LiveFeatures(backend(), examples())
+    batches = list(live.batches(K, 7, seed=0, epoch=0, finals=True))
+    assert {len(batch.tokens) for batch in batches} == {7}
+    assert len(batches) == live.num_rows // 7
+    assert max(taken) == 7 < min(live._counts) * 3
+    assert 1 in taken or min(taken) < 7  # the rest of one part, which the next one fills up
 
 
 def test_batches_from_many_chunks_equal_those_from_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,8 @@ def test_of_prompt_and_completion_only_the_completion_is_learned_where_the_templ
         ({"messages": [HI[0], {**HI[1], "reasoning_content": "hm"}]}, 'a message has "reasoning_content"'),
         ({"messages": [HI[0], {**HI[1], "weight": 0}]}, 'a message has the "weight" 0'),
         ({"prompt": "Hi", "completion": "Ho", "label": False}, '"label" is false'),
+        ({"prompt": "Hi", "completion": "Ho", "label": "False"}, '"label" is false'),
+        ({"prompt": "Hi", "completion": "Ho", "label": 0}, '"label" is false'),
         ({"instruction": "Hi", "output": "Ho", "history": [["a"]]}, '"history" must be a list of [question, answer]'),
         ({"instruction": "Hi", "output": "Ho", "history": "a"}, '"history": earlier turns must be a list, not text'),
         ({"instruction": "Hi", "output": "Ho", "history": [["a", 7]]}, '"history" must be text, not a number'),

@@ -584,11 +584,12 @@ def test_few_bits_on_a_gpu_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) ->
         zoo._quantised(4, torch.bfloat16, "cpu")
     there: set[str] = set()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name in there else None)
-    with pytest.raises(UsageError, match="need bitsandbytes or torchao: pip install one"):
+    with pytest.raises(UsageError, match="need torchao or bitsandbytes: pip install one"):
         zoo._quantised(8, torch.bfloat16, "cuda:0")
     there.add("torchao")
     with pytest.raises(UsageError, match="4 bits on cuda:0 need bitsandbytes: pip install one"):
         zoo._quantised(4, torch.bfloat16, "cuda:0")
+    there.clear()
     there.add("bitsandbytes")
     options = zoo._quantised(4, torch.bfloat16, "cuda:1")
     assert options["device_map"] == {"": "cuda:1"}
@@ -597,11 +598,11 @@ def test_few_bits_on_a_gpu_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) ->
     assert not getLogger("bitsandbytes.autograd._functions").isEnabledFor(WARNING)
 
 
-def test_eight_bits_are_made_by_torchao_where_that_is_all_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bits_are_made_by_torchao_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     made = SimpleNamespace(Int8WeightOnlyConfig=lambda: "int8 weights")
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchao.quantization", made)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "torchao" else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("transformers.TorchAoConfig", lambda kind: f"torchao: {kind}")
     options = zoo._quantised(8, torch.bfloat16, "cuda:0")
     assert options == {"quantization_config": "torchao: int8 weights", "device_map": {"": "cuda:0"}}

@@ -86,13 +86,18 @@ inline void quantise_bytes(const float* x, int n, int padded, std::byte* out, fl
       if (format == Format::int8) store_int8_inputs(to, q);
       else store_int4_inputs(to, q);
     }
-    if (format == Format::int8) {
+    float sum = sum_lanes(total);
+    if (sum != sum) {  // a number is none, which must show in what comes out
+      scales[g] = sum;
+      start[g] = 0;
+      if (format != Format::int8) sums[g] = sum;
+    } else if (format == Format::int8) {
       scales[g] = scale;
-      start[g] = -128 * std::int32_t(sum_lanes(total));
+      start[g] = -128 * std::int32_t(sum);
     } else {
       scales[g] = int4_scale(scale);
       start[g] = int4_start(scales[g]);
-      sums[g] = scales[g] * sum_lanes(total);
+      sums[g] = scales[g] * sum;
     }
   }
 }

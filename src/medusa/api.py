@@ -68,7 +68,7 @@ class LanguageModel:
         self._times = MachineTimes(times)
         self._facts = dict(facts or {})
         self.stepper = self.make_stepper(drafter)
-        self._reference: Stepper | None = None  # for what the other does not run
+        self._references: dict[Stepper, Stepper] = {}  # for what the others do not run
 
     def make_stepper(self, drafter: str | Drafter, *, tree: str | None = None, nodes: Nodes | None = None) -> Stepper:
         """Another way to decode on this engine, for the argument `stepper` of `stream`: with a drafter by name or one
@@ -81,13 +81,14 @@ class LanguageModel:
 
     def stepper_for(self, requests: Sequence[Request]) -> Stepper:
         """The model's stepper, or the reference with the same drafter where that does not run all of the requests."""
-        if all(map(self.stepper.runs, requests)):
-            return self.stepper
-        if self._reference is None:
-            drafter = self.stepper.drafter
-            nodes = choose_nodes(self.nodes, drafter, self._times, self.backend)
-            self._reference = ReferenceStepper(self.backend, drafter, nodes)
-        return self._reference
+        return self.stepper if all(map(self.stepper.runs, requests)) else self.reference_of(self.stepper)
+
+    def reference_of(self, stepper: Stepper) -> Stepper:
+        """The reference with the drafter of a stepper of this engine: it runs all that can be asked."""
+        if stepper not in self._references:
+            nodes = choose_nodes(self.nodes, stepper.drafter, self._times, self.backend)
+            self._references[stepper] = ReferenceStepper(self.backend, stepper.drafter, nodes)
+        return self._references[stepper]
 
     @functools.cached_property
     def grammars(self) -> Grammars:
@@ -270,7 +271,8 @@ class LanguageModel:
         sampling = replace(sampling or GREEDY, **settings)
         stops = StopStrings(stop)
         ids = self.encode(prompt, raw=raw)
-        return self.prepare(ids, sampling, max_new_tokens, stops, ignore_eos, constraint, logprobs)
+        goes_on = isinstance(prompt, str) and (raw or not self.tokenizer.chat_template)
+        return self.prepare(ids, sampling, max_new_tokens, stops, ignore_eos, constraint, logprobs, goes_on=goes_on)
 
     def prepare(
         self,
@@ -281,13 +283,15 @@ class LanguageModel:
         ignore_eos: bool = False,
         constraint: Constraint | Grammar | None = None,
         logprobs: int | None = None,
+        *,
+        goes_on: bool = False,
     ) -> tuple[Request, TextOfSteps]:
-        """Of a prompt's tokens: what a scheduler takes, and what makes characters of its steps. Raises UsageError, see
-        `Request.check`."""
+        """Of a prompt's tokens: what a scheduler takes, and what makes characters of its steps. The text `goes_on` from
+        the prompt's, or is an answer to it. Raises UsageError, see `Request.check`."""
         ends = frozenset(() if ignore_eos else self.eos_token_ids)
         request = Request(ids, sampling, max_new_tokens, ends, constraint, logprobs)
         request.check(self.backend.max_length)
-        return request, TextOfSteps(self.tokenizer, stops, ends, len(ids))
+        return request, TextOfSteps(self.tokenizer, stops, ends, len(ids), ids if goes_on else ())
 
     def _decode(
         self, texts: Sequence[tuple[Request, TextOfSteps]], stepper: Stepper | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -98,9 +98,14 @@ class TextOfSteps:
     """Makes the chunks of one text."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: StopStrings, ends: Iterable[int], prompt_tokens: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: StopStrings,
+        ends: Iterable[int],
+        prompt_tokens: int,
+        before: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, before)
         self._stops = stops
         self._ends = frozenset(ends)  # tokens that are not shown: some tokenizers give the end of text a text
         self._stats = Stats(prompt_tokens=prompt_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ def swapped_in(directory: Path) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
+        _let_others_read(new)
         if directory.exists():
             directory.replace(old)
         new.replace(directory)
@@ -57,6 +59,16 @@ def swapped_in(directory: Path) -> Iterator[Path]:
         if old.exists() and not directory.exists():  # interrupted between the two
             old.replace(directory)
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _let_others_read(directory: Path) -> None:
+    """Gives files the rights that new files have here: safetensors keeps its own for their owner alone."""
+    probe = directory.with_name("probe")
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | usual)
 
 
 def cache_dir() -> Path:

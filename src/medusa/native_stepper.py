@@ -73,9 +73,11 @@ class NativeStepper(ReferenceStepper):
     def _draft(self, rows: Sequence[Row]) -> list[Draft]:
         nodes, times = 1, None
         if isinstance(self.nodes, NodeBudget):
-            times = self._engine_times(self.nodes.times_for(rows), self.nodes.most)
+            current = self.nodes.times_for(rows)
+            most = self.nodes.most_by(current)
+            times = self._engine_times(current, most)
         else:
-            nodes = self.nodes
+            nodes = most = self.nodes
         texts, rules, _ = self._known(rows)
         for text, row in zip(texts, rows, strict=True):
             text.extend(row.tokens[len(text) :])
@@ -83,14 +85,13 @@ class NativeStepper(ReferenceStepper):
             drafts, asked = self._drafting.propose(texts, rules, [row.room for row in rows], nodes, times, NAMES)
         if isinstance(self.nodes, NodeBudget):
             self.nodes.drafted_for([len(row.tokens) - 1 for row in rows], asked)
-        return [self._constrained(Draft(*draft), row) for draft, row in zip(drafts, rows, strict=True)]
+        return [self._constrained(Draft(*draft), row, most) for draft, row in zip(drafts, rows, strict=True)]
 
-    def _constrained(self, draft: Draft, row: Row) -> Draft:
+    def _constrained(self, draft: Draft, row: Row, most: int) -> Draft:
         """What a constraint leaves of a draft, and what it forces: that pays however many rows there are."""
         walk: object = row.constraint
         if type(self.drafter) is NoDrafter or not isinstance(walk, Walk):
             return draft
-        most = self.nodes.most if isinstance(self.nodes, NodeBudget) else self.nodes
         return constrained(draft, walk, most, row.eos_token_ids).pruned(nodes=most, depth=row.room)
 
     def _accept(self, logits: Tensor, features: Tensor, drafts: Sequence[Draft], rows: Sequence[Row]) -> list[Accepted]:

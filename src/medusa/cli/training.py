@@ -170,6 +170,9 @@ def train(
             raise UsageError("--from begins a run: leave it out beside --config and --resume, whose run.yaml says all")
         sections = settings_from(from_heads, model, notice)
     wanted = load_config(config, options, settings or [], sections=sections)
+    named = {"--tokens": tokens, "--prompts": prompts}
+    if wanted.text.data and (ignored := [name for name, value in named.items() if value is not None]):
+        raise UsageError(f"all of {wanted.text.data[0]} is learned from (--data): leave out {ignored[0]}")
     if from_heads is not None:
         check_fits(from_heads, wanted)
     limit = None

@@ -81,7 +81,9 @@ def _scores(logits: Tensor, row: Row, path: Sequence[int]) -> Tensor:
         logits = penalise(logits, {*row.tokens, *path}, sampling.repetition_penalty)
     if sampling.adjusts_output:
         logits = adjust(logits, [*row.tokens[row.prompt_tokens :], *path], sampling)
-    allowed = None if row.constraint is None else row.constraint.allowed(path)
+    # What follows the end of the text is nobody's, and a constraint need not know.
+    ended = any(token in row.eos_token_ids for token in path)
+    allowed = None if row.constraint is None or ended else row.constraint.allowed(path)
     if allowed is None:
         return logits
     if not allowed.any():

@@ -115,7 +115,7 @@ class NodeBudget:
     @property
     def most(self) -> int:
         """How many nodes are asked of drafters."""
-        return min(self.times.most, self._max_nodes)
+        return self.most_by(self.times)
 
     @property
     def expected(self) -> int:
@@ -230,6 +230,10 @@ class NodeBudget:
         lossy = any(row.sampling.lossy for row in rows)
         return self._times.measured if lossy and isinstance(self._times, MachineTimes) else self.times
 
+    def most_by(self, times: PassTimes) -> int:
+        """`most`, by these times."""
+        return min(times.most, self._max_nodes)
+
     def _cost(self, times: PassTimes, rows: int) -> float:
         """Seconds of a draft for so many rows."""
         return 0.0 if self._free else times.draft(rows)
@@ -238,7 +242,7 @@ class NodeBudget:
         plain = times.after([len(row.tokens) - 1 for row in rows])(len(rows))
         for row in rows:  # the price of a whole draft, in tokens of each row
             row.frugal, row.price = frugal, USUAL_TOKENS * self._cost(times, len(rows)) / plain
-        most = min(times.most, self._max_nodes)
+        most = self.most_by(times)
         drafts = drafter.propose(rows, most)
         return [draft.pruned(nodes=most, depth=row.room) for draft, row in zip(drafts, rows, strict=True)]
 

@@ -37,13 +37,22 @@ def penalise(logits: Tensor, seen: Iterable[int], penalty: float) -> Tensor:
 def adjust(logits: Tensor, said: Sequence[int], sampling: Sampling) -> Tensor:
     """Presence and frequency penalties for the tokens that the model has said, and the bias, of one row [V] in
     float32; as OpenAI defines them."""
+    import torch
+
+    def add(changes: Iterable[tuple[int, float]]) -> None:
+        ids, amounts = zip(*changes, strict=True)
+        more = torch.tensor(amounts, dtype=logits.dtype, device=logits.device)
+        logits.index_add_(0, torch.tensor(ids, device=logits.device), more)
+
     logits = logits.clone()
-    for token, times in Counter(said).items():
-        logits[token] -= sampling.presence_penalty + times * sampling.frequency_penalty
-    for token, bias in sampling.logit_bias:
-        if not 0 <= token < len(logits):
-            raise UsageError(f"logit_bias names the token {token}, but the vocabulary has {len(logits)}")
-        logits[token] += bias
+    if said and (sampling.presence_penalty or sampling.frequency_penalty):
+        presence, frequency = sampling.presence_penalty, sampling.frequency_penalty
+        add((token, -(presence + times * frequency)) for token, times in Counter(said).items())
+    if sampling.logit_bias:
+        for token, _ in sampling.logit_bias:
+            if not 0 <= token < len(logits):
+                raise UsageError(f"logit_bias names the token {token}, but the vocabulary has {len(logits)}")
+        add(sampling.logit_bias)
     return logits
 
 

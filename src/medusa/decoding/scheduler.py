@@ -169,6 +169,9 @@ class Scheduler:
         prompt = task.request.prompt
         left = len(prompt) - task.held
         size = min(left, self._piece or left)
+        if self.stepper.backend.length(task.slot) != task.held:  # somebody else's text: it is not to be emptied
+            self.slots.leave(task.slot)
+            raise UsageError(f"slot {task.slot} is in use: finish or close what is being decoded there first")
         try:
             if size < left:
                 self.stepper.backend.extend(task.slot, prompt[task.held : task.held + size])

@@ -72,6 +72,11 @@ class Slots:
                 held -= len(kept)
                 self._empty(old)
 
+    def leave(self, slot: int) -> None:
+        """A slot that was taken and turns out to be in use by others, who have `Slots` of their own: its text stays."""
+        self._used.pop(slot, None)
+        self._free[slot] = ()
+
     def _lent(self, slot: int, prompt: Sequence[int]) -> int:
         """How many of the first tokens of `prompt` a slot in use holds."""
         return min(_alike(self._used[slot], prompt[:-1]), self.backend.length(slot))

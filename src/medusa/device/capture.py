@@ -8,14 +8,33 @@ warm-up changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from medusa.errors import shortened
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 WARM_UP = 2
+
+
+def changing_rope(model: PreTrainedModel) -> str:
+    """Kinds of rotary positions that are computed on the host as a text grows; "" for those that stay."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {str(rope.get("rope_type", ""))} | {str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict)}
+    return ", ".join(sorted(kinds & {"dynamic", "longrope"}))
+
+
+def refusal(model: PreTrainedModel) -> str:
+    """Why a pass of this model cannot be captured; "" where nothing is known against it."""
+    if changing := changing_rope(model):
+        return f"its rotary positions ({changing}) change with the length of a text"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "bitsandbytes' 8 bits look for outliers, and wait for the device"
+    return ""
 
 
 class Captured:
@@ -23,16 +42,18 @@ class Captured:
 
     Attributes:
         bytes: of the device's memory that the graphs hold.
-        refused: why nothing is captured any more, where a capture failed: some models wait for the device in a pass.
+        refused: why nothing is captured, or not any more: some models wait for the device in a pass. What is known of a
+            model beforehand is better said then, since a capture that fails leaves torch's allocator in disorder.
     """
 
-    def __init__(self, device: torch.device, enabled: bool = True) -> None:
-        self._on = enabled and device.type == "cuda"
+    def __init__(self, device: torch.device, enabled: bool = True, refused: str = "") -> None:
+        self._on = enabled and device.type == "cuda" and not refused
         self._graphs: dict[Hashable, tuple[Any, Tensor]] = {}
         self._pool: Any = None
+        self._stream: Any = None
         self._device = device
         self.bytes = 0
-        self.refused = ""
+        self.refused = refused
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -40,6 +61,7 @@ class Captured:
     def clear(self) -> None:
         """Forgets all graphs: something that they read has moved."""
         self._graphs.clear()
+        self._pool = None  # which ends with its last graph
         self.bytes = 0
 
     def run(self, key: Hashable, function: Callable[[], Tensor], undo: Callable[[], Callable[[], None]]) -> Tensor:
@@ -53,7 +75,8 @@ class Captured:
             return function()
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._capture(function, undo())
+                with torch.cuda.device(self._device):
+                    self._graphs[key] = self._capture(function, undo())
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -61,11 +84,13 @@ class Captured:
                 torch.cuda.synchronize()
                 return function()
         graph, out = self._graphs[key]
-        graph.replay()
+        with torch.cuda.device(self._device):
+            graph.replay()
         return out
 
     def _capture(self, function: Callable[[], Tensor], back: Callable[[], None]) -> tuple[Any, Tensor]:
-        stream = torch.cuda.Stream()
+        # Warmed up on the stream that is captured: what libraries keep for a stream is not to lie in a graph's pool.
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream):
@@ -76,7 +101,7 @@ class Captured:
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             out = function()
         self.bytes += torch.cuda.memory_reserved(self._device) - before
         self._pool = self._pool or graph.pool()  # graphs run one after another, so that they may share memory

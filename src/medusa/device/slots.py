@@ -1,4 +1,4 @@
-"""What a step needs of each slot, on the device: lengths, roots, features, and how its row samples."""
+"""What a step needs of each slot, on the device: roots, features, how its row samples. Lengths are the backend's."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ class Slots:
     """State of S slots. Row b of a pass is slot b.
 
     Attributes:
-        lengths: [S] tokens in the KV cache.
-        roots: [S] the token after them, which is decided and not in the cache.
+        roots: [S] the token after those in the KV cache, which is decided and not in it.
         features: [S, F*H] of the last token in the cache.
         seeds: [S]; exact, typical: [S], which rule the row asks for (neither: greedy).
         seen: [S, V] the tokens of the text, for the repetition penalty; empty until a row asks for one.
@@ -49,7 +48,6 @@ class Slots:
     def __init__(
         self, count: int, vocab_size: int, feature_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.lengths = torch.zeros(count, dtype=torch.int64, device=device)
         self.roots = torch.zeros(count, dtype=torch.int64, device=device)
         self.features = torch.zeros(count, feature_size, dtype=dtype, device=device)
         self.seeds = torch.zeros(count, dtype=torch.int64, device=device)
@@ -67,7 +65,6 @@ class Slots:
         """A row starts in its slot: all but the last of its tokens are in the cache. `row.features` are those of the
         last one that is."""
         slot, sampling = row.slot, row.sampling
-        self.lengths[slot] = len(row.tokens) - 1
         self.roots[slot] = row.tokens[-1]
         self.features[slot] = row.features
         self.seeds[slot] = signed(sampling.seed or 0)
@@ -78,13 +75,13 @@ class Slots:
         self._numbers[slot] = torch.tensor(numbers, dtype=torch.float64)
         if sampling.repetition_penalty != 1:
             if not self.seen.shape[1]:
-                self.seen = self.seen.new_zeros(len(self.lengths), self._vocab_size)
+                self.seen = self.seen.new_zeros(len(self.roots), self._vocab_size)
             self.seen[slot] = False
             self.seen[slot, torch.tensor(row.tokens, device=self.seen.device)] = True
 
     def saved(self) -> Callable[[], None]:
         """Remembers what a step changes; what it returns puts that back."""
-        changing = self.lengths, self.roots, self.features, self.seen
+        changing = self.roots, self.features, self.seen
         copies = [tensor.clone() for tensor in changing]
 
         def restore() -> None:

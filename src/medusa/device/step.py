@@ -1,8 +1,8 @@
 """The Medusa step, whole: draft a fixed tree, verify it in one pass, accept a path, keep it.
 
 `medusa_step` is one function of tensors. It waits for nothing and asks the host nothing, so it can be captured once as
-a CUDA graph and replayed for every step. Rows that are idle are computed too and change nothing. Plain decoding is the
-same step for a tree of the root alone.
+a CUDA graph and replayed for every step. Rows that are idle are computed too: what they write lies past what their slot
+holds, whoever filled it. Plain decoding is the same step for a tree of the root alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from medusa.engines.kv_cache import DeviceCursor
 from medusa.engines.transformers import TransformersBackend
 from medusa.heads.module import HeadsRunner, Tilt
 
-ACTIVE, ROOM, CHAIN = 0, 1, 2  # columns of what the host sends: 1 or 0, how deep a draft may be, and the chain
+# Columns of what the host sends: 1 or 0, how deep a draft may be, tokens in the cache, and the chain.
+ACTIVE, ROOM, LENGTH, CHAIN = 0, 1, 2, 3
 
 
 def medusa_step(
@@ -36,7 +37,7 @@ def medusa_step(
     Args:
         heads: None where the tree is the root alone.
         slots: read, and changed to what holds after the step.
-        sent: int64 [B, 2 + C] from the host; -1 in the chain is no token.
+        sent: int64 [B, 3 + C] from the host; -1 in the chain is no token.
         used: places that attention looks at: all lengths + N fit.
         needs: of the rows.
 
@@ -45,13 +46,13 @@ def medusa_step(
     """
     batch = len(sent)
     active, room = sent[:, ACTIVE].bool(), sent[:, ROOM]
-    lengths = slots.lengths[:batch]
+    lengths = sent[:, LENGTH]
 
     # draft
     noise = None
     if needs.exact:
         # The root is the token at position `lengths`; what follows a node at depth d is the token at lengths + 1 + d.
-        ahead = slots.lengths[:batch, None] + 1 + torch.arange(shape.depth + 1, device=lengths.device)
+        ahead = lengths[:, None] + 1 + torch.arange(shape.depth + 1, device=lengths.device)
         noise_of = compiled_gumbel_noise() if backend.compiled and backend.on_gpu else gumbel_noise
         noise = noise_of(slots.seeds[:batch, None].expand_as(ahead), ahead, backend.vocab_size)  # [B, D + 1, V]
     guessed = draft(heads, slots.features[:batch], slots.roots[:batch], shape, slots, noise)
@@ -96,10 +97,8 @@ def medusa_step(
     if needs.penalty:
         new = torch.cat([tokens.gather(1, path), following[:, None]], dim=1)
         slots.seen[:batch] |= torch.zeros_like(slots.seen[:batch]).scatter_(1, new, True) & active[:, None]
-    count = shape.depths[last] + 1  # tokens that the cache gains: the accepted path, root included
     slots.roots[:batch] = torch.where(active, following, slots.roots[:batch])
     slots.features[:batch] = torch.where(active[:, None], features[row, last], slots.features[:batch])
-    slots.lengths[:batch] += torch.where(active, count, 0)
     return torch.cat([last[:, None], following[:, None], drafted], dim=1)
 
 

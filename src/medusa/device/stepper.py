@@ -18,11 +18,11 @@ from medusa.decoding.draft import MODEL, Draft, Drafter, NgramDrafter, NoDrafter
 from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.reference import ReferenceStepper
 from medusa.decoding.stepper import Phases, Request, Row, Step
-from medusa.device.capture import Captured
+from medusa.device.capture import Captured, refusal
 from medusa.device.nodes import NodesByTime
 from medusa.device.shape import ROOT, FixedShape
 from medusa.device.slots import Needs, Slots
-from medusa.device.step import ACTIVE, CHAIN, medusa_step
+from medusa.device.step import ACTIVE, CHAIN, LENGTH, medusa_step
 from medusa.engines.protocol import MAX_NODES
 from medusa.engines.transformers import TransformersBackend
 from medusa.errors import UsageError
@@ -58,8 +58,8 @@ class DeviceStepper(ReferenceStepper):
         device = backend.device
         size = backend.hidden_size * (1 + len(backend.feature_layers))
         self._slots = Slots(backend.num_slots, backend.vocab_size, size, backend.model.dtype, device)
-        self.captured = Captured(device, graphs)
-        self._capacity = 0
+        self.captured = Captured(device, graphs, refusal(backend.model))
+        self._moves = -1
         self._needs = Needs()
         pinned = device.type == "cuda"
         shape = backend.num_slots, CHAIN + LONGEST_CHAIN
@@ -117,6 +117,7 @@ class DeviceStepper(ReferenceStepper):
     def _send(self, rows: Sequence[Row], shape: FixedShape) -> dict[int, Draft | None]:
         """Writes what the host sends to the step. Returns what the n-gram drafter proposes for each slot."""
         self._table[:, ACTIVE] = 0
+        self._send_lengths()
         chains: dict[int, Draft | None] = dict.fromkeys(row.slot for row in rows)
         if shape.chain and self._ngrams is not None:
             proposed = self._ngrams.propose(rows, shape.chain + 1)
@@ -124,8 +125,13 @@ class DeviceStepper(ReferenceStepper):
         for row in rows:
             chain = chains[row.slot]
             tokens = () if chain is None else chain.tokens[1:]
-            self._table[row.slot] = [1, row.room, *tokens, *[-1] * (LONGEST_CHAIN - len(tokens))]
+            self._table[row.slot, :LENGTH] = 1, row.room
+            self._table[row.slot, CHAIN:] = [*tokens, *[-1] * (LONGEST_CHAIN - len(tokens))]
         return chains
+
+    def _send_lengths(self) -> None:
+        """Of all slots: the others may be somebody else's, whose text must stay as it is."""
+        self._table[:, LENGTH] = [self.backend.length(slot) for slot in range(self.backend.num_slots)]
 
     @torch.inference_mode()
     def _run(self, batch: int, shape: FixedShape) -> Tensor:
@@ -152,9 +158,9 @@ class DeviceStepper(ReferenceStepper):
     def _ready(self, places: int) -> None:
         """Room for so many places. Where the cache has moved, by this or another stepper, all graphs are void."""
         self.backend.reserve(places)
-        if self.backend.capacity != self._capacity:
+        if self.backend.cache.moves != self._moves:
             self.captured.clear()
-            self._capacity = self.backend.capacity
+            self._moves = self.backend.cache.moves
 
     def _padded(self, rows: int) -> int:
         """Rows are computed in powers of two, so that few graphs serve all batches."""
@@ -202,10 +208,12 @@ class DeviceStepper(ReferenceStepper):
         if not 0 < context < self.backend.max_length:
             raise UsageError(f"the context must be from 1 to {self.backend.max_length - 1}, not {context}")
         try:
+            if not self.backend.cache.stacks:  # the first pass makes the buffers, and a step is captured over them
+                self.backend.extend(0, [0])
+                self.backend.release(0)
             self._ready(context + nodes)
             with torch.inference_mode():
                 self.backend.cache.fill_with_noise(batch, context)
-                self._slots.lengths[:batch] = context
                 self._slots.features[:batch].normal_()
             for slot in range(batch):
                 self.backend.set_length(slot, context)
@@ -219,6 +227,7 @@ class DeviceStepper(ReferenceStepper):
         before = self._sent.clone()
         shape, seconds = self._shape(nodes), []
         self._sent.zero_()
+        self._send_lengths()
         for number in range(repeats + 2):
             begun = time.perf_counter()
             self._run(batch, shape)

@@ -25,6 +25,7 @@ class SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = self.allocate(key_states), self.allocate(value_states)
+        self.cache.moves += 1
         self.is_initialized = True
 
     def allocate(self, states: Tensor) -> Tensor:
@@ -125,6 +126,7 @@ class SlotCache(Cache):
         self.cursor: Cursor | DeviceCursor = Cursor([0], [0], 0, 0)
         self.slot_layers = [SlotLayer(self) for _ in range(num_layers)]
         self.stacks: list[Tensor] = []  # each [layers * 2, slots, KV heads, capacity, head size]
+        self.moves = 0  # how often buffers came to lie elsewhere, which voids what was captured over them
         super().__init__(layers=list(self.slot_layers))
 
     def reserve(self, length: int) -> None:
@@ -135,15 +137,21 @@ class SlotCache(Cache):
             self.capacity *= 2
         self.capacity = min(self.capacity, max(length, self.max_length))
         self.stacks = []
-        for layer, name, rows in self._buffers():
-            grown = layer.allocate(rows)
-            grown[:, :, : rows.shape[2]] = rows
-            setattr(layer, name, grown)
+        self.moves += 1
+        try:
+            for layer, name, rows in self._buffers():
+                grown = layer.allocate(rows)
+                grown[:, :, : rows.shape[2]] = rows
+                setattr(layer, name, grown)
+        except BaseException:  # no memory: what all layers have room for is what there is
+            self.capacity = min(rows.shape[2] for *_, rows in self._buffers())
+            raise
 
     def clear(self, num_slots: int) -> None:
         """Forgets all and gives the memory back; there are `num_slots` slots then."""
         self.num_slots, self.capacity = num_slots, min(FIRST_CAPACITY, self.max_length)
         self.stacks = []
+        self.moves += 1
         for layer in self.slot_layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
@@ -153,14 +161,17 @@ class SlotCache(Cache):
         are moved at once."""
         if self.stacks:
             return
+        stacks: list[Tensor] = []
         shapes: dict[torch.Size, list[tuple[SlotLayer, str]]] = {}
         for layer, name, rows in self._buffers():
             shapes.setdefault(rows.shape, []).append((layer, name))
         for members in shapes.values():
             stack = torch.stack([getattr(layer, name) for layer, name in members])
-            self.stacks.append(stack)
+            stacks.append(stack)
             for (layer, name), rows in zip(members, stack, strict=True):
                 setattr(layer, name, rows)
+            self.moves += 1
+        self.stacks = stacks  # all of them, or none where memory ran out
 
     def _buffers(self) -> list[tuple[SlotLayer, str, Tensor]]:
         """The keys and values of all layers. Those that no pass has reached yet, or that share another's cache, have

@@ -119,6 +119,8 @@ def read_tensors(directory: str | Path, config: HeadsConfig) -> dict[str, Tensor
         tensors = load_file(path)
     except FileNotFoundError:
         raise MedusaError(f"no heads in {directory}: {WEIGHTS_FILE} is missing") from None
+    except PermissionError:
+        raise MedusaError(f"cannot read {path}: permission denied") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise MedusaError(f"{path} is truncated or not a safetensors file: {error}") from None
     draft_ids = tensors.get("draft_ids") if config.draft_vocab else None

@@ -48,6 +48,8 @@ def push(heads: str | Path, repository: str, *, model: str | None = None, privat
         from huggingface_hub import HfApi
 
         folder = Path(heads).expanduser()
+        if is_export(folder) and model is not None:
+            raise UsageError(f"{folder} is an export, which is pushed as it is: export anew with --model {model}")
         if not is_export(folder):
             folder = Path(room) / "heads"
             made = export_heads(heads, "hf", folder, model=model)

@@ -128,9 +128,14 @@ def _unpacked(data: np.ndarray, kind: Any, shape: tuple[int, ...]) -> Tensor:
     """Weights in bfloat16, a few rows at a time."""
     from gguf.quants import dequantize
 
+    if data.ndim == 1:  # whose numbers are not those of its bytes
+        return _unpacked(data[None], kind, (1, *shape))[0]
     out = torch.empty(shape, dtype=torch.bfloat16)
     for first in range(0, len(data), _ROWS):
-        rows = np.array(dequantize(data[first : first + _ROWS], kind), dtype=np.float32)
+        try:
+            rows = np.array(dequantize(data[first : first + _ROWS], kind), dtype=np.float32)
+        except NotImplementedError:
+            raise MedusaError(f"there are weights of the type {kind.name}, which nothing here unpacks") from None
         out[first : first + _ROWS] = torch.from_numpy(rows)
     return out
 

@@ -316,23 +316,24 @@ def load_model(
 
 
 def _quantised(bits: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments of from_pretrained that read the weights in 8 or 4 bits: by bitsandbytes, or in 8 by torchao."""
+    """Arguments of from_pretrained that read the weights in few bits: in 8 by torchao, whose products can be captured,
+    else and in 4 by bitsandbytes."""
     if not device.startswith("cuda"):
         raise UsageError(f"{bits} bits need a CUDA device, not {device}")
     import transformers
 
     config: Any
-    if importlib.util.find_spec("bitsandbytes") is not None:
+    if bits == 8 and importlib.util.find_spec("torchao") is not None:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif importlib.util.find_spec("bitsandbytes") is not None:
         # In 8 bits it computes in float16, and would say so once for each product.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         config = transformers.BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
-    elif bits == 8 and importlib.util.find_spec("torchao") is not None:
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
     else:
-        either = "bitsandbytes or torchao" if bits == 8 else "bitsandbytes"
+        either = "torchao or bitsandbytes" if bits == 8 else "bitsandbytes"
         raise UsageError(f"{bits} bits on {device} need {either}: pip install one, or take bfloat16")
     return {"quantization_config": config, "device_map": {"": device}}
 

@@ -132,7 +132,9 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         front.check_model(asked.model)
         if asked.echo and asked.logprobs is not None:
             raise bad("echo does not go with logprobs: those of the prompt are not computed", "echo")
-        prompts = [await _tokens(front, prompt) for prompt in _prompts(asked.prompt)]
+        given = _prompts(asked.prompt)
+        front.check_choices(len(given), asked.n)  # before they are read
+        prompts = [await _tokens(front, prompt) for prompt in given]
         wanted = _wanted(
             front,
             asked,
@@ -144,7 +146,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         )
         echoes = []
         if asked.echo:
-            echoes = [p if isinstance(p, str) else _text(front, p) for p in _prompts(asked.prompt)]
+            echoes = [p if isinstance(p, str) else _text(front, p) for p in given]
         answers = _ask(front, wanted, request)
         return await _reply(request, CompletionForm(front, answers, asked, echoes), answers, asked.stream, DONE)
 

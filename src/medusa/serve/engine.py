@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
@@ -76,8 +76,10 @@ class Engine:
         self._inbox: SimpleQueue[tuple[str, Job | None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._unfinished = 0  # jobs taken on and not ended
+        self._of_client: Counter[str] = Counter()  # the same, by client
         self._closing = False
         self._aborted = False
+        self.died = False
         self._steppers: dict[str, Stepper] = {"": lm.stepper}
         self._schedulers: deque[Scheduler] = deque()  # whose turn it is stands first
         self._of: dict[str, Scheduler] = {}  # drafter -> its scheduler
@@ -99,13 +101,24 @@ class Engine:
         with self._lock:
             if self._closing:
                 raise ClosingError
-            if self._unfinished + len(jobs) > self._width + self._settings.max_queue:
+            if not self._has_room(jobs):
                 raise QueueFullError
             if not self._unfinished:
                 self._alive = time.monotonic()
             self._unfinished += len(jobs)
+            self._of_client.update(job.client for job in jobs)
             for job in jobs:  # within the lock, so that none comes after the end
                 self._inbox.put(("submit", job))
+
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
+        """For so many jobs of one client. Where others have filled the queue, a client that has less than its share of
+        it is let in all the same, until twice as many wait."""
+        room, count = self._width + self._settings.max_queue, self._unfinished + len(jobs)
+        if count <= room:
+            return True
+        client = jobs[0].client
+        share = room // len({client, *self._of_client})
+        return count <= 2 * room and self._of_client[client] + len(jobs) <= share
 
     def cancel(self, job: Job) -> None:
         """Ends a job, which tells nothing more; one that has ended stays so."""
@@ -136,10 +149,10 @@ class Engine:
 
     def trouble(self) -> str | None:
         """Why the engine takes no jobs, or does not get on with them."""
+        if self.died:
+            return "the engine has died"
         if self._closing:
             return "the server is ending"
-        if not self._thread.is_alive():
-            return "the engine has died"
         stalled = time.monotonic() - self._alive
         if self._unfinished and stalled > self._settings.stall:
             return f"no step has ended for {stalled:.0f} seconds"
@@ -156,6 +169,7 @@ class Engine:
                 self._look()
         except BaseException as error:
             log.critical("the engine has died", exc_info=error)
+            self.died = True
             self.refuse()
             self._fail_all()
             raise
@@ -171,6 +185,7 @@ class Engine:
                 one.ended = True
                 self._tell(one, MedusaError("the engine has died"))
         self._unfinished = 0
+        self._of_client.clear()
 
     def _receive(self) -> bool:
         """Takes what has come, and waits for it where there is nothing to do. False: it is time to end."""
@@ -223,13 +238,12 @@ class Engine:
         stepper = self._steppers.get(job.drafter)
         if stepper is None:
             stepper = self._steppers[job.drafter] = self.lm.make_stepper(job.drafter)
+        key = job.drafter
         if not stepper.runs(job.request):
-            if job.drafter:
-                raise MedusaError(f"the drafter {job.drafter} cannot do here what the request asks for")
-            stepper = self.lm.stepper_for([job.request])
+            stepper = self.lm.reference_of(stepper)
+            key = f"the reference {job.drafter}"
         if job.trial:
             return Scheduler(stepper, self.slots, 1, self._settings.piece)
-        key = job.drafter if stepper is self._steppers[job.drafter] else "the reference"
         if key not in self._of:
             self._of[key] = Scheduler(stepper, self.slots, self._width, self._settings.piece)
         return self._of[key]
@@ -322,6 +336,9 @@ class Engine:
         job.followers.clear()
         with self._lock:
             self._unfinished -= 1
+            self._of_client[job.client] -= 1
+            if not self._of_client[job.client]:
+                del self._of_client[job.client]
 
     def _tell(self, job: Job, event: Chunk | Exception) -> None:
         job.told = time.monotonic()

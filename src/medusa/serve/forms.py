@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from medusa.grammar.calls import read
 from medusa.serve.errors import ApiError, failed
 from medusa.serve.jobs import Answers, Front, new_id
-from medusa.serve.logprobs import TokenTexts
+from medusa.serve.logprobs import CompletionLogprobs, TokenTexts
 from medusa.serve.tally import Tally
 
 if TYPE_CHECKING:
@@ -204,10 +204,10 @@ class CompletionForm(_Choices):
 
     def __init__(self, front: Front, answers: Answers, asked: CompletionRequest, echoes: list[str]) -> None:
         super().__init__(front, answers, asked)
-        self._logprobs = asked.logprobs is not None
         self._echoes = echoes
         self._n = asked.n
-        self._offsets = [len(echoes[i // asked.n]) if echoes else 0 for i in range(len(self.tally.choices))]
+        offsets = [len(echoes[i // asked.n]) if echoes else 0 for i in range(len(self.tally.choices))]
+        self._shown = [CompletionLogprobs(self._texts, offset) for offset in offsets if asked.logprobs is not None]
 
     def opening(self) -> Iterable[Event]:
         for index in range(len(self.tally.choices)):
@@ -215,10 +215,7 @@ class CompletionForm(_Choices):
                 yield self._event([self._choice(index, self._echoes[index // self._n], None, None)])
 
     def piece(self, index: int, chunk: Chunk) -> Iterable[Event]:
-        shown = None
-        if self._logprobs:
-            shown = self._texts.completion([chunk], self._offsets[index])
-            self._offsets[index] += sum(map(len, shown["tokens"]))
+        shown = self._shown[index].push([chunk]) if self._shown else None
         told = self.tally.step(chunk, self._detail)
         if chunk.text or chunk.finish_reason is not None or (shown and shown["tokens"]) or told:
             yield self._event([self._choice(index, chunk.text, shown, chunk.finish_reason)], **told)
@@ -230,7 +227,7 @@ class CompletionForm(_Choices):
         choices = []
         for index, choice in enumerate(self.tally.choices):
             echo = self._echoes[index // self._n] if self._echoes else ""
-            shown = self._texts.completion(choice.chunks, len(echo)) if self._logprobs else None
+            shown = self._shown[index].push(choice.chunks) if self._shown else None
             choices.append(self._choice(index, echo + choice.text, shown, choice.finish_reason))
         head = {**self._head, "object": "text_completion", "choices": choices, "usage": self.tally.usage()}
         return {**head, **self.tally.medusa(self._detail)}

@@ -112,7 +112,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         request = headers.get("x-request-id", "")
         request = request if re.fullmatch(r"[\w.-]{1,64}", request, re.ASCII) else f"req-{secrets.token_hex(8)}"
-        begun, status, whole = time.perf_counter(), 499, False
+        begun, status, whole = time.perf_counter(), 499, False  # 499 stays where the client has gone
 
         async def answer(message: MutableMapping[str, Any]) -> None:
             nonlocal status, whole
@@ -132,6 +132,7 @@ class Guard:
             await error_response(error)(scope, receive, answer)
         except Exception as error:
             log.error("a request failed", exc_info=error, extra={"request": request})
+            status = 500 if status == 499 else status
             if not whole:  # the connection is cut, so that nobody takes for whole what is not
                 raise
         finally:
@@ -145,7 +146,7 @@ class Guard:
         if self._hosts and _name(host) not in self._hosts:
             raise bad(f"the host {host[:100]} is not served here: see --allowed-host", "host", "unknown_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _site(origin) != host.lower():
             raise ApiError(403, "pages of other sites may not ask this server", "origin", "cross_origin")
         peer = (scope.get("client") or ("",))[0]
         path = scope["path"]
@@ -181,6 +182,14 @@ class Guard:
         except asyncio.TimeoutError:  # two errors in Python 3.10
             raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} seconds") from None
         return b"".join(parts)
+
+
+def _site(origin: str) -> str | None:
+    """The host of an Origin header, and its port where that is named; None of what has none."""
+    try:
+        return urlsplit(origin).netloc.lower() or None
+    except ValueError:
+        return None
 
 
 def _name(host: str) -> str:

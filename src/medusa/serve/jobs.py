@@ -111,13 +111,17 @@ class Front:
         if not all(0 <= token < vocabulary for token in tokens):
             raise bad(f"{param}: tokens must be from 0 to {vocabulary - 1}", param)
 
+    def check_choices(self, prompts: int, n: int) -> None:
+        """Raises ApiError where more answers are wanted than a request may ask for."""
+        if (count := prompts * n) > self.settings.max_choices:
+            raise bad(f"n: {count} answers are asked for, but at most {self.settings.max_choices} may be", "n")
+
     def jobs(self, wanted: Wanted, client: str, name: str, tell: Callable[[int, Chunk | Exception], None]) -> list[Job]:
         """One for each answer, those to one prompt side by side. Raises ApiError."""
         limit, backend = self.settings.max_tokens, self.lm.backend
         if wanted.drafter == "heads" and self.lm.heads is None:
             raise bad("drafter: this model has no heads", "drafter")
-        if (count := len(wanted.prompts) * wanted.n) > self.settings.max_choices:
-            raise bad(f"n: {count} answers are asked for, but at most {self.settings.max_choices} may be", "n")
+        self.check_choices(len(wanted.prompts), wanted.n)
         if limit is not None and wanted.max_tokens is not None and wanted.max_tokens > limit:
             raise bad(f"max_tokens may be at most {limit} here, not {wanted.max_tokens}", "max_tokens")
         # By its own name the model's drafter is the model's drafter still: such requests share their passes.
@@ -134,7 +138,13 @@ class Front:
                 grammar = wanted.answering.grammar
                 try:
                     request, text = self.lm.prepare(
-                        tuple(prompt), sampling, most, stops, constraint=grammar, logprobs=wanted.logprobs
+                        tuple(prompt),
+                        sampling,
+                        most,
+                        stops,
+                        constraint=grammar,
+                        logprobs=wanted.logprobs,
+                        goes_on=wanted.param == "prompt",
                     )
                 except ContextFullError as error:
                     raise bad(str(error), wanted.param, "context_length_exceeded") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from codecs import getincrementaldecoder
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -46,30 +47,48 @@ class TokenTexts:
                     found.append({**self._entry(token, known.logprob), "top_logprobs": top})
         return {"content": found, "refusal": None}
 
-    def completion(self, chunks: Iterable[Chunk], offset: int) -> dict[str, Any]:
-        """`offset`: characters before these tokens."""
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.bytes_of(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": _number(logprob), "bytes": list(data)}
+
+
+class CompletionLogprobs:
+    """Those of one answer in the form of completions, as its tokens come. `offset`: characters before the answer.
+
+    A token that is a part of a character is named by its bytes, as "bytes:\\xf0\\x9f"; its offset is the character's.
+    """
+
+    def __init__(self, texts: TokenTexts, offset: int) -> None:
+        self._texts = texts
+        self._offset = offset
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def push(self, chunks: Iterable[Chunk]) -> dict[str, Any]:
         tokens: list[str] = []
         logprobs: list[float] = []
         tops: list[dict[str, float]] = []
         offsets: list[int] = []
         for chunk in chunks:
             for token, known in zip(chunk.token_ids, chunk.step.logprobs or (), strict=False):
-                if token not in self.hidden:
-                    entry = self._entry(token, known.logprob)
-                    tokens.append(entry["token"])
-                    logprobs.append(entry["logprob"])
-                    tops.append({e["token"]: e["logprob"] for e in (self._entry(*other) for other in known.top)})
-                    offsets.append(offset)
-                    offset += len(entry["token"])
+                if token not in self._texts.hidden:
+                    data = self._texts.bytes_of(token)
+                    tokens.append(_name(data))
+                    logprobs.append(_number(known.logprob))
+                    tops.append({_name(self._texts.bytes_of(other)): _number(value) for other, value in known.top})
+                    offsets.append(self._offset)
+                    self._offset += len(self._decoder.decode(data))
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self.bytes_of(token)
-        return {
-            "token": data.decode("utf-8", "replace"),
-            "logprob": max(logprob, LOWEST) if logprob == logprob else LOWEST,
-            "bytes": list(data),
-        }
+
+def _name(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _number(logprob: float) -> float:
+    return max(logprob, LOWEST) if logprob == logprob else LOWEST
 
 
 @cache

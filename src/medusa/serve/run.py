@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -23,6 +25,7 @@ from medusa.serve.engine import Engine
 from medusa.serve.guard import Keys
 from medusa.serve.settings import ServerSettings
 
+UNREAD_SECONDS = 5  # for the last of an answer to be read, when the server ends
 ABORT_SECONDS = 10.0  # for the step that is under way at the second signal
 
 
@@ -44,11 +47,18 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._engine.refuse()
+        try:  # not here: the code that the signal has interrupted may hold the engine's lock
+            asyncio.get_running_loop().call_soon_threadsafe(self._engine.refuse)
+        except RuntimeError:  # no loop runs, and nobody asks
+            self._engine.refuse()
         self.force_exit = self.should_exit
         self.should_exit = True
         if self.force_exit:  # uvicorn would log how its tasks are cancelled, as an error
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is time to end, which it is too where nothing can be answered any more."""
+        return await super().on_tick(counter) or self._engine.died
 
 
 def bind(settings: ServerSettings) -> socket.socket:
@@ -64,11 +74,13 @@ def bind(settings: ServerSettings) -> socket.socket:
 
 
 def serve(lm: LanguageModel, settings: ServerSettings, keys: Keys, bound: socket.socket) -> None:
-    """Serves until a signal ends it."""
+    """Serves until a signal ends it. Raises MedusaError where the engine has died."""
     app, engine = create_app(lm, settings, keys)
     Server(configure(app, settings), engine).run(sockets=[bound])
     if not engine.abort(ABORT_SECONDS):  # Python cannot end in order while a thread computes
         os._exit(1)
+    if engine.died:
+        raise MedusaError("the engine has died: the log says of what; start the server again")
 
 
 def configure(app: Any, settings: ServerSettings) -> uvicorn.Config:
@@ -82,6 +94,8 @@ def configure(app: Any, settings: ServerSettings) -> uvicorn.Config:
         proxy_headers=False,
         lifespan="on",
         ws="none",
+        # From the signal on: what has been answered by then and is not read will not be read.
+        timeout_graceful_shutdown=math.ceil(settings.deadline) + UNREAD_SECONDS,
     )
 
 

@@ -7,7 +7,17 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    FailFast,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from medusa.settings import AcceptanceRule, DrafterName
 from medusa.text.stream import is_text
@@ -16,6 +26,9 @@ Detail = Literal["counts", "spans", "tree"]
 MOST_STOPS = 16
 LONGEST_STOP = 500
 MOST_TOOLS = 128
+MOST_FIELDS = 100  # of an object: each that is wrong is told, and takes its time
+MOST_LABELS = 64
+MOST_BIASES = 1024
 
 
 def _one_or_many(value: object) -> object:
@@ -27,6 +40,19 @@ def _whole_characters(text: str) -> str:
     if not is_text(text):
         raise ValueError("text must be made of whole characters")
     return text
+
+
+def _limited(value: Any, most: int) -> Any:
+    if isinstance(value, dict) and len(value) > most:
+        raise ValueError(f"an object here may have at most {most} fields")
+    return value
+
+
+class FirstFault(FailFast):
+    """A list is read no further than to its first fault: a body may hold a million. (The members of a union must be
+    hashable, which FailFast is not.)"""
+
+    __hash__ = object.__hash__
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
@@ -46,6 +72,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_there(cls, data: Any) -> Any:
+        data = _limited(data, MOST_FIELDS)
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 
@@ -53,7 +80,7 @@ class Labels(Body):
     """What clients send for their own books; no answer depends on it."""
 
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(lambda value: _limited(value, MOST_LABELS))] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -70,7 +97,7 @@ class SamplingFields(Labels):
     repetition_penalty: Number | None = None
     presence_penalty: Number | None = None
     frequency_penalty: Number | None = None
-    logit_bias: dict[str, Number] | None = None
+    logit_bias: Annotated[dict[str, Number], BeforeValidator(lambda value: _limited(value, MOST_BIASES))] | None = None
     seed: int | None = None
     acceptance: AcceptanceRule | None = None
     epsilon: Number | None = None
@@ -99,17 +126,21 @@ class TextPart(Body):
     logprobs: list[Any] | None = Field(None, max_length=0)
 
 
+Parts = Annotated[list[TextPart], FirstFault()]
+
+
 def _joined(content: str | list[TextPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def _an_object(text: str) -> str:
     try:
-        if isinstance(json.loads(text), dict):
+        value = json.loads(text)
+        if isinstance(value, dict) and is_text(json.dumps(value, ensure_ascii=False)):  # an escape may be half of one
             return text
     except (ValueError, RecursionError):
         pass
-    raise ValueError("arguments must be the text of a JSON object")
+    raise ValueError("arguments must be the text of a JSON object, of whole characters")
 
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
@@ -139,7 +170,7 @@ def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
 
 class SaidMessage(Body):
     role: Literal["system", "developer", "user"]
-    content: Text | list[TextPart]
+    content: Text | Parts
 
     def plain(self) -> dict[str, Any]:
         """As chat templates take it."""
@@ -148,8 +179,8 @@ class SaidMessage(Body):
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: Text | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = Field(None, min_length=1)
+    content: Text | Parts | None = None
+    tool_calls: Annotated[list[ToolCall], FirstFault()] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
@@ -164,7 +195,7 @@ class AssistantMessage(Body):
 
 class ToolMessage(Body):
     role: Literal["tool"]
-    content: Text | list[TextPart]
+    content: Text | Parts
     tool_call_id: Text
     name: Text | None = None
 
@@ -220,7 +251,7 @@ class FunctionChoice(Body):
 
 
 class ChatRequest(SamplingFields):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FirstFault()] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1)
@@ -230,15 +261,20 @@ class ChatRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[ToolFields] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tools: Annotated[list[ToolFields], FirstFault()] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], FirstFault()] | None = None
     store: Literal[False] | None = None
 
 
 class CompletionRequest(SamplingFields):
-    prompt: Text | list[Text] | list[int] | list[list[int]]
+    prompt: (
+        Text
+        | Annotated[list[Text], FirstFault()]
+        | Annotated[list[int], FirstFault()]
+        | Annotated[list[Annotated[list[int], FirstFault()]], FirstFault()]
+    )
     max_tokens: int = Field(16, ge=1)
     n: int = Field(1, ge=1)
     stop: Stops = []
@@ -254,7 +290,7 @@ class InputMessage(Body):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Parts
     id: str | None = None
     status: Literal["completed", "incomplete"] | None = None
 
@@ -279,7 +315,7 @@ class FunctionCallItem(Body):
 class FunctionOutputItem(Body):
     type: Literal["function_call_output"]
     call_id: Text
-    output: Text | list[TextPart]
+    output: Text | Parts
     id: str | None = None
     status: Literal["completed", "incomplete"] | None = None
 
@@ -342,14 +378,14 @@ class FunctionToolChoice(FunctionChoiceName):
 
 
 class ResponsesRequest(SamplingFields):
-    input: Text | list[InputItem]
+    input: Text | Annotated[list[InputItem], FirstFault()]
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     store: Literal[False] | None = None
     text: TextSettings | None = None
-    tools: list[FunctionTool] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
+    tools: Annotated[list[FunctionTool], FirstFault()] | None = Field(None, min_length=1, max_length=MOST_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice | None = None
     parallel_tool_calls: bool | None = None
     truncation: Literal["disabled"] | None = None
@@ -361,9 +397,9 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Annotated[list[ChatMessage], FirstFault()] | None = Field(None, min_length=1)
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FirstFault()]

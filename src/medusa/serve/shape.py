@@ -15,6 +15,7 @@ _KINDS = ("system", "developer", "user", "assistant", "tool", "message", "functi
 def error_of_fields(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """Of the first field that is wrong. What stands in the body is not repeated."""
     # A field that may be of several kinds gives an error for each: the one that came furthest says most.
+    errors = errors[:100]
     first = errors[0]
     alike = [error for error in errors if error["loc"][:2] == first["loc"][:2]]
     error = max(

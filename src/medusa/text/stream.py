@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what a decoder prints for bytes that are no character, or not yet one
+CONTEXT = 4  # tokens before a text, which tell how it begins
 LONGEST_HOLD = 32  # tokens; a character needs at most four, so beyond this the bytes are garbage and are printed
 
 
@@ -28,15 +29,22 @@ class Detokenizer:
 
     A token is decoded together with the tokens before it, because spaces and characters may span tokens; special
     tokens give no text.
+
+    Args:
+        before: the tokens that this text goes on from, which give none of it: some decoders drop the space before the
+            first word, and this one is not the first.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self._special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
         self._ids: list[int] = []  # a window: [context already printed | not yet printed]
         self._context = 0  # how many ids of the window are context
         self._printed = ""  # text of the window that is out already
+        known = [token for token in before[-CONTEXT:] if token not in self._special]
+        if known and not (text := self._decode(known)).endswith(REPLACEMENT):
+            self._ids, self._context, self._printed = known, len(known), text
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""

@@ -8,6 +8,7 @@ here, so N* = argmax E(N) / t(N).
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from medusa.decoding.times import PassTimes
 from medusa.decoding.tree import Tree
 from medusa.engines.protocol import Backend
 from medusa.errors import MedusaError, UsageError
+from medusa.files import swapped_in
 from medusa.heads.config import vocabulary_hash
-from medusa.heads.file import WEIGHTS_FILE, load_heads, save_heads, write_config
+from medusa.heads.file import load_heads, write_config
 from medusa.heads.module import Heads
 from medusa.models import zoo
 from medusa.plots import draw_accuracy, draw_tree, has_matplotlib
@@ -108,8 +110,10 @@ def calibrate_heads(
     directory = zoo.find_heads(engine.heads, source)
     if directory is None:
         raise UsageError(f"there are no heads for {engine.model}: give --heads PATH")
+    if out is not None and out.absolute() == directory.absolute():
+        out = None
     target = out or directory
-    check_target(target)
+    check_target(target, new=out is not None)
     reporter.stage("Loading")
     text = TextSettings(tokens=tokens, seed=SEED)
     slots, length = slots_that_fit(zoo.load_config(source).get_text_config(), SLOTS, text.max_length, engine.device)
@@ -134,19 +138,20 @@ def calibrate_heads(
     try:
         if out is None:
             write_config(module.config, target)
-        else:
-            save_heads(module, target)
+        else:  # the weights as they lie in the file, and what tells how they came about
+            with swapped_in(out) as new:
+                shutil.copytree(directory, new, dirs_exist_ok=True)
+                write_config(module.config, new)
         draw(accuracy, target)
     except OSError as error:
         raise MedusaError(f"cannot write {target}: {error.strerror}; name another directory with --out") from None
     return Calibration(target, accuracy, best_size(sizes(accuracy, times)), speed_report(accuracy, times))
 
 
-def check_target(directory: Path) -> None:
-    """Raises, as saving would in the end, where heads cannot be written."""
-    empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
-    if not empty and not (directory / WEIGHTS_FILE).is_file():
-        raise UsageError(f"{directory} is there and does not hold heads: name a new directory with --out")
+def check_target(directory: Path, *, new: bool) -> None:
+    """Raises, as saving would in the end, where heads cannot be written. Nothing that is there is replaced."""
+    if new and directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UsageError(f"{directory} is there already: name a new directory with --out")
     nearest = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not os.access(nearest, os.W_OK):
         raise MedusaError(f"cannot write {directory}: permission denied; name another directory with --out")

@@ -94,7 +94,7 @@ def conversation_of(row: object, where: Place, vocab_size: int | None = None) ->
     if name := present(fields, _TURNS):
         messages = _with_system(fields, messages_of(fields, name))
     elif question and answer:
-        if fields.get("label") is False:  # TRL's rows for KTO
+        if str(fields.get("label")).strip().lower() in ("false", "0"):  # TRL's rows for KTO; in a CSV file it is text
             raise MalformedRow('"label" is false: it is an answer that the model is not to give')
         prompt = _question(fields, question)
         messages = (*prompt, *_answer(fields, answer))

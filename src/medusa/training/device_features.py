@@ -15,6 +15,7 @@ from medusa.training.features import Batch, LiveFeatures, Table, labelled_rows, 
 
 BATCH_TOKENS = 65_536  # of texts that are read at once, filled up to the longest
 SHARE = 0.6  # of the free memory, that rows may take
+READING = 0.2  # and what a pass that reads them
 
 
 class DeviceFeatures(LiveFeatures):
@@ -25,6 +26,7 @@ class DeviceFeatures(LiveFeatures):
         self._model = backend
         row_bytes = 2 * backend.hidden_size * (1 + len(backend.feature_layers))
         self._most = max(1, (free_memory(backend.device) if max_bytes is None else max_bytes) // row_bytes)
+        self._batch_tokens = tokens_at_once(backend)
         everything = list(range(len(examples)))
         self._table = self._read_anew(everything) if self.num_rows <= self._most else None
 
@@ -60,7 +62,18 @@ class DeviceFeatures(LiveFeatures):
         return self._read_anew(group) if self._table is None else self._table
 
     def _read_anew(self, group: list[int]) -> Table:
-        return read_table(self._model, [self._examples[i] for i in group])
+        return read_table(self._model, [self._examples[i] for i in group], self._batch_tokens)
+
+
+def tokens_at_once(backend: TransformersBackend) -> int:
+    """How many tokens a pass may read: transformers keeps the hidden states of all layers meanwhile."""
+    if backend.device.type != "cuda":
+        return BATCH_TOKENS
+    config = backend.model.config.get_text_config()
+    widest = getattr(config, "intermediate_size", None) or 4 * backend.hidden_size
+    token_bytes = 2 * (backend.hidden_size * (backend.num_layers + 8) + 3 * int(widest))
+    torch.cuda.empty_cache()
+    return min(BATCH_TOKENS, int(READING * torch.cuda.mem_get_info(backend.device)[0]) // token_bytes)
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.stepper import Request
+from medusa.device import capture
 from medusa.device.capture import Captured
 from medusa.device.noise import signed
 from medusa.engines.flash_attention import FlashAttention
@@ -57,11 +58,7 @@ def refusal(backend: TransformersBackend) -> str:
     """Why a step of this model cannot be the same kernels each time; "" if it can."""
     if backend.compiled:
         return "its layers are compiled one by one"
-    rope = getattr(backend.model.config.get_text_config(), "rope_parameters", None) or {}
-    kinds = {str(rope.get("rope_type", ""))} | {str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict)}
-    if changing := kinds & {"dynamic", "longrope"}:
-        return f"its rotary positions ({', '.join(changing)}) change with the length of a text"
-    return ""
+    return capture.refusal(backend.model)
 
 
 # --- on the device ----------------------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ class DeviceRows:
             return Look(written, None)
         host, arrived = torch.empty(written.shape, dtype=written.dtype, pin_memory=True), torch.cuda.Event()
         host.copy_(written, non_blocking=True)
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self._device))
         return Look(host, arrived)
 
     def _standing(self) -> Callable[[], None]:

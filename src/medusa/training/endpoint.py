@@ -168,6 +168,9 @@ class Remote:
         limit, options = self.speaker.settings.max_answer_tokens, self._options(self.speaker.answering(number, turn))
         reply = self.client.chat.completions.create(messages=messages, max_tokens=limit, **options)
         choice = _only(reply.choices)
+        if any(getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning")):
+            # Without its thoughts the answer is a text that the model does not write.
+            raise MalformedRow("the endpoint takes thoughts out of the answer: turn its reasoning parser off")
         return choice.message.content or "", choice.finish_reason == "stop"
 
     def _options(self, sampling: Sampling) -> dict[str, Any]:

@@ -152,10 +152,11 @@ def check_disk(work: Work, place: Place, cached: bool) -> None:
     needed, free = disk_bytes(work, place), free_disk(place.out)
     if needed <= free:
         return
+    fewer = "take fewer --tokens" if work.write else "learn from less text"
     instead = ", or read them anew in each epoch (training.cache_features=false)" if cached else ""
     raise MedusaError(
         f"{place.out} will take {size(needed)}, most of it hidden states of {work.stored:,} tokens, and {size(free)} "
-        f"are free there: make room or name another --out, take fewer --tokens{instead}"
+        f"are free there: make room or name another --out, {fewer}{instead}"
     )
 
 

@@ -158,12 +158,15 @@ class LiveFeatures:
                 continue
             table = self._read(group)
             mixed = shuffled(count, seed, epoch, table.roots.device)[max(0, first - before) : last - before]
-            left.append(table.take(mixed, heads, self._backend.hidden_size, finals))
-            rows = concatenated(left)
-            whole = len(rows.tokens) // size * size
-            for begin in range(0, whole, size):
-                yield _sliced(rows, begin, begin + size)
-            left = [_sliced(rows, whole, len(rows.tokens))]
+            # A batch at a time: a copy of the whole table would take as much memory again.
+            missing = size - sum(len(batch.tokens) for batch in left)
+            while len(mixed):
+                left.append(table.take(mixed[:missing], heads, self._backend.hidden_size, finals))
+                mixed, missing = mixed[missing:], missing - len(mixed[:missing])
+                if not missing:
+                    yield concatenated(left)
+                    left, missing = [], size
+            del table  # before the next one is read
 
     def in_order(self, heads: int, size: int) -> Iterator[Batch]:
         """All rows once, as they stand in the texts; the last batch of what is read at once may be smaller."""
@@ -188,11 +191,6 @@ def concatenated(batches: Sequence[Batch]) -> Batch:
         torch.cat([batch.tokens for batch in batches]),
         torch.cat(states) if states else None,
     )
-
-
-def _sliced(batch: Batch, start: int, end: int) -> Batch:
-    finals = None if batch.finals is None else batch.finals[start:end]
-    return Batch(batch.features[start:end], batch.tokens[start:end], finals)
 
 
 def whole_batches(order: Tensor, size: int, start: int) -> Iterator[Tensor]:

@@ -103,6 +103,8 @@ class Forecast:
         self.reporter.say(gain_told(work, config.training.batch_size, self.shape.kind))
         if self.budget is not None:
             self.reporter.say(choice(config, self.budget))
+        if config.train_base == "lora":
+            self.reporter.say("Medusa-2 comes on top of that, with a second copy of the model: it was not measured.")
         if more > free:
             self.reporter.say(
                 f"memory may not suffice: {size(more)} may come on top of the loaded model, and {size(free)} are free; "

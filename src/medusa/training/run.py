@@ -69,6 +69,9 @@ from medusa.training.text import (
 from medusa.training.trainer import CHECKPOINT, EVALUATION_ROWS, Trainer, keep_freed_memory
 
 DEFAULT_DRAFT_VOCAB = 8192
+OUTPUTS = (FEATURES_DIR, "heads", "heads-frozen", MODEL_DIR, ADAPTER_DIR)  # directories that a run makes anew
+# What some families do with the logits of their LM head.
+LOGIT_RULES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ def open_run(config: TrainConfig, resume: bool, whole: bool = True) -> Path:
 
     Raises:
         UsageError: a run is there already and is not to be resumed, or there is none to resume, or what it has done so
-            far came of other settings.
+            far came of other settings; or what a run would write is there, and not of a run.
     """
     out = run_directory(config)
     path = out / RUN_FILE
@@ -115,6 +118,8 @@ def open_run(config: TrainConfig, resume: bool, whole: bool = True) -> Path:
             return out
     elif resume:
         raise UsageError(f"there is no run in {out} to resume: leave out --resume")
+    elif taken := [name for name in OUTPUTS if (out / name).exists()]:  # a run would replace it
+        raise UsageError(f"{out} holds {taken[0]!r}, which is not of a run: name another --out")
     out.mkdir(parents=True, exist_ok=True)
     if whole:
         write_whole(path, config.dump())
@@ -153,6 +158,7 @@ def train(config: TrainConfig, *, resume: bool = False, reporter: Reporter, budg
     reporter.stage("Loading")
     lm = load_model(config)
     shape = heads_shape(config, lm)
+    check_distillation(config, lm)
     if config.training.precision == "bfloat16" and not has_bfloat16(accelerator.device):
         reporter.say(SLOW)
     # A text that was cut short by the clock is whole once something has learned from it.
@@ -259,6 +265,22 @@ def check_settings(config: TrainConfig) -> None:
         raise UsageError(
             f"text.max_answer_tokens must be at least {levels + 1}, not {longest}: that is how far heads.num_heads="
             f"{levels} look"
+        )
+
+
+def check_distillation(config: TrainConfig, lm: LanguageModel) -> None:
+    """Raises UsageError where the model's own distribution is more than a softmax of its LM head's products."""
+    if not config.training.distillation:
+        return
+    settings = zoo.load_config(zoo.resolve(config.model, in_place=True)).get_text_config()
+    rules = [name for name in LOGIT_RULES if getattr(settings, name, None) not in (None, 1)]
+    lm_head = getattr(getattr(lm.backend, "model", None), "lm_head", None)
+    if getattr(lm_head, "bias", None) is not None:
+        rules.append("a bias of the LM head")
+    if rules:
+        raise UsageError(
+            f"the logits of {config.model} go through {rules[0]}, which the KL to them does not know: "
+            "set training.distillation=0"
         )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -202,9 +201,15 @@ def _has_rows(example: Example) -> bool:
 
 
 def _claim(directory: Path, digest: str) -> None:
-    """An empty store for these facts, unless it is one already."""
+    """An empty store for these facts, unless it is one. Raises MedusaError for a directory of something else."""
     key = directory / KEY
-    if not key.is_file() or key.read_text() != digest:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        write_whole(key, digest)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not key.is_file():
+        if any(not path.name.startswith(".") for path in directory.iterdir()):  # but for what a kill left
+            raise MedusaError(f"{directory} holds something else than hidden states: name another --out, or move it")
+    elif key.read_text() == digest:
+        return
+    for path in directory.iterdir():
+        if path != key:  # which goes last, so that what a kill leaves is still known as a store
+            path.unlink()
+    write_whole(key, digest)

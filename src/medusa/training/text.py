@@ -19,12 +19,14 @@ from medusa.engines.protocol import MAX_NODES, Backend
 from medusa.errors import MedusaError
 from medusa.settings import OptimiserSettings, TextSettings
 from medusa.training.data import Example, Reader, read_prompts
-from medusa.training.device_features import free_memory
+from medusa.training.device_features import SHARE, free_memory
 from medusa.training.distill import Prompt, Written, distill
 from medusa.training.features import count_rows
 from medusa.training.stored_features import FeatureStore
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from medusa.api import LanguageModel
 
 
@@ -63,12 +65,22 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
     length = min(length, context)
     bytes_per_place = cache_bytes(shape)
     if gpu:
-        fitting = int(free_memory(torch.device(device)) // (bytes_per_place * (length + MAX_NODES)))
+        room = free_memory(torch.device(device)) - SHARE * weight_bytes(shape)  # which are not there yet
+        fitting = int(room // (bytes_per_place * (length + MAX_NODES)))
     else:
         import psutil
 
         fitting = int(psutil.virtual_memory().available / 3 // (bytes_per_place * length))
     return max(1, min(slots, fitting)), length
+
+
+def weight_bytes(shape: PreTrainedConfig) -> int:
+    """What the weights of a model of this configuration take in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    return 2 * int(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def cache_bytes(shape: Any, element: int = 2) -> int:

@@ -15,6 +15,7 @@ from medusa.training.talk import Transcript
 
 SHORTEST_ANSWER = 8  # tokens of a conversation's answers
 REPEATED = "repeated"
+BEGINNING = b'{"number": '  # of every row
 OPENINGS = "openings"  # the setting that rows of an older way of inventing do not have
 
 
@@ -44,7 +45,7 @@ class TextFile:
         whole = 0  # bytes up to the end of the last whole row
         with self.path.open("rb") as file:
             for line_number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and line.startswith(BEGINNING[: len(line)]):
                     break  # the run was killed while writing
                 try:
                     row = json.loads(line)

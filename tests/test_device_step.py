@@ -473,10 +473,13 @@ def test_graphs_are_void_when_buffers_have_moved() -> None:
     seen = backend.cache.moves
     backend.reserve(100)
     assert backend.cache.moves == seen
-    for move in (lambda: backend.reserve(1100), lambda: backend.resize(1)):
+    for move in (lambda: None, lambda: backend.reserve(1100), lambda: backend.resize(1)):
+        stepper.captured._graphs["a graph"] = (None, torch.zeros(1))
         seen = backend.cache.moves
         move()
-        assert backend.cache.moves > seen
+        stepper._ready(1)
+        assert len(stepper.captured) == (backend.cache.moves == seen)
+    assert backend.cache.moves > seen
 
 
 def test_a_cache_that_cannot_grow_says_what_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -494,9 +497,15 @@ def test_a_cache_that_cannot_grow_says_what_room_there_is(monkeypatch: pytest.Mo
     with pytest.raises(torch.OutOfMemoryError):
         backend.reserve(before + 1)
     assert backend.capacity == before
+    assert {rows.shape[2] for *_, rows in backend.cache._buffers()} == {before}
     monkeypatch.undo()
-    backend.reserve(before + 1)
-    assert all(rows.shape[2] == backend.capacity > before for *_, rows in backend.cache._buffers())
+    backend.reserve(before + 300)
+    assert all(rows.shape[2] == backend.capacity >= before + 300 for *_, rows in backend.cache._buffers())
+    before = backend.capacity
+    monkeypatch.setattr(backend.cache, "stack", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backend.reserve(2 * before)
+    assert {rows.shape[2] for *_, rows in backend.cache._buffers()} == {backend.capacity} == {before}
 
 
 def test_timing_a_step_leaves_the_slots_free() -> None:

@@ -125,7 +125,14 @@ def test_a_cpu_is_no_gpu() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_counted_without_making_them(family: str) -> None:
     model = make_model(family)
-    assert training_text.weight_bytes(model.config) == 2 * sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    sizes = {
+        dtype: training_text.weight_bytes(model.config, dtype) for dtype in ("float32", "bfloat16", "int8", "int4")
+    }
+    assert (sizes["float32"], sizes["bfloat16"]) == (4 * total, 2 * total)
+    ends = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # which are not packed
+    assert sizes["int4"] == int(0.6 * (total - sum(p.numel() for p in ends)) + 2 * sum(p.numel() for p in ends))
+    assert sizes["int4"] < sizes["int8"] < sizes["bfloat16"]
 
 
 def test_a_pass_reads_no_more_than_its_hidden_states_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,14 +151,14 @@ def test_a_gpu_is_asked_for_more_slots_and_its_own_memory_counts(monkeypatch: py
     place = 2 * 2 * 3 * 2 * 8
     assert slots_that_fit(shape, None, 100) == (24, 100)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(training_text, "weight_bytes", lambda shape: 0)
+    monkeypatch.setattr(training_text, "weight_bytes", lambda shape, dtype: 0)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 10_000 * place * (100 + MAX_NODES))
     assert slots_that_fit(shape, None, 100, "cuda") == (1024, 100)
     assert slots_that_fit(shape, 7, 100, "cuda") == (7, 100)
     monkeypatch.setattr(training_text, "free_memory", lambda device: 300 * place * (100 + MAX_NODES))
     assert slots_that_fit(shape, None, 100, "cuda:0") == (300, 100)
     # The weights are not there yet when slots are counted.
-    monkeypatch.setattr(training_text, "weight_bytes", lambda shape: 200 * place * (100 + MAX_NODES))
+    monkeypatch.setattr(training_text, "weight_bytes", lambda shape, dtype: 200 * place * (100 + MAX_NODES))
     assert slots_that_fit(shape, None, 100, "cuda:0") == (180, 100)
     assert slots_that_fit(shape, None, 100) == (24, 100)
 

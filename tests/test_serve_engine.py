@@ -480,6 +480,8 @@ def test_a_server_ends_where_its_engine_has_died(make_bench: Any) -> None:
     assert asyncio.run(running.on_tick(1)) is False
     bench.engine.died = True
     assert asyncio.run(running.on_tick(1)) is True
+    assert config.timeout_graceful_shutdown == 5  # nothing more is to be said, whoever has not read all
+    assert configure(lambda *_: None, ServerSettings(deadline=float("inf"))).timeout_graceful_shutdown is None
 
 
 def test_a_signal_takes_no_lock_that_the_code_it_interrupts_may_hold(make_bench: Any) -> None:

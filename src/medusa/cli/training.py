@@ -86,7 +86,7 @@ def distill(
             shape = zoo.load_config(zoo.resolve(engine.model, in_place=True)).get_text_config()
             # What turns of the longest kind take, and as much again for a system prompt and long questions.
             length = 2 * text.turns * (text.max_user_tokens + text.max_answer_tokens)
-            slots, length = slots_that_fit(shape, slots, length, engine.device)
+            slots, length = slots_that_fit(shape, slots, length, engine.device, engine.dtype)
             engine = replace(engine, heads="none", drafter="none", num_slots=slots, max_length=length, progress=False)
             lm = medusa.load(**values(engine))
             reporter.stage("Writing")

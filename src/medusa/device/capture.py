@@ -100,6 +100,8 @@ class Captured:
         finally:
             torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # as a capture begins with; what it then takes is the graph's
         before = torch.cuda.memory_reserved(self._device)
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             out = function()

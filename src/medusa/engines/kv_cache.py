@@ -144,8 +144,16 @@ class SlotCache(Cache):
                 grown[:, :, : rows.shape[2]] = rows
                 setattr(layer, name, grown)
         except BaseException:  # no memory: what all layers have room for is what there is
-            self.capacity = min(rows.shape[2] for *_, rows in self._buffers())
+            self.shrink(min(rows.shape[2] for *_, rows in self._buffers()))
             raise
+
+    def shrink(self, capacity: int) -> None:
+        """Gives back what is past so many places of every slot, which nothing may use."""
+        self.capacity, self.stacks = capacity, []
+        self.moves += 1
+        for layer, name, rows in self._buffers():
+            if rows.shape[2] > capacity:
+                setattr(layer, name, rows[:, :, :capacity].clone())
 
     def clear(self, num_slots: int) -> None:
         """Forgets all and gives the memory back; there are `num_slots` slots then."""

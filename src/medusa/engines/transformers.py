@@ -200,8 +200,13 @@ class TransformersBackend:
 
     def reserve(self, places: int) -> None:
         """Makes room for so many places in every slot, and puts the caches of all layers into one piece."""
+        before = self.capacity
         self.cache.reserve(places)
-        self.cache.stack()
+        try:
+            self.cache.stack()  # for a moment it is there twice
+        except BaseException:
+            self.cache.shrink(before)
+            raise
 
     def resize(self, num_slots: int) -> None:
         """Empties all slots and gives their memory back; from now on there are `num_slots`."""

@@ -58,6 +58,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is time to end, which it is too where nothing can be answered any more."""
+        if self._engine.died:
+            self.config.timeout_graceful_shutdown = UNREAD_SECONDS
         return await super().on_tick(counter) or self._engine.died
 
 
@@ -95,7 +97,9 @@ def configure(app: Any, settings: ServerSettings) -> uvicorn.Config:
         lifespan="on",
         ws="none",
         # From the signal on: what has been answered by then and is not read will not be read.
-        timeout_graceful_shutdown=math.ceil(settings.deadline) + UNREAD_SECONDS,
+        timeout_graceful_shutdown=None
+        if math.isinf(settings.deadline)
+        else math.ceil(settings.deadline) + UNREAD_SECONDS,
     )
 
 

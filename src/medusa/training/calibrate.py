@@ -33,6 +33,7 @@ from medusa.training.device_features import DeviceFeatures
 from medusa.training.features import LiveFeatures, longest_answer
 from medusa.training.text import Reporter, read_text, slots_that_fit, write_text
 
+PICTURES = ("tree.svg", "accuracy.svg")
 DRAWN_NODES = 32  # a picture of more is hard to read
 REPORTED_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
 SLOTS = 16
@@ -86,12 +87,14 @@ def best_size(candidates: Sequence[Size]) -> Size:
 
 
 def draw(accuracy: Accuracy, directory: Path) -> None:
-    """tree.svg and accuracy.svg; nothing without matplotlib, as heads are not to be lost for want of pictures."""
+    """PICTURES; none without matplotlib, as heads are not to be lost for want of them."""
+    for name in PICTURES:
+        (directory / name).unlink(missing_ok=True)  # of what was measured before
     if not has_matplotlib():
         return
     tree = Tree.from_paths(dict(accuracy.tree))
-    draw_tree(tree.best(DRAWN_NODES), directory / "tree.svg")
-    draw_accuracy(accuracy.top, directory / "accuracy.svg")
+    draw_tree(tree.best(DRAWN_NODES), directory / PICTURES[0])
+    draw_accuracy(accuracy.top, directory / PICTURES[1])
 
 
 def calibrate_heads(
@@ -116,7 +119,8 @@ def calibrate_heads(
     check_target(target, new=out is not None)
     reporter.stage("Loading")
     text = TextSettings(tokens=tokens, seed=SEED)
-    slots, length = slots_that_fit(zoo.load_config(source).get_text_config(), SLOTS, text.max_length, engine.device)
+    shape = zoo.load_config(source).get_text_config()
+    slots, length = slots_that_fit(shape, SLOTS, text.max_length, engine.device, engine.dtype)
     engine = replace(engine, heads=str(directory), drafter="none", num_slots=slots, max_length=length, progress=False)
     lm = medusa.load(**values(engine))
     module = load_heads(
@@ -140,7 +144,9 @@ def calibrate_heads(
             write_config(module.config, target)
         else:  # the weights as they lie in the file, and what tells how they came about
             with swapped_in(out) as new:
-                shutil.copytree(directory, new, dirs_exist_ok=True)
+                for path in directory.iterdir():
+                    if path.is_file():
+                        shutil.copyfile(path, new / path.name)
                 write_config(module.config, new)
         draw(accuracy, target)
     except OSError as error:

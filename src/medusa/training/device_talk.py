@@ -24,7 +24,7 @@ from torch import Tensor
 from medusa.decoding.sampling import Sampling
 from medusa.decoding.stepper import Request
 from medusa.device import capture
-from medusa.device.capture import Captured
+from medusa.device.capture import Captured, changing_rope
 from medusa.device.noise import signed
 from medusa.engines.flash_attention import FlashAttention
 from medusa.engines.kv_cache import DeviceCursor
@@ -58,7 +58,9 @@ def refusal(backend: TransformersBackend) -> str:
     """Why a step of this model cannot be the same kernels each time; "" if it can."""
     if backend.compiled:
         return "its layers are compiled one by one"
-    return capture.refusal(backend.model)
+    if changing := changing_rope(backend.model):
+        return f"its rotary positions ({changing}) change with the length of a text"
+    return ""
 
 
 # --- on the device ----------------------------------------------------------------------------------------------------
@@ -94,7 +96,7 @@ class DeviceRows:
         self._backend, self._device = backend, device
         self._last = backend.max_length - 1  # the last token of a text is never fed
         backend.cache.reserve(backend.max_length)  # not stacked, which takes twice the memory
-        self._steps = Captured(device)
+        self._steps = Captured(device, refused=capture.refusal(backend.model))
         self.tokens = torch.zeros(size, backend.max_length + 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(size, dtype=torch.int64, device=device)  # of the token that is fed next
         self.known = torch.zeros_like(self.position)  # so many tokens of the text are given

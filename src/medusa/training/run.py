@@ -303,7 +303,7 @@ def load_model(config: TrainConfig) -> LanguageModel:
     engine = config.engine
     shape = zoo.load_config(zoo.resolve(config.model, in_place=True)).get_text_config()
     slots = engine.slots if not config.text.data else 1
-    slots, length = slots_that_fit(shape, slots, config.text.max_length, engine.device)
+    slots, length = slots_that_fit(shape, slots, config.text.max_length, engine.device, engine.dtype)
     return medusa.load(
         config.model,
         heads="none",

@@ -55,7 +55,9 @@ class Silent:
 SLOTS, GPU_SLOTS = 24, 1024  # where nothing is asked for
 
 
-def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cpu") -> tuple[int, int]:
+def slots_that_fit(
+    shape: Any, slots: int | None, length: int, device: str = "cpu", dtype: str = "bfloat16"
+) -> tuple[int, int]:
     """How many slots of how many positions to ask for: at most those wanted, positions within the context, and no more
     slots than their KV cache finds room for in a third of the free memory, or in more than half of a GPU's. `shape` is
     a model's configuration."""
@@ -65,7 +67,7 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
     length = min(length, context)
     bytes_per_place = cache_bytes(shape)
     if gpu:
-        room = free_memory(torch.device(device)) - SHARE * weight_bytes(shape)  # which are not there yet
+        room = free_memory(torch.device(device)) - SHARE * weight_bytes(shape, dtype)  # which are not there yet
         fitting = int(room // (bytes_per_place * (length + MAX_NODES)))
     else:
         import psutil
@@ -74,13 +76,17 @@ def slots_that_fit(shape: Any, slots: int | None, length: int, device: str = "cp
     return max(1, min(slots, fitting)), length
 
 
-def weight_bytes(shape: PreTrainedConfig) -> int:
-    """What the weights of a model of this configuration take in bfloat16."""
+def weight_bytes(shape: PreTrainedConfig, dtype: str) -> int:
+    """What the weights of a model of this configuration take. Of few bits are those of the layers alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
-    return 2 * int(sum(parameter.numel() for parameter in model.parameters()))
+    width, whole = {"float32": (4, 4), "int8": (1.1, 2), "int4": (0.6, 2)}.get(dtype, (2, 2))  # with their scales
+    total = sum(parameter.numel() for parameter in model.parameters())
+    ends = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    outer = sum(weight.numel() for weight in ends)
+    return int(width * (total - outer) + whole * outer)
 
 
 def cache_bytes(shape: Any, element: int = 2) -> int:

@@ -79,7 +79,8 @@ def main() -> None:
         first = list(ours.token_ids)
         same = compare(network, "union and plain", ids, first, list(alone.token_ids))
         if args.dtype == "float32":
-            theirs = network.generate(torch.tensor([ids]), max_new_tokens=args.max_new_tokens, do_sample=False)
+            neutral = {"do_sample": False, "repetition_penalty": 1.0}  # whatever the model's own configuration says
+            theirs = network.generate(torch.tensor([ids]), max_new_tokens=args.max_new_tokens, **neutral)
             same &= compare(network, "union and transformers", ids, first, theirs[0, len(ids) :].tolist())
         equal += same
         steps += ours.stats.steps

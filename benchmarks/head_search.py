@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "distillation 0.5": {"distillation": 0.5},
     "learning rate 2e-3": {"learning_rate": 2e-3},
     "batch 256": {"batch_size": 256},
-    "lambda 1": {"lambda": 1.0},
+    "lambda 1": {"lambda_": 1.0},
 }
 
 
@@ -84,7 +84,7 @@ def run(
     training = OptimiserSettings(
         epochs=1,
         save_every=10**9,
-        **{key: options[key] for key in ("distillation", "learning_rate", "batch_size", "lambda") if key in options},
+        **{key: options[key] for key in ("distillation", "learning_rate", "batch_size", "lambda_") if key in options},
     )
     base = lm.backend.base_weights()
     vocab, size = base.embedding.shape

@@ -218,7 +218,8 @@ def main() -> int:
     if not options.steps_only:
         tokens = sum(len(answer["plain_token_ids"]) for answer in found["answers"])
         seconds = sum(answer["plain_seconds"] for answer in found["answers"])
-        rows |= {"theirs, plain": {"a step": 1.0, "tokens/s": tokens / seconds}, **for_users(options, prompts, tree)}
+        plain = {"a step": 1.0, "tokens/s": tokens / seconds}
+        rows |= {"theirs, plain, with the prefill": plain, **for_users(options, prompts, tree)}
     print(f"{options.model}, {len(prompts)} prompts, {options.tokens} tokens, transformers {found['transformers']}")
     for name, row in rows.items():
         print(f"{name:46} {row['a step']:6.3f} a step {row['tokens/s']:8.1f} tokens/s")

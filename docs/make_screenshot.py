@@ -1,6 +1,6 @@
 """Takes docs/page.png: the page of `medusa serve` with an answer of the default model and the tree of one step.
 
-pip install 'medusa-decode[demo,serve,browser]', a Chromium, and then: python docs/make_screenshot.py
+pip install '.[demo,serve,browser]', a Chromium, and then: python docs/make_screenshot.py
 """
 
 from __future__ import annotations

@@ -193,6 +193,19 @@ def test_a_load_counts_the_tokens_of_all_its_texts(rows: int) -> None:
     assert drafted.tokens == 4 * 4 * rows, "three right guesses and one of the model's own"
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_texts_are_decoded_to_their_end_the_same_for_each_number_at_once(rows: int) -> None:
+    model = ToyModel()
+    lm, backend = toy_lm(model, rows)
+    stepper = ReferenceStepper(backend, NoDrafter(), 1)
+    (load,) = compare_loads(
+        lm, {"plain": stepper}, [[1, 2], [3], [4, 5, 6]], [rows], max_new_tokens=5, sampling=GREEDY
+    )["plain"]
+    assert load.steps >= 3 * 4 // rows  # three texts of four tokens after the first
+    assert load.tokens == load.steps * rows  # always as many at once
+    assert backend.text == {}
+
+
 def test_loads_of_all_sizes_take_turns() -> None:
     model = ToyModel()
     lm, backend = toy_lm(model, 4)
@@ -347,10 +360,13 @@ class Chat:
 
     pieces: tuple[str, ...] = ("Be", "cause", ".")
     usage: bool = True
+    thoughts: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def events(self) -> Iterator[dict[str, Any]]:
         base = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        if self.thoughts:
+            yield {**base, "choices": [{"index": 0, "delta": {"reasoning": self.thoughts}, "finish_reason": None}]}
         for piece in self.pieces:
             yield {**base, "choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
         yield {**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -382,6 +398,20 @@ def chat() -> Iterator[tuple[Chat, str]]:
     http.shutdown()
     http.server_close()
     thread.join()
+
+
+def test_a_server_is_told_all_of_the_sampling_and_refused_where_it_hides_thoughts(chat: tuple[Chat, str]) -> None:
+    pytest.importorskip("openai")
+    state, url = chat
+    sampling = Sampling(temperature=0.7, seed=5, top_k=9, repetition_penalty=1.2)
+    with openai_client(url) as client:
+        ServerMethod("server", client, "big", make(), sampling).answer(ASKED, 33)
+        (asked,) = state.asked
+        assert (asked["top_k"], asked["repetition_penalty"]) == (9, 1.2)
+        assert "min_p" not in asked
+        state.thoughts = "Hm."
+        with pytest.raises(MedusaError, match="takes thoughts out of big's answers"):
+            ServerMethod("server", client, "big", make(), sampling).answer(ASKED, 33)
 
 
 @pytest.mark.parametrize("usage", [True, False])

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,17 @@ def test_acceptance_is_counted_by_depth_and_by_drafter() -> None:
     depths, drafters = counts(steps)
     assert depths == [[2, 2], [2, 1]]  # two drafts were two deep; both were right once, one twice
     assert drafters == {"heads": [4, 2], "ngram": [2, 1]}
+
+
+def test_on_a_gpu_all_methods_decode_by_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads with a tree that grows would take the loop of the host, beside plain decoding that is captured."""
+    monkeypatch.setattr("medusa.steppers.on_one_gpu", lambda backend: backend)
+    lm = make(heads=True)
+    heads: Any = lm.heads
+    monkeypatch.setattr(heads, "config", replace(heads.config, tree=(((0,), 0.5), ((1,), 0.3))))
+    monkeypatch.setattr(lm, "tree", "static")
+    methods = [medusa_method(name, lm, GREEDY, 4) for name in MEDUSA_METHODS if name != "typical"]
+    assert {type(method.stepper).__name__ for method in methods} == {"DeviceStepper"}
 
 
 @pytest.mark.parametrize("name", [name for name in MEDUSA_METHODS if name not in ("heads-static", "typical")])

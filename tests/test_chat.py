@@ -215,7 +215,7 @@ def test_save_and_load_say_what_is_wrong_with_the_file(monkeypatch: pytest.Monke
 def test_odd_file_names_do_not_end_the_conversation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    names = ["~no-such-user/x.json", f"{tmp_path}/missing\0/x", str(tmp_path), f"{loop}/x.json", "x" * 5000]
+    names = ["~no-such-user/x.json", f"{tmp_path}/missing\0/x", "/", str(tmp_path), f"{loop}/x.json", "x" * 5000]
     _, _, err = run(monkeypatch, Chat(StubModel()), *(f"{do} {name}" for do in ("/save", "/load") for name in names))
     assert [line.split()[:2] for line in err.splitlines()] == [["Error:", "cannot"]] * 2 * len(names)
 

@@ -77,7 +77,8 @@ def test_a_benchmark_ends_with_a_line_of_json_and_leaves_a_report(run: Run) -> N
     assert "medusa-bench" in err
     files = {path.name for path in Path("medusa-bench").iterdir()}
     assert files == {
-        "run.json", "answers.jsonl", "report.json", "report.md", "speedup.svg", "phases.svg", "acceptance.svg",
+        "run.json", "machine.json", "answers.jsonl", "report.json", "report.md",
+        "speedup.svg", "phases.svg", "acceptance.svg",
     }  # fmt: skip
 
 
@@ -144,6 +145,14 @@ def test_a_benchmark_goes_on_only_where_it_is_the_same(run: Run, loaded: list[di
     code, _, err = run("bench", *SMALL, "--resume", "--nodes", "5")
     assert (code, err.count("\n")) == (2, 1)
     assert "differs in nodes" in err
+    place = Path("medusa-bench/machine.json")
+    facts = json.loads(place.read_text())
+    for name in ("threads", "question 1"):
+        place.write_text(json.dumps({**facts, name: "another"}))
+        code, _, err = run("bench", *SMALL, "--resume")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"began with {name} another, and this is" in err
+    assert answers.read_text().splitlines() == found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +179,7 @@ def test_every_ablation_writes_its_table_and_its_picture(run: Run, kind: str) ->
         (("bench", "--temperature", "-1"), "temperature must be"),
         (("bench", "--questions", "none.jsonl"), "cannot read the questions in none.jsonl"),
         (("bench", "--resume"), "no run in medusa-bench to resume"),
+        (("ablate", "batch", "--max-new-tokens", "1"), "--max-new-tokens must be at least 2"),
         (("bench", "--limit", "2"), "question 1: the prompt has"),  # too long for the tiny model
         (("ablate", "speed"), "'speed' is not one of"),
         (("ablate", "tree", "--drafter", "ngram"), "sets --drafter and --tree itself"),

@@ -128,6 +128,15 @@ def test_sampling_with_a_seed_reproduces_whatever_is_drafted() -> None:
     assert torch.equal(say(seed=1), first)
     assert torch.equal(say(seed=1, drafter="none"), first)
     assert not torch.equal(say(seed=2), first)
+    twice = {name: value[:1].repeat(3, 1) for name, value in inputs.items()}
+    alike = model.generate(**twice, **options, pad_token_id=0, custom_generate=medusa.custom_generate(seed=1))
+    assert len({tuple(row) for row in alike.tolist()}) == 3  # rows that are asked alike are samples of their own
+    assert alike[0].tolist() == first[0].tolist()
+    torch.manual_seed(5)
+    drawn = say()
+    assert not torch.equal(say(), drawn)
+    torch.manual_seed(5)
+    assert torch.equal(say(), drawn)
     for row, size in zip(first.tolist(), (12, 10), strict=True):  # what top-k leaves out is never said
         text = row[12 - size :]
         logits = plain_logits(model, text)

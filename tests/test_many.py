@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from medusa.api import LanguageModel
 from medusa.cli import main
+from medusa.cli.generate import _answer_all
 from medusa.cli.many import read_lines
 from medusa.completion import in_order
 from medusa.engines.transformers import TransformersBackend
@@ -54,6 +57,9 @@ REFUSED: dict[str, str] = {
     "{}": 'give either "prompt" or "messages"',
     '{"prompt": "a", "messages": []}': 'give either "prompt" or "messages"',
     '{"prompt": 3}': '"prompt" must be a text',
+    '{"prompt": "cut \\ud83d"}': "half characters",
+    '{"messages": [{"role": "user", "content": "cut \\ud83d"}]}': "half characters",
+    '{"prompt": "a", "stop": "\\ud83d"}': "half characters",
     '{"messages": [{"role": "user"}]}': '"messages" must be a list of objects with the texts "role" and "content"',
     '{"prompt": "a", "temperature": -1}': "temperature must be 0",
     '{"prompt": "a", "temperature": "hot"}': 'temperature must not be "hot"',
@@ -72,6 +78,38 @@ def test_a_bad_line_is_refused_with_its_place(line: str) -> None:
         read_lines(as_text({"prompt": "good"}, line), "asked.jsonl", DEFAULTS, (), raw=False)
     assert str(error.value).startswith("asked.jsonl, line 3: ")
     assert REFUSED[line] in str(error.value)
+
+
+def test_a_line_ends_with_its_line_feed_alone() -> None:
+    text = '{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n'
+    assert [prompt for prompt, _ in read_lines(text, "f", DEFAULTS, (), raw=False)] == ["a\u2028b\u0085c", "d"]
+
+
+def test_half_characters_in_a_prompt_are_refused_in_python_too() -> None:
+    lm = make(drafter="none")
+    for prompt in ("cut \ud83d", [{"role": "user", "content": "cut \ud83d"}]):
+        with pytest.raises(UsageError, match="half characters"):
+            lm.encode(prompt)
+
+
+def test_answers_go_where_stdout_does_while_a_bar_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar is on a terminal, the answers go into a file."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    lm = make(backend=TransformersBackend(writer(), num_slots=2), drafter="none")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    _answer_all(lm, [("a", {"max_new_tokens": 3}), ("b", {"max_new_tokens": 3})])
+    lines = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [len(json.loads(line)["token_ids"]) for line in lines] == [3, 3]
+    assert "Answering" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    _answer_all(lm, [("a", {"max_new_tokens": 3})])
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_no_line_is_an_error() -> None:

@@ -161,7 +161,9 @@ def test_the_settings_of_transformers_are_restored_after_an_error_too(tiny):
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "~/no/such/model", "/no/such/model", "a/b/c", "../x/y"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "~/no/such/model", "~nobody-is-called-so/m", "/no/such/model", "a/b/c", "../x/y"]
+)
 def test_a_path_that_is_not_there_is_named(name):
     with pytest.raises(MedusaError, match="there is no model directory") as error:
         resolve(name)
@@ -576,6 +578,21 @@ def test_the_default_model_is_the_gguf_file_unpacked(capfd, monkeypatch):
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(new[0, ids.shape[1] :])
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_hub_is_looked_up_by_the_number_of_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare container has no /etc/services, and so no port called https."""
+    asked: list[object] = []
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: asked.append(arguments))
+    assert zoo._hub_is_reachable()
+    assert asked == [("hub.example", 443)]
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {"all": "http://proxy"})
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: 1 / 0)
+    assert zoo._hub_is_reachable()
 
 
 def test_few_bits_on_a_gpu_ask_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:

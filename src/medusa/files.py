@@ -71,10 +71,18 @@ def _let_others_read(directory: Path) -> None:
             path.chmod(path.stat().st_mode | usual)
 
 
+def at_home(name: str) -> Path:
+    """A path in which ~ stands for somebody's home; as it is where nobody is called so."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
 def cache_dir() -> Path:
     """The directory of converted models and measured times: $MEDUSA_CACHE, else `medusa` in the user's cache."""
     if chosen := os.environ.get("MEDUSA_CACHE"):
-        return Path(chosen).expanduser()
+        return at_home(chosen)
     try:
         import platformdirs
     except ImportError:

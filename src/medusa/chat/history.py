@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ def save_history(path: Path, system: str | None, history: Iterable[Entry]) -> No
         messages.append({"role": entry.role, "content": entry.content, **marked})
     # Through symbolic links, so that the rename replaces the file and not the link to it.
     path = Path(os.path.realpath(path))
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with replacing(path, shared=True) as scratch:
         scratch.touch(mode=0o600)  # what was said is for its owner
         with scratch.open("w", encoding="utf-8") as file:

@@ -88,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         _reconfigure(stream, errors="replace")  # a terminal that lacks a character shows ? instead
+    if sys.platform == "win32" and not sys.stdout.isatty():
+        _reconfigure(sys.stdout, encoding="utf-8")  # as what is read from a file or a pipe: nothing is lost
     if not sys.stdin.isatty():
         _reconfigure(sys.stdin, encoding="utf-8", errors="strict")
     app(args=arguments, prog_name="medusa")

@@ -15,6 +15,7 @@ import typer
 from medusa.cli.options import Only, load_model, options_of, with_options
 from medusa.cli.progress import progress_shown
 from medusa.errors import UsageError
+from medusa.plots import need_matplotlib
 from medusa.settings import AnswerSettings, EngineSettings, Sampling, values
 from medusa.terminal import notice
 
@@ -32,7 +33,6 @@ QUESTIONS = {"tree": 12, "threshold": 14, "heads": 20, "nodes": 20, "drafters": 
 TOKENS = {"tree": 64, "threshold": 128, "heads": 128, "nodes": 128, "drafters": 128, "batch": 128}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")  # what baselines have too
 ENGINE = ("model", "heads", "backend", "dtype", "device", "threads", "nodes", "compile")  # all but who drafts
-BATCH_STEPS = 16  # of each number of texts, in each of three rounds
 
 Questions = Annotated[
     Path | None,
@@ -96,6 +96,7 @@ def bench(
 
     if sampling.acceptance == "typical":
         raise UsageError("typical acceptance is a method here: --methods union,typical --temperature 0.7")
+    need_matplotlib()
     chosen = Sampling(**values(sampling, Sampling) | {"seed": sampling.seed or 0})
     names = _method_names(methods, not chosen.greedy, draft_model, baseline_url)
     selected = choose(read_questions(questions or BUILT_IN), limit)
@@ -110,6 +111,7 @@ def bench(
         "follow": follow if turns > 1 else None,
         "draft_model": draft_model,
         "baseline_url": baseline_url,
+        "baseline_model": baseline_model,
     }
     running.open_run(out, {"methods": names, **facts}, resume=resume)
     lm = _ready(engine)
@@ -162,6 +164,7 @@ def ablate(
     from medusa.evaluation import ablate as ablations
     from medusa.evaluation.questions import BUILT_IN, choose, read_questions
 
+    need_matplotlib()
     if kind != "threshold" and (draft_model or judge_url):
         raise UsageError("--draft-model and --judge-url are for medusa ablate threshold")
     if bool(judge_url) != bool(judge_model):
@@ -176,6 +179,8 @@ def ablate(
         raise UsageError("typical acceptance differs from greedy only above temperature 0")
     sampling = Sampling(temperature=temperature, seed=seed)
     tokens = max_new_tokens or TOKENS[kind]
+    if kind == "batch" and tokens < 2:
+        raise UsageError("texts at once are timed after their first token: --max-new-tokens must be at least 2")
     every = read_questions(questions or BUILT_IN)
     creative = [name for name in ablations.CREATIVE if any(question.category == name for question in every)]
     selected = choose(every, limit or QUESTIONS[kind], creative if kind == "threshold" else ())
@@ -279,7 +284,6 @@ class _Ablation:
                 steppers,
                 prompts,
                 ablations.BATCH_SIZES,
-                steps=BATCH_STEPS,
                 max_new_tokens=self.tokens,
                 sampling=self.sampling,
                 on_progress=on_progress,
@@ -324,8 +328,8 @@ def _run(
     facts: dict[str, Any],
 ) -> Report:
     from medusa.decoding.stepper import Request
-    from medusa.evaluation.bench import run_bench
-    from medusa.evaluation.machine import describe_machine
+    from medusa.evaluation.bench import check_place, run_bench
+    from medusa.evaluation.machine import SAME, describe_machine, what_is_measured
     from medusa.evaluation.methods import first_prompt
     from medusa.evaluation.report import Report
 
@@ -335,6 +339,7 @@ def _run(
         except UsageError as error:
             raise UsageError(f"question {question.id}: {error}") from None
     machine = describe_machine(lm)
+    check_place(out, {**{name: machine[name] for name in SAME}, **what_is_measured(lm, selected)})
     with _bar("questions") as on_progress:
         rows = run_bench(methods, selected, how, out, on_progress)
     settings = {**facts, "backend": lm.backend.name, "max_new_tokens": how.max_new_tokens}

@@ -98,7 +98,8 @@ def _answer_all(lm: LanguageModel, wanted: Sequence[Wanted]) -> None:
     """A line of JSON for each prompt, as soon as it and all before it have been answered."""
     from medusa.completion import in_order
 
-    with progress_shown() if sys.stderr.isatty() else nullcontext() as reporter:
+    # Not where the lines themselves are on the screen.
+    with progress_shown() if sys.stderr.isatty() and not sys.stdout.isatty() else nullcontext() as reporter:
         ended = 0
 
         def on_end() -> None:

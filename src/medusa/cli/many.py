@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from medusa.errors import UsageError
 from medusa.settings import AnswerSettings, choices, typed_fields, values
+from medusa.text.stream import is_text
 
 if TYPE_CHECKING:
     from medusa.api import Message
@@ -25,7 +26,7 @@ def read_lines(text: str, source: str, defaults: AnswerSettings, stop: Sequence[
         UsageError: a line that is no such object, a name that is not known, a bad value.
     """
     found = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -59,6 +60,9 @@ def _wanted(line: object, defaults: AnswerSettings, stop: Sequence[str], raw: bo
         raise UsageError('"prompt" must be a text')
     if "messages" in line and not (isinstance(prompt, list) and all(map(_is_message, prompt))):
         raise UsageError('"messages" must be a list of objects with the texts "role" and "content"')
+    texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+    if not all(map(is_text, (*texts, *stops))):
+        raise UsageError("it holds half characters (lone surrogates), which no tokenizer takes")
     return prompt, options
 
 

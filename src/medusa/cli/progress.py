@@ -72,6 +72,10 @@ def progress_shown() -> Iterator[Lines | Bars]:
         TimeElapsedColumn(),
     )
     with Progress(
-        *columns, TextColumn("{task.fields[text]}"), console=Console(file=sys.stderr), transient=True
+        *columns,
+        TextColumn("{task.fields[text]}"),
+        console=Console(file=sys.stderr),
+        transient=True,
+        redirect_stdout=False,  # which may be a file: what is printed must not go where the bar is
     ) as bars:
         yield Bars(bars)

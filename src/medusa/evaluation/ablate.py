@@ -206,9 +206,16 @@ def table(
             "identical": measured.identical,
             "total": measured.total,
         }
-        rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in columns.items()}
-        rows.append({"variant": name, **variant.facts, **rounded, **extra_columns(name)})
+        rows.append({"variant": name, **variant.facts, **_rounded(columns), **extra_columns(name)})
     return rows
+
+
+def _rounded(columns: dict[str, Any]) -> dict[str, Any]:
+    """None for what is no number: JSON has none such."""
+    return {
+        key: (None if math.isnan(value) else round(value, 4)) if isinstance(value, float) else value
+        for key, value in columns.items()
+    }
 
 
 def batch_rows(loads: dict[str, list[Load]]) -> list[dict[str, Any]]:

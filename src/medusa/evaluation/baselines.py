@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from medusa.decoding.sampling import GREEDY
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.methods import Measurement, PeakMemory, prompt_of
 
@@ -63,9 +64,8 @@ class TransformersMethod:
         ids = self.lm.encode(prompt_of(self.lm, messages))
         prompt = torch.tensor([ids], device=self.network.device)
         sampled = not self.sampling.greedy
-        filters = {
-            name: getattr(self.sampling, name) if sampled else None for name in ("temperature", "top_p", "top_k")
-        }
+        names = ("temperature", "top_p", "top_k", "min_p")
+        filters = {name: getattr(self.sampling, name) if sampled else None for name in names}
         if sampled:
             torch.manual_seed(self.sampling.seed or 0)
         watch, passes = Watch(), 0
@@ -86,6 +86,8 @@ class TransformersMethod:
                 pad_token_id=self.lm.eos_token_ids[0] if self.lm.eos_token_ids else None,
                 streamer=watch,
                 do_sample=sampled,
+                # Said, or the model's own generation config would decide, and not for Medusa.
+                repetition_penalty=self.sampling.repetition_penalty,
                 **filters,
                 **self.options,
             )
@@ -128,6 +130,8 @@ class ServerMethod:
         new_tokens = None
         begun = time.perf_counter()
         first = last = 0.0
+        chosen = {name: getattr(self.sampling, name) for name in ("top_k", "min_p", "repetition_penalty")}
+        said = {name: value for name, value in chosen.items() if value != getattr(GREEDY, name)}
         for event in self.client.chat.completions.create(
             model=self.model,
             messages=sent,
@@ -137,10 +141,17 @@ class ServerMethod:
             seed=None if seed is None else seed % 2**31,
             stream=True,
             stream_options={"include_usage": True},
+            extra_body=said or None,
         ):
             if event.usage is not None:
                 new_tokens = event.usage.completion_tokens
-            piece = (event.choices[0].delta.content or "") if event.choices else ""
+            delta = event.choices[0].delta if event.choices else None
+            if any(getattr(delta, name, None) for name in ("reasoning_content", "reasoning")):
+                raise MedusaError(
+                    f"the server takes thoughts out of {self.model}'s answers and counts their tokens: turn its "
+                    "reasoning parser off"
+                )
+            piece = (delta.content or "") if delta is not None else ""
             if piece:
                 last = time.perf_counter()
                 first = first or last
@@ -154,7 +165,8 @@ class ServerMethod:
             new_tokens=new_tokens,
             decoded_tokens=max(0, new_tokens - 1),
             steps=None,
-            decode_seconds=last - first,
+            # Where all of it came at once, how long it took is known no better.
+            decode_seconds=last - (first if len(texts) > 1 else begun),
             ttft_seconds=first - begun if texts else time.perf_counter() - begun,
         )
 

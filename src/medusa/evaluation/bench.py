@@ -21,7 +21,7 @@ from medusa.evaluation.methods import PLAIN, Method
 from medusa.evaluation.questions import Question
 from medusa.files import write_whole
 
-RUN_FILE, ANSWERS_FILE = "run.json", "answers.jsonl"
+RUN_FILE, PLACE_FILE, ANSWERS_FILE = "run.json", "machine.json", "answers.jsonl"
 WARM_UP_TOKENS = 16
 WARM_UP = "Say hello, and say what you can do."
 
@@ -61,6 +61,24 @@ def open_run(out: Path, facts: Mapping[str, Any], *, resume: bool) -> None:
     except OSError as error:
         raise UsageError(f"cannot make {out}: {error.strerror}") from None
     write_whole(path, json.dumps(facts, indent=1) + "\n")
+
+
+def check_place(out: Path, facts: Mapping[str, Any]) -> None:
+    """Notes what a run is measured on, and which questions it asks, or compares that with what it began on: rows of two
+    machines do not make one table. What the run has not asked before is added.
+
+    Raises:
+        UsageError: it began on something else.
+    """
+    path = out / PLACE_FILE
+    found: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, value in found.items():
+        if name in before and before[name] != value:
+            raise UsageError(
+                f"the run in {out} began with {name} {before[name]}, and this is {value}: name another --out"
+            )
+    write_whole(path, json.dumps(before | found, indent=1) + "\n")
 
 
 def read_rows(out: Path) -> list[Row]:

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from medusa.api import LanguageModel
+    from medusa.evaluation.questions import Question
+
+SAME = ("processor", "gpu", "instruction_set", "threads", "versions")  # of the machine, in one run
+
+
+def what_is_measured(lm: LanguageModel, questions: Sequence[Question]) -> dict[str, object]:
+    """Digests of the heads and of each question."""
+    facts: dict[str, object] = {}
+    if heads := lm.describe().get("heads_path"):
+        facts["heads"] = _digest((Path(str(heads)) / "heads.safetensors").read_bytes())
+    for question in questions:
+        facts[f"question {question.id}"] = _digest(json.dumps([question.category, question.turns]).encode())
+    return facts
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def describe_machine(lm: LanguageModel) -> dict[str, object]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from medusa.completion import Completion
 from medusa.decoding.draft import MODEL
-from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.errors import UsageError
+from medusa.steppers import make_drafter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,15 +140,18 @@ def medusa_method(name: str, lm: LanguageModel, sampling: Sampling, nodes: Nodes
     if name == "rubbish":
         if lm.heads is None:
             raise UsageError("the method rubbish misleads heads, and this model has none: give --heads NAME or PATH")
-        return MedusaMethod(name, lm, lm.make_stepper(HeadsDrafter(MisledHeads(lm.heads)), nodes=nodes), sampling)
-    tree = "static" if name == "heads-static" else "dynamic"
-    drafter = {PLAIN: "none", "heads-static": "heads"}.get(name, name)
-    return MedusaMethod(name, lm, lm.make_stepper(drafter, tree=tree, nodes=nodes), sampling)
+        misled: Any = MisledHeads(lm.heads)
+        drafter = make_drafter("heads", misled, lm.tree)
+        return MedusaMethod(name, lm, lm.make_stepper(drafter, nodes=nodes), sampling)
+    # The model's own tree: on a GPU a fixed one, as plain decoding beside it is captured too.
+    tree = "static" if name == "heads-static" else None
+    called = {PLAIN: "none", "heads-static": "heads"}.get(name, name)
+    return MedusaMethod(name, lm, lm.make_stepper(called, tree=tree, nodes=nodes), sampling)
 
 
 MEDUSA_METHODS = {
     PLAIN: "no drafts; what the others are compared with",
-    "heads": "Medusa heads, a tree grown at each step",
+    "heads": "Medusa heads; a tree grown at each step, on a GPU the fixed one",
     "heads-static": "Medusa heads, the fixed tree",
     "ngram": "n-grams of the text itself",
     "union": "heads and n-grams in one tree",

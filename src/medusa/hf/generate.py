@@ -58,7 +58,7 @@ def custom_generate(
     Args:
         heads: a directory of saved heads; without one the n-gram drafter works alone.
         drafter, nodes: see `medusa.load`.
-        seed: of sampling.
+        seed: of sampling, for the first row of a batch; the others have those that follow. Without one torch's decides.
         streamer, tokenizer: for `generate`'s own arguments of these names, where they cannot be given to it.
         typical: `acceptance`, `epsilon`, `delta`, see `LanguageModel.stream`.
 
@@ -147,11 +147,16 @@ class _CustomGenerate:
         settings = read_sampling(
             processors, do_sample=bool(config.do_sample), padding=[width - len(prompt) for prompt in prompts]
         )
-        sampling = Sampling(**settings, seed=self.seed, **self.typical)
+        # Each row has a seed of its own: rows that are asked alike are to be different samples.
+        first = self.seed or 0
+        if self.seed is None and config.do_sample:
+            first = int(torch.randint(2**53, ()))  # by torch's generator, so that its seed counts
+        seeds = [first, *((first + i) % 2**64 for i in range(1, len(prompts)))]
+        samplings = [Sampling(**settings, seed=seed, **self.typical) for seed in seeds]
         limit = max(1, stops.max_length - width)  # generate always says one token
         stepper = self._make_stepper(model, max(map(len, prompts)) + limit)
 
-        def say(prompt: list[int], padding: list[int], limit: int, stops: Stops) -> list[int]:
+        def say(prompt: list[int], padding: list[int], sampling: Sampling, limit: int, stops: Stops) -> list[int]:
             """The tokens of a text, up to the one that ends it. `padding` came before the prompt."""
             ids = [*padding, *prompt]
             steps = decode(stepper, prompt, sampling, max_new_tokens=limit, eos_token_ids=stops.eos_token_ids)
@@ -165,13 +170,13 @@ class _CustomGenerate:
             return ids[len(padding) + len(prompt) :]
 
         paddings = [row[: width - len(prompt)] for row, prompt in zip(input_ids.tolist(), prompts, strict=True)]
-        rows = [say(prompt, padding, limit, stops) for prompt, padding in zip(prompts, paddings, strict=True)]
+        rows = [say(*texts, limit, stops) for texts in zip(prompts, paddings, samplings, strict=True)]
         longest = max(map(len, rows))
         filler = _filler(config, stops)
-        for prompt, row in zip(prompts, rows, strict=True):
+        for prompt, sampling, row in zip(prompts, samplings, rows, strict=True):
             missing = longest - len(row)
             if missing and filler is None:  # as generate does: without end tokens a row continues until all have ended
-                row += say(prompt + row, [], missing, Stops(stops.max_length, (), ()))
+                row += say(prompt + row, [], sampling, missing, Stops(stops.max_length, (), ()))
             elif filler is not None:
                 row += [filler] * missing
         return torch.cat([input_ids, torch.tensor(rows, device=input_ids.device)], dim=-1)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from medusa.errors import MedusaError, UsageError, first_sentence
+from medusa.files import at_home
 from medusa.models.fetched import FETCHED, Fetched, fetched_file
 from medusa.models.gguf_cache import MANIFEST, check_gguf, converted, described, digest
 from medusa.models.quiet import quiet
@@ -100,7 +101,7 @@ def resolve(name: str, *, progress: bool = True, in_place: bool = False) -> Mode
 
     if not name.strip():
         raise UsageError(f"the model's name is empty; give {_what_models_are()}")
-    path = Path(name).expanduser()
+    path = at_home(name)
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         check_gguf(path)
         hub_id = _known_files().get(digest(path))
@@ -164,7 +165,7 @@ def find_heads(heads: str, source: ModelSource) -> Path | None:
         return next((path for base, path in bases.items() if base in names), None)
     if heads in shipped:
         return shipped[heads]
-    path = Path(heads).expanduser()
+    path = at_home(heads)
     if not path.is_dir():
         known = ", ".join(["auto", "none", *shipped])
         raise UsageError(f"there are no heads {heads!r}; give a directory or one of: {known}")
@@ -386,10 +387,12 @@ def _hub_is_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
-    if endpoint.scheme in urllib.request.getproxies():  # the proxy resolves names, not this machine
+    if {endpoint.scheme, "all"} & urllib.request.getproxies().keys():  # the proxy resolves names, not this machine
         return True
     try:
-        socket.getaddrinfo(endpoint.hostname, endpoint.port or endpoint.scheme)
+        socket.getaddrinfo(
+            endpoint.hostname, endpoint.port or 443
+        )  # by number: not every system knows names of services
     except OSError:
         return False
     return True

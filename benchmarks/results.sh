@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that docs/results.md shows: benchmarks/results.sh QUESTIONS.jsonl DIR [DRAFT_MODEL]
+# What docs/results.md shows down to "Texts at once": benchmarks/results.sh QUESTIONS.jsonl DIR [DRAFT_MODEL]
 #
 # QUESTIONS are MT-bench's (`question.jsonl`), DIR takes a directory for each run. DRAFT_MODEL, for speculative decoding,
 # is made by benchmarks/make_draft_model.py; without one that baseline is left out. About 75 minutes on 2 cores with
@@ -20,7 +20,10 @@ measure() { # NAME ARGUMENTS...
 
 measure greedy bench --questions "$questions" --max-new-tokens 256
 measure sampled bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 --methods plain,union,typical
-# As on a machine without AVX-512.
+# As on a machine without AMX, where there is AVX-512, and on one without that.
+if MEDUSA_NATIVE_ISA=avx512_bf16 "$medusa" info >/dev/null 2>&1; then
+    MEDUSA_NATIVE_ISA=avx512_bf16 measure greedy-avx512 bench --questions "$questions" --max-new-tokens 256
+fi
 MEDUSA_NATIVE_ISA=avx2 measure greedy-avx2 bench --questions "$questions" --max-new-tokens 256
 MEDUSA_NATIVE_ISA=avx2 measure sampled-avx2 bench --questions "$questions" --max-new-tokens 256 --temperature 0.7 \
     --methods plain,union
@@ -41,4 +44,3 @@ measure baselines-sampled bench --questions "$questions" --limit 16 --max-new-to
     --methods "plain,union,typical,transformers${draft:+,assisted}" "${draft_model[@]}"
 
 measure ablate-tree ablate tree
-measure nodes-16 bench --questions "$questions" --max-new-tokens 256 --nodes 16 --methods plain,heads,union

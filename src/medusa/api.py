@@ -24,7 +24,7 @@ from medusa.grammar.engine import Grammars
 from medusa.settings import EngineSettings, takes
 from medusa.steppers import Nodes, check_nodes, choose_nodes, make_drafter, make_stepper, which_tree
 from medusa.text.chat_template import REFUSALS, encode_plain, render, turn_ends
-from medusa.text.stream import StopStrings, is_text
+from medusa.text.stream import StopStrings, check_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,8 +112,7 @@ class LanguageModel:
         if isinstance(prompt, str):
             if not prompt:
                 raise UsageError("the prompt is empty: write something to answer")
-            if not is_text(prompt):
-                raise UsageError("the prompt holds half characters (lone surrogates), which no tokenizer takes")
+            check_whole([prompt], "the prompt")
             if raw or not self.tokenizer.chat_template:
                 return encode_plain(self.tokenizer, prompt)
             prompt = [{"role": "user", "content": prompt}]
@@ -127,8 +126,7 @@ class LanguageModel:
             text = render(self.tokenizer, prompt, answer=True, tools=tools)
         except REFUSALS as error:
             raise UsageError(f"the chat template of {self.name} refuses these messages: {error}") from None
-        if not is_text(text):
-            raise UsageError("the conversation holds half characters (lone surrogates), which no tokenizer takes")
+        check_whole([text], "the conversation")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def stream(

@@ -35,3 +35,8 @@ def openai_client(url: str) -> Iterator[OpenAI]:
         raise MedusaError(f"cannot reach {url}: is the server running, and is this the address?") from None
     except openai.APIError as error:
         raise MedusaError(f"{url} refuses: {error.message}") from None
+
+
+def lacks_thoughts(message: object) -> bool:
+    """Whether a server has taken thoughts out of a message, or a piece of one, and put them beside it."""
+    return any(getattr(message, name, None) for name in ("reasoning_content", "reasoning"))

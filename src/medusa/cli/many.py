@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from medusa.errors import UsageError
 from medusa.settings import AnswerSettings, choices, typed_fields, values
-from medusa.text.stream import is_text
+from medusa.text.stream import check_whole
 
 if TYPE_CHECKING:
     from medusa.api import Message
@@ -61,8 +61,7 @@ def _wanted(line: object, defaults: AnswerSettings, stop: Sequence[str], raw: bo
     if "messages" in line and not (isinstance(prompt, list) and all(map(_is_message, prompt))):
         raise UsageError('"messages" must be a list of objects with the texts "role" and "content"')
     texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
-    if not all(map(is_text, (*texts, *stops))):
-        raise UsageError("it holds half characters (lone surrogates), which no tokenizer takes")
+    check_whole((*texts, *stops), "it")
     return prompt, options
 
 

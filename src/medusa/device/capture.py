@@ -22,16 +22,17 @@ WARM_UP = 2
 
 
 def changing_rope(model: PreTrainedModel) -> str:
-    """Kinds of rotary positions that are computed on the host as a text grows; "" for those that stay."""
+    """Says which rotary positions are computed on the host as a text grows; "" where all stay."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {str(rope.get("rope_type", ""))} | {str(r.get("rope_type")) for r in rope.values() if isinstance(r, dict)}
-    return ", ".join(sorted(kinds & {"dynamic", "longrope"}))
+    changing = ", ".join(sorted(kinds & {"dynamic", "longrope"}))
+    return f"its rotary positions ({changing}) change with the length of a text" if changing else ""
 
 
 def refusal(model: PreTrainedModel) -> str:
     """Why a pass of this model cannot be captured; "" where nothing is known against it."""
     if changing := changing_rope(model):
-        return f"its rotary positions ({changing}) change with the length of a text"
+        return changing
     if getattr(model, "is_loaded_in_8bit", False):
         return "bitsandbytes' 8 bits look for outliers, and wait for the device"
     return ""

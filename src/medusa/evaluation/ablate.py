@@ -19,7 +19,7 @@ from medusa.decoding.heads_drafter import HeadsDrafter
 from medusa.decoding.tree import RankPath, Tree
 from medusa.errors import UsageError
 from medusa.evaluation.methods import PLAIN, MedusaMethod, Method, medusa_method
-from medusa.evaluation.report import Cells
+from medusa.evaluation.report import Cells, rounded
 from medusa.evaluation.statistics import Figures
 from medusa.files import write_whole
 
@@ -206,16 +206,9 @@ def table(
             "identical": measured.identical,
             "total": measured.total,
         }
-        rows.append({"variant": name, **variant.facts, **_rounded(columns), **extra_columns(name)})
+        figured = {key: rounded(value, 4) if isinstance(value, float) else value for key, value in columns.items()}
+        rows.append({"variant": name, **variant.facts, **figured, **extra_columns(name)})
     return rows
-
-
-def _rounded(columns: dict[str, Any]) -> dict[str, Any]:
-    """None for what is no number: JSON has none such."""
-    return {
-        key: (None if math.isnan(value) else round(value, 4)) if isinstance(value, float) else value
-        for key, value in columns.items()
-    }
 
 
 def batch_rows(loads: dict[str, list[Load]]) -> list[dict[str, Any]]:

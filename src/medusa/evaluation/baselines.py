@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.decoding.sampling import GREEDY
 from medusa.errors import MedusaError, UsageError
 from medusa.evaluation.methods import Measurement, PeakMemory, prompt_of
+from medusa.remote import lacks_thoughts
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +147,7 @@ class ServerMethod:
             if event.usage is not None:
                 new_tokens = event.usage.completion_tokens
             delta = event.choices[0].delta if event.choices else None
-            if any(getattr(delta, name, None) for name in ("reasoning_content", "reasoning")):
+            if lacks_thoughts(delta):
                 raise MedusaError(
                     f"the server takes thoughts out of {self.model}'s answers and counts their tokens: turn its "
                     "reasoning parser off"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medusa.errors import UsageError
-from medusa.text.stream import is_text
+from medusa.text.stream import check_whole
 
 BUILT_IN = Path(__file__).parent / "prompts.jsonl"
 
@@ -58,8 +58,7 @@ def _question(line: str, path: Path, number: int) -> Question:
     turns = [row["prompt"]] if "prompt" in row else row.get("turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise UsageError(f'{where}: a question needs "turns", a list of texts')
-    if not all(map(is_text, turns)):
-        raise UsageError(f"{where}: it holds half characters (lone surrogates), which no tokenizer takes")
+    check_whole(turns, f"{where}: it")
     return Question(str(row.get("question_id", number)), str(row.get("category", "all")), tuple(turns))
 
 

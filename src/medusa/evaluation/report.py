@@ -45,10 +45,10 @@ class Report:
 
         short = {
             name: {
-                "tokens_per_second": _rounded(measured.tokens_per_second, 2),
-                "tokens_per_step": _rounded(measured.tokens_per_step, 3),
-                "overhead": _rounded(measured.overhead, 3),
-                "speedup": _rounded(measured.speedup, 3),
+                "tokens_per_second": rounded(measured.tokens_per_second, 2),
+                "tokens_per_step": rounded(measured.tokens_per_step, 3),
+                "overhead": rounded(measured.overhead, 3),
+                "speedup": rounded(measured.speedup, 3),
                 "identical": measured.identical,
                 "total": measured.total,
             }
@@ -198,7 +198,8 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
-def _rounded(value: float | None, digits: int) -> float | None:
+def rounded(value: float | None, digits: int) -> float | None:
+    """None for what is no number: JSON has none such."""
     return None if value is None or not math.isfinite(value) else round(value, digits)
 
 

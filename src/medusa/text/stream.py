@@ -6,7 +6,7 @@ Both hold back what is not certain yet: half a character, or what may turn out t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from medusa.errors import UsageError
@@ -22,6 +22,12 @@ LONGEST_HOLD = 32  # tokens; a character needs at most four, so beyond this the 
 def is_text(text: str) -> bool:
     """False for half characters (lone surrogates), which come from bytes that are not UTF-8."""
     return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_whole(texts: Iterable[str], what: str) -> None:
+    """Raises UsageError where a text holds half characters; `what` it is called."""
+    if not all(map(is_text, texts)):
+        raise UsageError(f"{what} holds half characters (lone surrogates), which no tokenizer takes")
 
 
 class Detokenizer:

@@ -58,9 +58,7 @@ def refusal(backend: TransformersBackend) -> str:
     """Why a step of this model cannot be the same kernels each time; "" if it can."""
     if backend.compiled:
         return "its layers are compiled one by one"
-    if changing := changing_rope(backend.model):
-        return f"its rotary positions ({changing}) change with the length of a text"
-    return ""
+    return changing_rope(backend.model)
 
 
 # --- on the device ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from medusa.models import zoo
-from medusa.remote import openai_client
+from medusa.remote import lacks_thoughts, openai_client
 from medusa.settings import DistillSettings, Sampling
 from medusa.text.turns import Turns
 from medusa.training.data import Conversation, MalformedRow, encode
@@ -168,7 +168,7 @@ class Remote:
         limit, options = self.speaker.settings.max_answer_tokens, self._options(self.speaker.answering(number, turn))
         reply = self.client.chat.completions.create(messages=messages, max_tokens=limit, **options)
         choice = _only(reply.choices)
-        if any(getattr(choice.message, name, None) for name in ("reasoning_content", "reasoning")):
+        if lacks_thoughts(choice.message):
             # Without its thoughts the answer is a text that the model does not write.
             raise MalformedRow("the endpoint takes thoughts out of the answer: turn its reasoning parser off")
         return choice.message.content or "", choice.finish_reason == "stop"

@@ -184,7 +184,7 @@ class Trainer:
         last = self._out_of_time()
         with stop_signals() as stopped:
             for batch in self._batches():
-                if state.step >= self.steps or self._any(self._stopped_early()) or last:
+                if state.step >= self.steps or last or (config.patience and self._any(self._stopped_early())):
                     break
                 rate_now = self._learning_rate(state.step)
                 means = self._step(batch, rate_now)
@@ -276,9 +276,11 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         """For the update after `step` others; with little time, for the one that would be as far with enough of it."""
-        share = self._seconds() / self.config.seconds if self.config.seconds else 0.0
-        if self._accelerator.num_processes > 1:  # one rate for all: gradients are shared, weights are not
-            share = float(self._accelerator.reduce(torch.tensor(share, device=self._accelerator.device), "mean"))
+        share = 0.0
+        if self.config.seconds:
+            share = self._seconds() / self.config.seconds
+            if self._accelerator.num_processes > 1:  # one rate for all: gradients are shared, weights are not
+                share = float(self._accelerator.reduce(torch.tensor(share, device=self._accelerator.device), "mean"))
         at = max(step, min(self.steps - 1, int(share * self.steps)))
         return self.config.learning_rate * schedule(at, self.steps, self.config.warmup)
 
